@@ -1,0 +1,1 @@
+"""What the stages share. Never imports a stage."""

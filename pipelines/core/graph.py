@@ -1,0 +1,90 @@
+"""The graph as `dvc.yaml` has it: what each stage reads, runs and writes. Nothing else repeats it.
+
+Names: an artifact directory `artifacts/NAME` is the input or output `NAME`; any other file that a stage reads
+as data (`metrics/NAME.json`, `mlflow/registry.yaml`) is named by its path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from pipelines.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of `dvc.yaml`; every path is relative to the repository's root."""
+
+    name: str
+    code: tuple[str, ...]  # deps that are Python files: they go into the fingerprint, not into `inputs`
+    inputs: dict[str, str]  # name -> path of the deps that are data
+    output: str  # the one directory it fills
+    metrics: str  # the JSON file of its metrics
+    parents: tuple[str, ...]  # stages whose output or metrics it reads
+
+
+def load(root: Path) -> dict[str, StageSpec]:
+    """Stages of `root/dvc.yaml`, parents before children.
+
+    Raises:
+        UserError: no `dvc.yaml`, or a stage without exactly one output directory and one metrics file.
+    """
+    path = root / "dvc.yaml"
+    if not path.exists():
+        raise UserError(f"dvc.yaml: no such file in {root}. Run from the repository's root.")
+    raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
+    made_by = {
+        _path(item): name
+        for name, stage in raw.items()
+        for item in [*stage.get("outs", []), *stage.get("metrics", [])]
+    }
+    specs = {name: _spec(name, stage, made_by) for name, stage in raw.items()}
+    ordered: dict[str, StageSpec] = {}
+    while len(ordered) < len(specs):
+        ready = [s for n, s in specs.items() if n not in ordered and all(p in ordered for p in s.parents)]
+        if not ready:
+            raise UserError(f"dvc.yaml: the stages {sorted(set(specs) - set(ordered))} depend on one another")
+        ordered.update({spec.name: spec for spec in ready})
+    return ordered
+
+
+def stage(root: Path, name: str) -> StageSpec:
+    """One stage by name.
+
+    Raises:
+        UserError: there is no such stage; the message lists those there are.
+    """
+    stages = load(root)
+    if name not in stages:
+        raise UserError(f"no stage {name!r} in dvc.yaml; there are: {', '.join(stages)}")
+    return stages[name]
+
+
+def _spec(name: str, raw: dict[str, Any], made_by: dict[str, str]) -> StageSpec:
+    deps = [_path(item) for item in raw.get("deps", [])]
+    outs = [_path(item) for item in raw.get("outs", [])]
+    metrics = [_path(item) for item in raw.get("metrics", [])]
+    if len(outs) != 1 or len(metrics) != 1:
+        raise UserError(f"dvc.yaml: stage {name} must have one entry in outs and one in metrics, found {outs}, {metrics}")
+    return StageSpec(
+        name=name,
+        code=tuple(dep for dep in deps if dep.endswith(".py")),
+        inputs={_name(dep): dep for dep in deps if not dep.endswith(".py")},
+        output=outs[0],
+        metrics=metrics[0],
+        parents=tuple(dict.fromkeys(made_by[dep] for dep in deps if dep in made_by)),
+    )
+
+
+def _path(item: str | dict[str, Any]) -> str:
+    """An entry of deps, outs or metrics is a path, or a path with options."""
+    return item if isinstance(item, str) else next(iter(item))
+
+
+def _name(path: str) -> str:
+    pure = PurePosixPath(path)
+    return pure.name if pure.parts[0] == "artifacts" else path
