@@ -38,9 +38,7 @@ def load(root: Path) -> dict[str, StageSpec]:
         raise UserError(f"dvc.yaml: no such file in {root}. Run from the repository's root.")
     raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
     made_by = {
-        _path(item): name
-        for name, stage in raw.items()
-        for item in [*stage.get("outs", []), *stage.get("metrics", [])]
+        _path(item): name for name, stage in raw.items() for item in [*stage.get("outs", []), *stage.get("metrics", [])]
     }
     specs = {name: _spec(name, stage, made_by) for name, stage in raw.items()}
     ordered: dict[str, StageSpec] = {}
@@ -69,7 +67,9 @@ def _spec(name: str, raw: dict[str, Any], made_by: dict[str, str]) -> StageSpec:
     outs = [_path(item) for item in raw.get("outs", [])]
     metrics = [_path(item) for item in raw.get("metrics", [])]
     if len(outs) != 1 or len(metrics) != 1:
-        raise UserError(f"dvc.yaml: stage {name} must have one entry in outs and one in metrics, found {outs}, {metrics}")
+        raise UserError(
+            f"dvc.yaml: stage {name} must have one entry in outs and one in metrics, found {outs}, {metrics}"
+        )
     return StageSpec(
         name=name,
         code=tuple(dep for dep in deps if dep.endswith(".py")),

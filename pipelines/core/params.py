@@ -102,9 +102,7 @@ def _kind_of_source(value: Any) -> str | None:
 
 _SOURCE_TAGS = {"builder": "pydocs", "path": "file", "hub": "hub"}
 Source = Annotated[
-    Annotated[PydocsSource, Tag("pydocs")]
-    | Annotated[FileSource, Tag("file")]
-    | Annotated[HubSource, Tag("hub")],
+    Annotated[PydocsSource, Tag("pydocs")] | Annotated[FileSource, Tag("file")] | Annotated[HubSource, Tag("hub")],
     Discriminator(
         _kind_of_source,
         custom_error_type="source",
