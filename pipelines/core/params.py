@@ -6,6 +6,7 @@ reported as one line per key: where, what was found, what is accepted. Nothing i
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,15 +34,6 @@ class ComputeParams(Section):
         "auto", description="auto: time both once on this machine, take the faster"
     )
     threads: int = Field(0, ge=0, description="0: as many as the cores this process may use")
-    processes: int = Field(1, ge=1, description="training processes on this node, placed by torchrun")
-    nodes: int = Field(1, ge=1)
-    sharding: Literal["none", "ddp", "fsdp"] = "none"
-
-    @model_validator(mode="after")
-    def _ranks_need_sharding(self) -> ComputeParams:
-        if self.processes * self.nodes > 1 and self.sharding == "none":
-            raise ValueError("processes * nodes > 1 needs sharding: ddp or sharding: fsdp")
-        return self
 
 
 class PydocsSource(Section):
@@ -61,17 +53,57 @@ class PydocsSource(Section):
         return self
 
 
-class FileSource(Section):
-    """Local files: JSONL, JSON, CSV, Parquet or plain text, each optionally gzipped; a folder or a glob too."""
+FIELDS: dict[TableName, tuple[str, ...]] = {
+    "corpus": ("id", "text"),
+    "demonstrations": ("id", "kind", "messages", "prompt", "completion"),
+    "prompts": ("id", "prompt"),
+    "comparisons": (
+        *("id", "prompt", "responses", "ranks", "scores", "labeler"),
+        *("chosen", "rejected", "votes"),
+    ),
+    "knowledge": ("id", "title", "text", "url"),
+    "tasks": (
+        *("id", "text", "premise", "hypothesis", "first", "second", "context", "choices"),
+        *("label", "label_text"),
+    ),
+}
 
-    path: str
+
+class RowsSource(Section):
+    """What files and hub data sets have in common: how their columns become rows of one table."""
+
     table: TableName
-    task: str | None = Field(None, description="the task's name, for table: tasks")
-    columns: dict[str, str] = Field({}, description="our field: the file's column; same name if left out")
-    group: str | None = Field(None, description="column whose rows stay on one side of the split")
+    task: str | None = Field(None, pattern=r"^[a-z0-9_-]+$", description="the task's name, for table: tasks")
+    columns: dict[str, str | None] = Field(
+        {}, description="our field: the file's column; same name if left out; prompt: null where pairs have none"
+    )
+    group: str | None = Field(
+        None, description="column whose rows stay on one side of the split; a column named group if left out"
+    )
     split: Literal["train", "validation", "test"] | None = Field(
         None, description="put every row on this side instead of splitting by hash of the group"
     )
+    licence: str | None = Field(None, description="named on the data card")
+
+    @model_validator(mode="after")
+    def _fits_its_table(self) -> RowsSource:
+        if (self.table == "tasks") != (self.task is not None):
+            raise ValueError("table: tasks needs task: NAME, and no other table has one")
+        if self.table == "knowledge" and self.split is not None:
+            raise ValueError("table: knowledge is an index and is not split: leave out split")
+        fields = FIELDS[self.table]
+        for field, column in self.columns.items():
+            if field not in fields:
+                raise ValueError(f"columns: {self.table} has no field {field!r}; it has {', '.join(fields)}")
+            if column is None and (self.table, field) != ("comparisons", "prompt"):
+                raise ValueError(f"columns: {field}: null is only for the prompt of comparisons without prompts")
+        return self
+
+
+class FileSource(RowsSource):
+    """Local files: JSONL, JSON, CSV, TSV, Parquet or plain text, each optionally gzipped; a folder or a glob too."""
+
+    path: str
     sample_by: Literal["document", "paragraph", "line"] = Field(
         "document", description="text files: what one row is (names as in Hugging Face's text loader)"
     )
@@ -79,19 +111,25 @@ class FileSource(Section):
         None, description="text files, sample_by: document: regular expression of a document's first line"
     )
 
+    @model_validator(mode="after")
+    def _separator_compiles(self) -> FileSource:
+        if self.separator is not None:
+            if self.sample_by != "document":
+                raise ValueError("separator: only with sample_by: document")
+            try:
+                re.compile(self.separator)
+            except re.error as error:
+                raise ValueError(f"separator: not a regular expression: {error}") from None
+        return self
 
-class HubSource(Section):
+
+class HubSource(RowsSource):
     """A data set of the Hugging Face hub, read through `datasets`, streamed."""
 
     hub: str
-    table: TableName
-    task: str | None = None
     config: str | None = None
     revision: str | None = None
     hub_split: str = "train"
-    columns: dict[str, str] = {}
-    group: str | None = None
-    split: Literal["train", "validation", "test"] | None = None
 
 
 def _kind_of_source(value: Any) -> str | None:
@@ -157,7 +195,7 @@ class PretrainParams(Section):
     warmup_share: Share
     weight_decay: float = Field(ge=0.0, lt=1.0)
     clip_norm: float = Field(gt=0.0)
-    eval_tokens: int = Field(ge=128, description="held-out tokens scored before and after")
+    eval_bytes: int = Field(ge=1024, description="held-out UTF-8 bytes scored before and after training")
     checkpoint_steps: int = Field(ge=1)
     checkpoint_seconds: float = Field(gt=0.0)
     samples: int = Field(ge=0, le=32)

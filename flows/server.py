@@ -1,0 +1,87 @@
+"""The Prefect API a flow talks to: the team's when an address is set, else one of our own for as long as it runs.
+
+Prefect can start a temporary server itself, but that one outlives a flow that is killed. Ours runs under the
+supervisor, goes when the flow goes, and shows its pages meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from flows.supervise import Crew, child_environment
+from pipelines.core.environment import STATE
+from pipelines.core.errors import StoreUnavailable
+
+START_SECONDS = 120.0  # the first start creates the database: 15 s on two idle cores
+
+
+@contextlib.contextmanager
+def prefect_api(root: Path) -> Iterator[None]:
+    """Make sure that Prefect has an API to talk to while the block runs.
+
+    Raises:
+        StoreUnavailable: our own server did not come up; the message names its log.
+    """
+    # The console handler would print every failure as a traceback; people get one message from us instead.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    from prefect.context import refresh_global_settings_context
+    from prefect.settings import get_current_settings
+
+    if get_current_settings().api.url:
+        yield
+        return
+    crew, port = Crew(grace=5.0), _free_port()
+    address = f"http://127.0.0.1:{port}"
+    log = root / STATE / "logs" / "prefect-server.log"
+    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
+    pages = {"PREFECT_SERVER_UI_API_URL": f"{address}/api"}  # the pages must ask this server, not the usual port
+    try:
+        server = crew.start(command, root, log, child_environment(**pages))
+        deadline = time.monotonic() + START_SECONDS
+        while not _answers(f"{address}/api/health"):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise StoreUnavailable(f"the Prefect server did not start; see {log.relative_to(root)}")
+            time.sleep(0.1)
+        os.environ["PREFECT_API_URL"] = f"{address}/api"
+        refresh_global_settings_context()
+        try:
+            yield
+        finally:
+            _deliver()
+    finally:
+        os.environ.pop("PREFECT_API_URL", None)
+        refresh_global_settings_context()
+        crew.stop()
+
+
+def _deliver() -> None:
+    """Send what Prefect still holds back in batches, while there is somebody to send it to."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    APILogWorker.drain_all(timeout=5)
+    EventsWorker.drain_all(timeout=5)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2.0) as reply:  # noqa: S310
+            return bool(reply.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

@@ -1,0 +1,73 @@
+"""Keeps the deps of stage `data` in `dvc.yaml` in step with the files that `data.sources` names.
+
+DVC runs a stage again when a dep changes, but deps cannot be written in `params.yaml`. So the lines below a
+marker comment in `dvc.yaml` belong to `sluice run`; every other line of the file is left as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from pipelines.core import artifacts, params
+from pipelines.core.errors import UserError
+
+MARKER = "# files named in params.yaml data.sources, kept by sluice run"
+_PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./+@-]*")
+
+
+def keep(root: Path) -> list[str]:
+    """Bring `dvc.yaml` in step. Returns one line for each dep that was added or removed.
+
+    Raises:
+        UserError: `dvc.yaml` lacks the marker although there are files to list.
+        DataError: a source names a file that does not exist.
+    """
+    from pipelines.core.sources import local_paths
+
+    paths = local_paths(params.load(root / "params.yaml").data, root)
+    return write(root / "dvc.yaml", sorted({_name(path, root) for path in paths}))
+
+
+def write(place: Path, wanted: list[str]) -> list[str]:
+    """Make the entries below the marker in `place` exactly `wanted`. Returns what changed, a line each.
+
+    Raises:
+        UserError: no `place`, or no marker in it although there is something to list.
+    """
+    if not place.exists():
+        raise UserError(f"{place.name}: no such file in {place.parent}. Run from the repository's root.")
+    lines = place.read_text(encoding="utf-8").splitlines(keepends=True)
+    start = next((n for n, line in enumerate(lines) if line.strip() == MARKER), None)
+    if start is None:
+        if wanted:
+            raise UserError(f"{place.name}: the deps of stage data need the line `{MARKER}` below their last entry")
+        return []
+    indent = lines[start][: len(lines[start]) - len(lines[start].lstrip())]
+    end = start + 1
+    while end < len(lines) and lines[end].startswith(f"{indent}- "):
+        end += 1
+    there = [_unquote(line.strip().removeprefix("- ")) for line in lines[start + 1 : end]]
+    if there == wanted:
+        return []
+    lines[start + 1 : end] = [f"{indent}- {_quote(path)}\n" for path in wanted]
+    artifacts.write_text(place, "".join(lines))
+    added = [f"dvc.yaml: stage data now depends on {path}" for path in wanted if path not in there]
+    removed = [f"dvc.yaml: stage data no longer depends on {path}" for path in there if path not in wanted]
+    return added + removed
+
+
+def _name(path: Path, root: Path) -> str:
+    whole = (root / path).resolve()
+    inside = whole.is_relative_to(root.resolve())
+    return whole.relative_to(root.resolve()).as_posix() if inside else whole.as_posix()
+
+
+def _quote(path: str) -> str:
+    """A YAML scalar on one line; JSON's strings are YAML's double-quoted ones."""
+    return path if _PLAIN.fullmatch(path) else json.dumps(path, ensure_ascii=False)
+
+
+def _unquote(scalar: str) -> str:
+    return str(json.loads(scalar)) if scalar.startswith('"') else scalar

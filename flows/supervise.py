@@ -1,0 +1,157 @@
+"""Commands that never outlive whoever asked for them.
+
+DVC runs a stage as its child, and a DVC that is killed leaves that child training: a second `dvc repro` then
+starts a second writer in the same directory. So every command runs under a supervisor: a small process in a
+session of its own (a Ctrl-C in the terminal does not reach it) that holds the reading end of a pipe. When the
+pipe closes, because the caller asked for it or because the caller died, however it died, the supervisor sends
+SIGTERM to the command's whole process group, waits while a stage writes its checkpoint, and kills what is left.
+
+This file is both sides: `Crew` is what a flow uses; run as a script it is the supervisor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+GRACE_SECONDS = 30.0
+STOPPED = 128 + signal.SIGTERM
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass
+class Crew:
+    """The commands of one flow. `run` may be called from several threads; `stop` ends all of them."""
+
+    grace: float = GRACE_SECONDS
+    stopped: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
+
+    def start(self, command: list[str], cwd: Path, log: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
+        """Start `command` under a supervisor, output appended to `log`.
+
+        Raises:
+            RuntimeError: the crew was stopped already.
+        """
+        log.parent.mkdir(parents=True, exist_ok=True)
+        supervisor = [sys.executable, "-P", str(Path(__file__).resolve()), str(self.grace), *command]
+        with self._lock, log.open("ab") as output:
+            if self.stopped:
+                raise RuntimeError("stopped: nothing more is started")
+            process = subprocess.Popen(
+                supervisor,
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self._running.add(process)
+        return process
+
+    def run(self, command: list[str], cwd: Path, log: Path, env: dict[str, str]) -> int:
+        """Run `command` to its end. Returns its exit code; 128 + N when signal N ended it."""
+        process = self.start(command, cwd, log, env)
+        code = process.wait()
+        self._forget(process)
+        return code if code >= 0 else 128 - code
+
+    def stop(self) -> None:
+        """End every command and return when none of their processes is left."""
+        with self._lock:
+            self.stopped = True
+            running = list(self._running)
+        for process in running:
+            _close(process)
+        for process in running:
+            process.wait()
+            self._forget(process)
+
+    def _forget(self, process: subprocess.Popen[bytes]) -> None:
+        if process.returncode < 0:  # the supervisor itself was killed: what it watched must not go on
+            _kill_session(process.pid)
+        _close(process)
+        with self._lock:
+            self._running.discard(process)
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """This process's environment for a child that must use the same virtual environment."""
+    here = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}", **more}
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin is not None:
+        process.stdin.close()
+
+
+def _kill_session(leader: int) -> None:
+    import psutil
+
+    for pid in psutil.pids():
+        try:
+            if os.getsid(pid) == leader:
+                os.kill(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            continue
+
+
+def supervise(command: list[str], grace: float) -> int:
+    """Run `command` in a process group of its own until it ends or standard input closes.
+
+    Returns its exit code, 128 + N for signal N, or `STOPPED` when it was ended on request.
+    """
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda received, frame: asked.append(received))
+    _adopt_orphans()
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+    while (code := child.poll()) is None:
+        closed, _, _ = select.select([0], [], [], 0.1)
+        if closed or asked:
+            _end_group(child.pid, grace)
+            return STOPPED
+    return code if code >= 0 else 128 - code
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of grandchildren whose parent ends, so that they can be waited for. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _end_group(group: int, grace: float) -> None:
+    deadline = time.monotonic() + grace
+    wanted: int = signal.SIGTERM
+    while _signal_group(group, wanted):
+        wanted = signal.SIGKILL if time.monotonic() > deadline else 0  # 0: only ask whether it is there
+        time.sleep(0.05)
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Reap what has ended, then send a signal to the group. False when no process is left in it."""
+    try:
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(supervise(sys.argv[2:], float(sys.argv[1])))

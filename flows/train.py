@@ -1,0 +1,218 @@
+"""The flow: every stage of `dvc.yaml` as a Prefect task, in the order DVC gives, with retries and gates.
+
+What depends on what, and whether a stage has to run at all, is DVC's business. The flow decides when: a stage
+starts as soon as the stages it waits for are done and passed their gates. Stages that do not wait for one
+another go side by side when each leaves room: `compute.threads: 0` gives a stage every core, so then they take
+turns; with `threads: 4` on 16 cores four go at once. A stage's own thread count never depends on its neighbours,
+or its bytes would.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import Task, flow
+from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
+from rich.console import Console
+
+from flows import failures, outcome, records, stages, view
+from flows.board import Board, Row, StageState
+from flows.supervise import Crew, child_environment
+from pipelines.core.environment import STATE
+from pipelines.core.errors import GateError, StoreUnavailable, UserError
+
+RETRY_SECONDS = (2.0, 10.0)
+POLL_SECONDS = 0.25
+PUBLISH_SECONDS = 5.0
+
+
+@dataclass
+class Job:
+    """One run of the flow: what its tasks share."""
+
+    root: Path
+    board: Board
+    graph: stages.State
+    crew: Crew
+    seats: threading.Semaphore  # how many stages may compute at once
+    store_trouble: list[StoreUnavailable] = field(default_factory=list)
+    progress: dict[str, UUID] = field(default_factory=dict)
+    registry: threading.Lock = field(default_factory=threading.Lock)
+
+    def stage(self, name: str, suspect: bool) -> None:
+        """Run one stage if DVC finds that it has to, then let its model through its gate.
+
+        Raises:
+            UserError: the stage failed, or its model did not pass; `exit_code` says which.
+        """
+        row = self.board.rows[name]
+        row.error = None
+        try:
+            with self.seats:
+                row.begin()
+                self.progress[name] = records.progress(name)
+                state: StageState = self._repro(row) if suspect else "cached"
+                row.metric = outcome.key_metric(self.root, name, self.graph.shows.get(name))
+                self._gate(row, fresh_output=state != "cached")
+            row.end(state)
+        except UserError as error:
+            row.error = error
+            row.end("failed")
+            raise
+        records.metrics(name, outcome.metrics(self.root, name))
+
+    def may_retry(self, name: str) -> bool:
+        """Whether the failure of a stage is one that another try may mend."""
+        row = self.board.rows[name]
+        again = row.error is not None and failures.worth_retrying(row.error) and not self.crew.stopped
+        if again:
+            row.notes.append(f"will be tried again: {row.error}")
+        return again
+
+    def _repro(self, row: Row) -> StageState:
+        """`dvc repro` of one stage; what DVC did is told by what it prints."""
+        assert row.log is not None
+        failures.forget_live(self.root, row.stage)
+        start = row.log.stat().st_size if row.log.exists() else 0
+        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "-s", row.stage]
+        code = self.crew.run(command, self.root, row.log, child_environment(PYTHONUNBUFFERED="1"))
+        with row.log.open("rb") as file:
+            file.seek(start)
+            printed = file.read().decode("utf-8", "replace")
+        if code:
+            raise failures.explain(self.root, row.stage, code, printed)
+        if f"Running stage '{row.stage}'" in printed:
+            return "run"
+        return "cached" if "didn't change, skipping" in printed else "restored"
+
+    def _gate(self, row: Row, fresh_output: bool) -> None:
+        """Judge and promote, one stage at a time: both write the registry.
+
+        A store that is away stops nothing here: the spool keeps everything, and the flow says so at its end.
+        """
+        with self.registry:
+            try:
+                judged = outcome.judge(self.root, row.stage)
+                if judged is None:
+                    return
+                row.verdict = outcome.cell(judged)
+                records.verdict(judged)
+                if not judged.passed:
+                    raise GateError(f"what depends on stage {row.stage} does not run\n{judged.table()}")
+                if done := outcome.promote(self.root, judged, fresh_output):
+                    row.notes.append(done)
+            except StoreUnavailable as error:
+                row.verdict = row.verdict or "not judged: store away"
+                self.store_trouble.append(error)
+
+
+@flow(name="train", log_prints=False)
+def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False) -> None:
+    """Bring the wanted stages (all, if none is named) up to date. Run from anywhere; `root` is the repository.
+
+    Raises:
+        UserError: the first failure in the graph's order, with the exit code that belongs to it.
+    """
+    place = Path(root).resolve()
+    with _alone(place):
+        graph = stages.look(place)
+        needed, suspects = graph.needed(wanted or []), graph.suspects()
+        logs = place / STATE / "logs" / str(flow_run.name)
+        board = Board(place, {name: Row(name, log=logs / f"{name}.log") for name in needed})
+        board.title = f"{flow_run.name}   output: {logs.relative_to(place)}/"
+        job = Job(place, board, graph, Crew(), threading.Semaphore(stages.side_by_side(place)))
+        console = Console()
+        try:
+            futures = _submit(job, needed, suspects)
+            with view.shown(board, console, plain) as update:
+                _watch(job, futures, update)
+        except BaseException:
+            job.crew.stop()
+            raise
+        console.print(view.stages_table(board))
+        _conclude(job, needed)
+
+
+def _submit(job: Job, needed: list[str], suspects: set[str]) -> list[PrefectFuture[None]]:
+    """One task a stage, parents first."""
+    futures: dict[str, PrefectFuture[None]] = {}
+    for name in needed:
+        parents = [futures[parent] for parent in job.graph.parents[name]]
+        futures[name] = _task(job, name).submit(name, name in suspects, wait_for=parents, return_state=False)
+    return list(futures.values())
+
+
+def _task(job: Job, name: str) -> Task[[str, bool], None]:
+    def run_stage(stage: str, suspect: bool) -> None:
+        job.stage(stage, suspect)
+
+    def may_retry(task: Task[..., Any], run: Any, state: Any) -> bool:
+        return job.may_retry(name)
+
+    return Task(
+        run_stage,
+        name=name,
+        task_run_name=name,
+        retries=len(RETRY_SECONDS),
+        retry_delay_seconds=list(RETRY_SECONDS),
+        retry_condition_fn=may_retry,
+    )
+
+
+def _watch(job: Job, futures: list[PrefectFuture[None]], update: Callable[[], None]) -> None:
+    """Keep the terminal and Prefect's progress bars up to date until every task is over."""
+    published = time.monotonic()
+    while wait(futures, timeout=POLL_SECONDS).not_done:
+        update()
+        if time.monotonic() - published >= PUBLISH_SECONDS:
+            published = time.monotonic()
+            for name, row in job.board.rows.items():
+                share = row.share()
+                if row.state == "running" and name in job.progress and share is not None:
+                    records.update(job.progress[name], share)
+
+
+def _conclude(job: Job, needed: list[str]) -> None:
+    """Raise what there is to complain about: a failed stage first, then an absent store, then DVC's last word."""
+    if error := job.board.error():
+        raise error
+    if unfinished := [name for name, row in job.board.rows.items() if row.state in ("waiting", "running")]:
+        raise failures.StageFailed(f"Prefect ended the flow before these stages: {', '.join(unfinished)}")
+    if job.store_trouble:
+        raise job.store_trouble[0]
+    left = stages.look(job.root).reasons
+    if stale := [f"{name} ({', '.join(left[name])})" for name in needed if name in left]:
+        raise failures.StageFailed(f"changed while the flow ran, run it again: {'; '.join(stale)}")
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """One flow at a time in a repository: two would report each other's stages as their own.
+
+    Raises:
+        LockTrouble: another flow is running here.
+    """
+    place = root / STATE / "flow.lock"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            raise failures.LockTrouble(f"another flow is running in {root} (process {holder})") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

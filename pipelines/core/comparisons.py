@@ -1,0 +1,113 @@
+"""Comparisons: K ranked or scored responses (InstructGPT), or TRL's and hh-rlhf's chosen and rejected.
+
+In: a record. Out: `prompt`, `responses`, dense `ranks` (1 is best, ties share a rank), `labeler`, `votes`. Pairs
+without any prompt are accepted only where `columns: {prompt: null}` says so.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pipelines.core.faults import BadRow, shown
+from pipelines.core.fields import ANSWER, Fields, conversation, filled, prompt_of, transcript, whole
+
+
+def comparison(fields: Fields) -> dict[str, Any]:
+    """K ranked responses; a pair is K = 2. Ranks are stored dense: 1 is best, ties share a rank."""
+    if fields.has("responses"):
+        responses = [filled(item, fields.column("responses")) for item in fields.items("responses")]
+        prompt = _prompt_of_comparison(fields)
+        ranks = _scores(fields, responses) if fields.has("scores") else _ranks(fields, responses)
+        votes = None
+    elif fields.has("chosen") or fields.has("rejected"):
+        prompt, chosen, rejected = _pair(fields)
+        responses, ranks, votes = [chosen, rejected], [1, 2], _votes(fields)
+    else:
+        there = ", ".join(map(str, fields.record)) or "none"
+        accepted = "responses with ranks or scores, or chosen with rejected; map them under columns:"
+        raise BadRow("responses", f"no such column (there are: {there})", accepted)
+    return {"prompt": prompt, "responses": responses, "ranks": ranks} | {
+        "labeler": fields.optional("labeler"),
+        "votes": votes,
+    }
+
+
+def _prompt_of_comparison(fields: Fields) -> str:
+    if "prompt" in fields.columns and fields.columns["prompt"] is None:
+        return ""
+    try:
+        return prompt_of(fields.value("prompt"), fields.column("prompt"))
+    except BadRow as fault:
+        if "no such column" in str(fault):
+            raise BadRow(fault.column, f"{fault} (or prompt: null if there are none)", "a prompt") from None
+        raise
+
+
+def _ranks(fields: Fields, responses: list[str]) -> list[int]:
+    ranks, column = fields.items("ranks"), fields.column("ranks")
+    _same_length(column, ranks, responses)
+    dense = _dense(ranks) if all(whole(rank, 1) for rank in ranks) else None
+    competition = [1 + sum(other < rank for other in ranks) for rank in ranks] if dense else None
+    if dense is None or ranks not in (dense, competition):
+        accepted = (
+            "a ranking: 1 is best, ties share a rank, and the next rank is 2 or counts the tied (1,2,2,3 or 1,2,2,4)"
+        )
+        raise BadRow(column, shown(ranks), accepted)
+    return dense
+
+
+def _scores(fields: Fields, responses: list[str]) -> list[int]:
+    scores, column = fields.items("scores"), fields.column("scores")
+    _same_length(column, scores, responses)
+    if not all(isinstance(score, int | float) and not isinstance(score, bool) and score == score for score in scores):
+        raise BadRow(column, shown(scores), "numbers, higher is better")
+    return _dense([-score for score in scores])
+
+
+def _dense(values: list[Any]) -> list[int]:
+    """Ranks 1, 2, ... by ascending value; equal values share a rank."""
+    place = {value: rank for rank, value in enumerate(sorted(set(values)), 1)}
+    return [place[value] for value in values]
+
+
+def _same_length(column: str, values: list[Any], responses: list[str]) -> None:
+    if len(responses) < 2:
+        raise BadRow("responses", f"{len(responses)} responses", "at least 2")
+    if len(values) != len(responses):
+        raise BadRow(column, f"{len(values)} values {shown(values)}", f"one for each of the {len(responses)} responses")
+
+
+def _pair(fields: Fields) -> tuple[str, str, str]:
+    """Prompt, chosen and rejected as text, from TRL's plain or conversational form or hh-rlhf's transcripts."""
+    chosen, rejected = fields.value("chosen"), fields.value("rejected")
+    column = fields.column("chosen")
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        sides = [conversation(chosen, column), conversation(rejected, fields.column("rejected"))]
+        if any(side[-1]["role"] != "assistant" for side in sides) or sides[0][:-1] != sides[1][:-1]:
+            raise BadRow(column, shown(chosen), "the rejected one's messages, but for the assistant's last")
+        if fields.has("prompt") or "prompt" in fields.columns:
+            prompt = _prompt_of_comparison(fields)
+        else:
+            prompt = transcript(sides[0][:-1], column)
+        return prompt, sides[0][-1]["content"], sides[1][-1]["content"]
+    better, worse = fields.text("chosen"), fields.text("rejected")
+    if fields.has("prompt") or "prompt" in fields.columns:
+        return _prompt_of_comparison(fields), better, worse
+    shared = os.path.commonprefix([better, worse])
+    end = shared.rfind(ANSWER) + len(ANSWER)
+    if ANSWER not in shared:
+        accepted = "a prompt, transcripts that share one up to an Assistant: turn, or columns: {prompt: null}"
+        raise BadRow(fields.column("prompt"), f"no such column (there are: {', '.join(fields.record)})", accepted)
+    return shared[:end], filled(better[end:].strip(), column), filled(worse[end:].strip(), fields.column("rejected"))
+
+
+def _votes(fields: Fields) -> list[int] | None:
+    """Votes for the chosen and for the rejected one; a single number counts for the chosen one."""
+    if not fields.has("votes") or fields.value("votes") is None:
+        return None
+    value = fields.value("votes")
+    votes = [value, 0] if isinstance(value, int) else fields.items("votes")
+    if len(votes) != 2 or not all(whole(vote, 0) for vote in votes):
+        raise BadRow(fields.column("votes"), shown(value), "a number, or two: for the chosen, for the rejected")
+    return votes

@@ -1,0 +1,118 @@
+"""One raw record seen through its source's mapping of columns, and the kinds of value a field may hold.
+
+Every refusal is a `BadRow` that names the file's own column, what was found and what is accepted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.core.faults import BadRow, shown
+from pipelines.core.readers import Cells
+
+ROLES = ("system", "user", "assistant")
+SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
+ANSWER = "\n\nAssistant:"
+
+
+class Fields:
+    """One record seen through its source's mapping. Every refusal names the file's own column."""
+
+    def __init__(self, record: Mapping[str, Any], columns: Mapping[str, str | None]) -> None:
+        self.record, self.columns = record, columns
+
+    def column(self, field: str) -> str:
+        """The file's column of a field."""
+        return self.columns.get(field) or field
+
+    def has(self, field: str) -> bool:
+        """Whether the record has the field's column, or must have it because it is mapped."""
+        return self.columns.get(field) is not None or field in self.record
+
+    def value(self, field: str) -> Any:
+        """The value as it is; a missing column is refused."""
+        column = self.column(field)
+        if column not in self.record:
+            there = ", ".join(map(str, self.record)) or "none"
+            remedy = f"a column {column!r}, or columns: {{{field}: COLUMN}} in params.yaml"
+            raise BadRow(column, f"no such column (there are: {there})", remedy)
+        return self.record[column]
+
+    def text(self, field: str) -> str:
+        """Text that is not blank."""
+        return filled(self.value(field), self.column(field))
+
+    def optional(self, field: str) -> str | None:
+        """Text, or None where the column is missing, null or (CSV) empty."""
+        value = self.value(field) if self.has(field) else None
+        if value is None or (value == "" and isinstance(self.record, Cells)):
+            return None
+        return self.key(field)
+
+    def key(self, field: str) -> str:
+        """Text or a whole number: an identifier."""
+        value = self.value(field)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        return self.text(field)
+
+    def items(self, field: str) -> list[Any]:
+        """A list; in a CSV file it is written as JSON."""
+        value = self.value(field)
+        if isinstance(self.record, Cells):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError:
+                raise BadRow(self.column(field), shown(value), "in a CSV file, a list written as JSON") from None
+        if not isinstance(value, list):
+            raise BadRow(self.column(field), shown(value), "a list")
+        return value
+
+
+def filled(value: Any, column: str) -> str:
+    """Text that is not blank.
+
+    Raises:
+        BadRow: anything else.
+    """
+    if not isinstance(value, str):
+        raise BadRow(column, shown(value), "text")
+    if not value.strip():
+        raise BadRow(column, "empty text" if not value else "blank text", "text that is not empty")
+    return value
+
+
+def conversation(value: Any, column: str) -> list[dict[str, str]]:
+    """A conversation: `[{role, content}, ...]` with known roles and contents that are not empty."""
+    if not isinstance(value, list) or not value:
+        raise BadRow(column, shown(value), "a list of messages, at least one")
+    messages = []
+    for place, message in enumerate(value, 1):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise BadRow(column, f"message {place}: {shown(message)}", f"role (one of {', '.join(ROLES)}) and content")
+        content = filled(message.get("content"), f"{column}, content of message {place}")
+        messages.append({"role": message["role"], "content": content})
+    return messages
+
+
+def prompt_of(value: Any, column: str) -> str:
+    """A prompt as text: itself, one user message's content, or a transcript in hh-rlhf's form."""
+    if isinstance(value, str) or not isinstance(value, list):
+        return filled(value, column)
+    return transcript(conversation(value, column), column)
+
+
+def transcript(messages: list[dict[str, str]], column: str) -> str:
+    """A conversation that waits for an answer, as text: one user message's content, or hh-rlhf's form."""
+    if not messages or messages[-1]["role"] != "user":
+        raise BadRow(column, "messages whose last is not the user's", "a conversation that waits for an answer")
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "".join(f"\n\n{SPEAKERS[m['role']]}: {m['content']}" for m in messages) + ANSWER
+
+
+def whole(item: Any, low: int) -> bool:
+    """Whether a value is a whole number (not a boolean) of at least `low`."""
+    return isinstance(item, int) and not isinstance(item, bool) and item >= low

@@ -1,0 +1,89 @@
+"""What this machine computes with: device, precision, threads, and its own rate of matrix products."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.core import artifacts, environment
+from pipelines.core.errors import ParamsError
+from pipelines.core.params import ComputeParams
+
+FASTER = 1.25  # bf16 must beat fp32 by this factor to be worth its rounding
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """`device` as torch names it; `precision` is `fp32` or `bf16`; `threads` of one process."""
+
+    device: str
+    precision: str
+    threads: int
+
+
+def choose(compute: ComputeParams, root: Path) -> Hardware:
+    """Resolve `auto` and 0 of the `compute` section on this machine, and set torch's thread count.
+
+    The choice between bf16 and fp32 is measured once for each kind of processor and kept in `.sluice/`, so that
+    a stage that is run again, or resumed, computes with the same numbers.
+
+    Raises:
+        ParamsError: a device was asked for that this machine has not.
+    """
+    import torch
+
+    if compute.device == "cuda" and not torch.cuda.is_available():
+        raise ParamsError("compute.device: cuda was asked for, but torch finds no CUDA device here (auto or cpu)")
+    has_cuda = torch.cuda.is_available() and compute.device != "cpu"
+    threads = compute.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    device = "cuda" if has_cuda else "cpu"
+    precision = compute.precision if compute.precision != "auto" else _measured_precision(root, device)
+    return Hardware(device, precision, threads)
+
+
+def matmul_rate(device: str, precision: str, size: int = 2048, repeats: int = 8) -> float:
+    """FLOP/s of a square matrix product: the best of `repeats`, so that a busy neighbour counts least."""
+    import torch
+
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    left = torch.ones(size, size, dtype=kind, device=device)
+    right = torch.ones(size, size, dtype=kind, device=device)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def processor() -> str:
+    """The processor's model name as the kernel tells it, or `unknown`."""
+    place = Path("/proc/cpuinfo")
+    lines = place.read_text(encoding="utf-8").splitlines() if place.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident set of this process so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _measured_precision(root: Path, device: str) -> str:
+    """bf16 where its matrix products are clearly faster here, else fp32."""
+    import json
+
+    place = root / environment.STATE / "measured" / "precision.json"
+    known: dict[str, str] = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+    key = f"{device}: {processor()}"
+    if key not in known:
+        rates = {precision: matmul_rate(device, precision, size=1024) for precision in ("fp32", "bf16")}
+        known[key] = "bf16" if rates["bf16"] > FASTER * rates["fp32"] else "fp32"
+        artifacts.write_json(place, known)
+    return known[key]

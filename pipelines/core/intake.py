@@ -1,0 +1,152 @@
+"""Sources to rows on disk: every row mapped, checked, given its group and side, and remembered by a few bytes.
+
+What `data` holds in memory of a row is its `Marks`; the row itself goes to a scratch file in the order it came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.core import sources
+from pipelines.core.context import StageContext
+from pipelines.core.faults import BadRow, Ledger, shown
+from pipelines.core.params import DataParams, PydocsSource, Source
+from pipelines.core.rows import TASK_SHAPES, canonical, identify
+from pipelines.core.sources import Entry
+from pipelines.core.split import Marks, side
+from pipelines.core.tables import SPLITS, Staged, key_of, normalised, prompt_text, schema, whole_text
+
+REPORT_ROWS = 2000
+MOST_LABELS = 1000
+RAW_CHARACTERS = 100_000
+
+
+@dataclass
+class Labels:
+    """A task's text columns and classes, which its first row decides and every other must share."""
+
+    shape: tuple[str, ...]
+    named: bool  # classes are told as text and numbered here, in sorted order
+    classes: set[str] = field(default_factory=set)
+
+    def check(self, row: dict[str, Any], column: str) -> None:
+        """Refuse a row of another shape or with another type of label than the task's first."""
+        if _shape(row) != self.shape:
+            raise BadRow(
+                "(row)", f"the columns {', '.join(_shape(row))}", f"{', '.join(self.shape)}, as in the task's first row"
+            )
+        if (row["label"] is None) != self.named:
+            found = shown(row["label_text"] if row["label"] is None else row["label"])
+            kind = "text" if self.named else "a whole number"
+            raise BadRow(column, found, f"{kind}, as in the task's first row")
+        if "choices" not in self.shape:
+            self.classes.add(row["label_text"])
+        if len(self.classes) > MOST_LABELS:
+            raise BadRow(column, f"class number {len(self.classes)}", f"at most {MOST_LABELS} classes in a task")
+
+
+@dataclass
+class Taken:
+    """What came in: rows on disk and marks in memory, by table key; labels by task key."""
+
+    staged: dict[str, Staged] = field(default_factory=dict)
+    marks: dict[str, Marks] = field(default_factory=dict)
+    labels: dict[str, Labels] = field(default_factory=dict)
+    skipped_files: int = 0
+
+
+def take_in(params: DataParams, work: Path, ledger: Ledger, context: StageContext) -> Taken:
+    """Read every source once.
+
+    Raises:
+        DataError: see `pipelines.core.sources.read` and `pipelines.core.faults.Ledger`.
+    """
+    taken = Taken()
+    for source in params.sources:
+        for table, entry in _entries(source, taken, context):
+            _take(params, source, table, entry, taken, work, ledger)
+            if (ledger.good + ledger.bad) % REPORT_ROWS == 0:
+                context.progress(ledger.good + ledger.bad, None, bad_rows=ledger.bad)
+                context.stop_if_asked()
+        ledger.end_of_source()
+    for staged in taken.staged.values():
+        staged.close()
+    return taken
+
+
+def _entries(source: Source, taken: Taken, context: StageContext) -> Iterator[tuple[str, Entry]]:
+    """Raw rows of a source with the table they belong to."""
+
+    def skip(path: str, reason: str) -> None:
+        taken.skipped_files += 1
+        context.say(f"pydocs: {path} is left out: {reason}")
+
+    if isinstance(source, PydocsSource):
+        yield from sources.build(source, context.threads, skip)
+    else:
+        for entry in sources.read(source, context.root):
+            yield source.table, entry
+
+
+def _take(
+    params: DataParams, source: Source, table: str, entry: Entry, taken: Taken, work: Path, ledger: Ledger
+) -> None:
+    """One raw row into its table, or into the ledger of bad ones."""
+    columns: dict[str, str | None] = {} if isinstance(source, PydocsSource) else source.columns
+    try:
+        if isinstance(entry.record, BadRow):
+            raise entry.record
+        rows = canonical(table, entry.record, columns)
+        own_id, group = identify(entry.record, columns, None if isinstance(source, PydocsSource) else source.group)
+        key = table
+        if table == "tasks":
+            key = f"tasks/{entry.record['task'] if isinstance(source, PydocsSource) else source.task}"
+            _labels(taken, key, rows[0]).check(rows[0], columns.get("label") or "label")
+    except BadRow as fault:
+        ledger.refuse(entry.source, entry.where, entry.row, fault, _raw(entry.record))
+        return
+    ledger.good += 1
+    if key not in taken.staged:
+        shape = taken.labels[key].shape if table == "tasks" else ()
+        taken.staged[key] = Staged(work / f"{key.replace('/', '.')}.arrow", schema(key, shape))
+        taken.marks[key] = Marks()
+    given = None if isinstance(source, PydocsSource) else source.split
+    whole = [normalised(whole_text(key, row)) for row in rows]
+    prompt = prompt_text(key, rows[0])
+    prompt_key = 0 if prompt is None else key_of(normalised(prompt))
+    if group is None:
+        group = f"{prompt_key or key_of(' '.join(whole)):016x}"
+    at = side(params.seed, group, params.validation_share, params.test_share)
+    for part, (row, text) in enumerate(zip(rows, whole, strict=True)):
+        text_key = key_of(text)
+        base = own_id or f"{text_key:016x}"
+        row |= {
+            "id": base if part == 0 or own_id is None else f"{base}-{part + 1}",
+            "group": group,
+            "source": entry.source,
+            "row": entry.row,
+        }
+        taken.staged[key].add(row, len(text))
+        taken.marks[key].add(text_key, prompt_key, SPLITS.index(given) if given else at, given is not None)
+
+
+def _labels(taken: Taken, key: str, row: dict[str, Any]) -> Labels:
+    if key not in taken.labels:
+        taken.labels[key] = Labels(_shape(row), row["label"] is None)
+    return taken.labels[key]
+
+
+def _shape(row: dict[str, Any]) -> tuple[str, ...]:
+    return next(shape for shape in TASK_SHAPES if all(name in row for name in shape))
+
+
+def _raw(record: dict[str, Any] | BadRow) -> str:
+    """A record as JSON for the quarantine; a line that could not be read carries its own text."""
+    import json
+
+    if isinstance(record, BadRow):
+        return ""
+    return json.dumps(record, ensure_ascii=False, default=repr)[:RAW_CHARACTERS]

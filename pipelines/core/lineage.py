@@ -1,0 +1,149 @@
+"""Where a model comes from, as tags: commit, inputs, params, packages, machine.
+
+In: the repository, a stage's params and the run it made. Out: the `Record` that ends a run, whose tags
+are copied to the model version. A stage that DVC restored from its cache ran elsewhere, at another time: what
+can be said of it is in `dvc.lock`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from pipelines.core import artifacts, graph
+from pipelines.core.context import StageContext
+from pipelines.core.tracking import Record
+
+PACKAGES = ("torch", "transformers", "peft", "mlflow")
+CONTENT = "sluice.content_hash"
+LARGEST_FILE = 8 * 2**20  # bytes; a larger file belongs to the model or to DVC, not to the record of a run
+VALUE_LIMIT = 5000  # characters MLflow keeps of a tag or param
+
+
+def record(
+    root: Path, spec: graph.StageSpec, section: BaseModel, metrics: Mapping[str, float], run: StageContext
+) -> Record:
+    """The record of a stage that has just ended well and whose output stands.
+
+    Args:
+        section: the stage's params.
+        metrics: what is in `metrics/<stage>.json`, `seconds` (wall time) among it.
+        run: where it was computed, and the samples it showed.
+    """
+    tags = {
+        "sluice.device": run.device,
+        "sluice.precision": run.precision,
+        "sluice.threads": str(run.threads),
+        "sluice.fingerprint": run.fingerprint,
+        "sluice.wall_seconds": str(metrics.get("seconds", "unknown")),
+    }
+    texts = {"samples.txt": "\n".join(run.samples) + "\n"} if run.samples else {}
+    return _record(root, spec, flatten(section.model_dump(mode="json")), metrics, tags, texts)
+
+
+def restored(root: Path, stage: str) -> Record:
+    """The record of an output that stands although no run of this machine made it."""
+    spec = graph.stage(root, stage)
+    lock = root / "dvc.lock"
+    stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
+    entry = stages.get(stage, {})
+    params = flatten({key: value for file in entry.get("params", {}).values() for key, value in file.items()})
+    params = {key.removeprefix(f"{stage}."): value for key, value in params.items()}
+    tags = {f"dvc.{dep['path']}": str(dep["md5"]) for dep in entry.get("deps", []) if "md5" in dep}
+    tags["sluice.restored"] = "from DVC's cache" if entry else "output without an entry in dvc.lock"
+    return _record(root, spec, params, read_metrics(root, spec), tags, {})
+
+
+def read_metrics(root: Path, spec: graph.StageSpec) -> dict[str, float]:
+    """A stage's metrics file; empty when there is none."""
+    path = root / spec.metrics
+    metrics: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return metrics
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """`{"a": {"b": 1}}` -> `{"a.b": "1"}`; lists are JSON."""
+    flat: dict[str, str] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+            flat[f"{prefix}{key}"] = text[:VALUE_LIMIT]
+    return flat
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of what decides how a model computes. A build's local suffix is dropped."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name).partition("+")[0]
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _record(
+    root: Path,
+    spec: graph.StageSpec,
+    params: dict[str, str],
+    metrics: Mapping[str, float],
+    tags: dict[str, str],
+    texts: dict[str, str],
+) -> Record:
+    output = root / spec.output
+    places = {name: root / path for name, path in spec.inputs.items()}
+    inputs = {name: artifacts.content_hash(place) for name, place in places.items() if place.exists()}
+    text = json.dumps(params, sort_keys=True)
+    everything = {
+        **tags,
+        **_git(root),
+        **{f"package.{name}": number for name, number in package_versions().items()},
+        **{f"sluice.input.{name}": digest for name, digest in inputs.items()},
+        "sluice.stage": spec.name,
+        "sluice.params_hash": hashlib.sha256(text.encode()).hexdigest(),
+        "sluice.data_hash": _data_hash(root, spec.name),
+        CONTENT: artifacts.content_hash(output),
+    }
+    files = tuple(path for path in sorted(output.iterdir()) if path.is_file() and path.stat().st_size <= LARGEST_FILE)
+    return Record(params, dict(metrics), everything, inputs, files, texts)
+
+
+def _data_hash(root: Path, stage: str) -> str:
+    """Hash of what the stages without parents made that this one descends from: its data."""
+    stages = graph.load(root)
+    ancestors, waiting = {stage}, [stage]
+    while waiting:
+        new = set(stages[waiting.pop()].parents) - ancestors
+        ancestors |= new
+        waiting += new
+    places = [root / stages[name].output for name in sorted(ancestors) if not stages[name].parents]
+    hashes = [artifacts.content_hash(place) for place in places if place.exists()]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _git(root: Path) -> dict[str, str]:
+    """Commit, and whether the code differs from it. What runs write themselves does not make it dirty."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return {"git.commit": "none", "git.dirty": "unknown"}
+    changes = git("status", "--porcelain", "--", ".", ":(exclude)metrics", ":(exclude)dvc.lock")
+    return {"git.commit": commit, "git.dirty": str(bool(changes)).lower(), "mlflow.source.git.commit": commit}

@@ -1,0 +1,124 @@
+"""Documents packed into rows of equal length, with their boundaries respected.
+
+The token stream is `separator document separator document ...`, one flat file of uint32 read through a memory
+map, so memory does not grow with the corpus. A row is `length` consecutive tokens. Tokens of different
+documents never attend to one another and positions start at 0 in each document, so a row gives the same
+result as its documents would one by one. No token is lost: what is left of a document opens the next row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from pipelines.core.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+DOCUMENT = "<|endoftext|>"  # the separator, where the vocabulary has it
+
+
+class Batch(NamedTuple):
+    """Packed rows. All tensors are int64 of shape (rows, length)."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor  # the next token of the stream; a document's last token predicts the separator
+    positions: torch.Tensor  # from 0 in each document
+    documents: torch.Tensor  # number of the document within its row
+
+
+def separator_id(tokenizer: Any) -> int:
+    """The token that opens a document and ends the one before: `<|endoftext|>`, else BOS, else EOS."""
+    known = tokenizer.get_vocab()
+    candidates = (known.get(DOCUMENT), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return next(int(token) for token in candidates if token is not None)
+
+
+def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of plain texts; a special token's spelling inside a text is text, not that token."""
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    try:
+        return [item.ids for item in backend.encode_batch(texts, add_special_tokens=False)]
+    finally:
+        backend.encode_special_tokens = False
+
+
+def write_stream(tokenizer: Any, texts: Iterable[str], place: Path, batch: int = 256) -> int:
+    """Tokenize documents into a flat uint32 file, a separator before each and one at the end.
+
+    Returns the number of tokens. Memory: one batch of texts.
+    """
+    separator = separator_id(tokenizer)
+    count = 0
+    with place.open("wb") as file:
+        waiting: list[str] = []
+
+        def flush() -> int:
+            ids = [token for one in encode(tokenizer, waiting) for token in (separator, *one)]
+            file.write(np.asarray(ids, dtype=np.uint32).tobytes())
+            waiting.clear()
+            return len(ids)
+
+        for text in texts:
+            waiting.append(text)
+            if len(waiting) == batch:
+                count += flush()
+        count += flush()
+        file.write(np.asarray([separator], dtype=np.uint32).tobytes())
+    return count + 1
+
+
+class PackedRows:
+    """Rows of a token stream, drawn in a new seeded order in each epoch."""
+
+    def __init__(self, place: Path, length: int, separator: int, seed: int) -> None:
+        self.stream = np.memmap(place, dtype=np.uint32, mode="r")
+        self.length, self.separator, self.seed = length, separator, seed
+        self.rows = (len(self.stream) - 1) // length
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        if self.rows < 1:
+            raise DataError(
+                f"the training corpus has {len(self.stream)} tokens, less than one row of "
+                f"pretrain.sequence_length = {length}: add text or shorten the rows"
+            )
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Rows number `first` to `first + count` of the endless sequence of shuffled epochs."""
+        chosen = [self._row(number) for number in range(first, first + count)]
+        return self._pack(np.stack([self.stream[row * self.length :][: self.length + 1] for row in chosen]))
+
+    def _row(self, number: int) -> int:
+        epoch, place = divmod(number, self.rows)
+        if epoch != self._epoch:  # 8 bytes a row of `length` tokens: small beside everything else
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        return int(self._order[place])
+
+    def _pack(self, tokens: np.ndarray[Any, Any]) -> Batch:
+        import torch
+
+        ids = torch.from_numpy(tokens[:, :-1].astype(np.int64))
+        labels = torch.from_numpy(tokens[:, 1:].astype(np.int64))
+        opens = ids == self.separator
+        documents = opens.long().cumsum(dim=1)
+        index = torch.arange(self.length).expand_as(ids)
+        starts = torch.where(opens, index, torch.zeros_like(index)).cummax(dim=1).values
+        return Batch(ids, labels, index - starts, documents)
+
+
+def attention_mask(documents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Additive mask (rows, 1, length, length): 0 where a token may look, the type's minimum elsewhere.
+
+    A token sees itself and earlier tokens of its own document. `documents`: int64 (rows, length).
+    """
+    import torch
+
+    length = documents.shape[1]
+    same = documents[:, :, None] == documents[:, None, :]
+    allowed = same & torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=documents.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]

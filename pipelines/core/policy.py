@@ -1,0 +1,225 @@
+"""`mlflow/registry.yaml` as frozen, typed rules: which stages make registered models, and what their gates ask.
+
+    models:
+      sluice-base:
+        stage: pretrain
+        model: model                     # directory in the stage's output that is the Hugging Face model
+        gate:
+        - {metric: bits_per_byte, at_most: 4.0}
+        - {score: bits, per: bytes, lower_is_better: true, better_than: bits_before}
+        - {score: bits, per: bytes, lower_is_better: true, not_worse_than: champion, margin: 0.01}
+        promote: auto
+
+A budget bounds a key of `metrics/<stage>.json`. A comparison takes columns of `evaluation.parquet`; its baseline
+is another column of the same file, `stage:NAME` (that stage's evaluation of the same examples) or `champion`.
+`check` holds all of it against the graph and the stages before anything is computed, and imports no MLflow.
+"""
+
+from __future__ import annotations
+
+import importlib
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from pipelines.core import graph
+from pipelines.core.errors import GateError
+
+FILE = "mlflow/registry.yaml"
+CHAMPION = "champion"
+STAGE = "stage:"
+
+
+class Section(BaseModel):
+    """A frozen section in which an unknown key is an error and a string is not a number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Budget(Section):
+    """A bound on a metric of the stage."""
+
+    metric: str
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Budget:
+        if (self.at_most is None) == (self.at_least is None):
+            raise ValueError("a budget needs one of at_most: NUMBER or at_least: NUMBER")
+        return self
+
+
+class Comparison(Section):
+    """Pair by pair against a baseline, on sum(score) / sum(per), or on the mean score without `per`.
+
+    `better_than` asks that the 95 % interval of the difference excludes zero. `not_worse_than` asks that no
+    point of the interval is worse by more than `margin`, a share of the baseline's value: 0.01 is one per cent,
+    whatever the unit of the score.
+    """
+
+    score: str
+    per: str | None = None
+    lower_is_better: bool
+    better_than: str | None = None
+    not_worse_than: str | None = None
+    margin: float | None = Field(None, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _one_baseline(self) -> Comparison:
+        if (self.better_than is None) == (self.not_worse_than is None):
+            raise ValueError("a comparison needs one of better_than or not_worse_than: COLUMN, stage:NAME or champion")
+        if (self.not_worse_than is None) != (self.margin is None):
+            raise ValueError("margin: SHARE belongs to not_worse_than, which needs it")
+        return self
+
+    @property
+    def baseline(self) -> str:
+        """A column, `stage:NAME` or `champion`."""
+        return self.better_than or self.not_worse_than or ""
+
+
+def _kind_of_rule(value: Any) -> str | None:
+    keys = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    return next((tag for key, tag in (("metric", "budget"), ("score", "comparison")) if key in keys), None)
+
+
+Rule = Annotated[
+    Annotated[Budget, Tag("budget")] | Annotated[Comparison, Tag("comparison")],
+    Discriminator(
+        _kind_of_rule,
+        custom_error_type="rule",
+        custom_error_message="a rule needs metric: NAME (a budget) or score: COLUMN (a comparison)",
+    ),
+]
+
+
+class ModelPolicy(Section):
+    """One registered model."""
+
+    stage: str
+    model: str = Field(min_length=1, description="directory inside the stage's output")
+    gate: list[Rule] = Field(min_length=1)
+    promote: Literal["auto", "manual"]
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        """The rules that need per-example rows."""
+        return [rule for rule in self.gate if isinstance(rule, Comparison)]
+
+
+class Policy(Section):
+    """The whole file."""
+
+    models: dict[str, ModelPolicy]
+
+    @model_validator(mode="after")
+    def _one_model_a_stage(self) -> Policy:
+        stages = [model.stage for model in self.models.values()]
+        twice = sorted({stage for stage in stages if stages.count(stage) > 1})
+        if twice:
+            raise ValueError(f"one model a stage, but several name stage {', '.join(twice)}")
+        return self
+
+    def of_stage(self, stage: str) -> tuple[str, ModelPolicy] | None:
+        """Name and policy of the model that a stage makes, or None."""
+        return next(((name, model) for name, model in self.models.items() if model.stage == stage), None)
+
+
+def load(root: Path) -> Policy:
+    """Read `mlflow/registry.yaml`.
+
+    Raises:
+        GateError: no such file, no YAML, or a key or value that is not accepted; one line for each mistake.
+    """
+    try:
+        raw = yaml.safe_load((root / FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise GateError(f"{FILE}: no such file in {root}. Run from the repository's root.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise GateError(f"{FILE} is not valid YAML: {error}") from None
+    try:
+        return Policy.model_validate(raw)
+    except ValidationError as error:
+        raise GateError(_explain(error)) from None
+
+
+def check(root: Path) -> None:
+    """Hold the file against the graph and what the stages say they write.
+
+    Raises:
+        GateError: it is malformed, or names a stage, metric or column that does not exist; all are listed.
+    """
+    policy = load(root)
+    stages = graph.load(root)
+    mistakes: list[str] = []
+    for name, model in policy.models.items():
+        if model.stage not in stages:
+            known = ", ".join(stages)
+            mistakes.append(f"{FILE}: models.{name}.stage: no stage {model.stage!r} in dvc.yaml; there are: {known}")
+            continue
+        for number, rule in enumerate(model.gate):
+            where = f"{FILE}: models.{name}.gate.{number}"
+            mistakes += [f"{where}.{mistake}" for mistake in _unknown(rule, model.stage, stages)]
+    if mistakes:
+        raise GateError("\n".join(mistakes))
+
+
+def _unknown(rule: Budget | Comparison, stage: str, stages: dict[str, graph.StageSpec]) -> list[str]:
+    """What a rule names that nothing writes."""
+    if isinstance(rule, Budget):
+        known = _declared(stage, "METRICS")
+        if any(fnmatchcase(rule.metric, pattern) for pattern in known):
+            return []
+        return [f"metric: {stage} has no metric {rule.metric!r}; known: {', '.join(sorted(known))}"]
+    columns = _declared(stage, "SCORES")
+    wanted = {"score": rule.score, "per": rule.per}
+    key = "better_than" if rule.better_than else "not_worse_than"
+    if rule.baseline.startswith(STAGE):
+        other = rule.baseline.removeprefix(STAGE)
+        if other not in stages:
+            return [f"{key}: no stage {other!r} in dvc.yaml; there are: {', '.join(stages)}"]
+        if rule.score not in _declared(other, "SCORES"):
+            return [f"{key}: the evaluation of stage {other} has no column {rule.score!r}"]
+    elif rule.baseline != CHAMPION:
+        wanted[key] = rule.baseline
+    return [
+        f"{key}: the evaluation of stage {stage} has no column {column!r}; known: {', '.join(sorted(columns))}"
+        for key, column in wanted.items()
+        if column is not None and column not in columns
+    ]
+
+
+def declared_scores(stage: str) -> frozenset[str]:
+    """Columns of the stage's `evaluation.parquet` that are results, not what the example is."""
+    return _declared(stage, "SCORES")
+
+
+def _declared(stage: str, what: str) -> frozenset[str]:
+    module = importlib.import_module(f"pipelines.{stage}")
+    declared = getattr(module, what, None)
+    if not isinstance(declared, frozenset):
+        raise GateError(f"pipelines/{stage}.py declares no {what}: frozenset[str], which its gate is checked against")
+    return declared
+
+
+_KINDS: dict[str | int, type[Section]] = {"budget": Budget, "comparison": Comparison}
+
+
+def _explain(error: ValidationError) -> str:
+    """One line a mistake: the key as one would type it, what was found, what is accepted."""
+    lines = []
+    for item in error.errors(include_url=False):
+        location = item["loc"]
+        key = ".".join(str(part) for part in location if part not in _KINDS) or "(top level)"
+        accepted = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            kind = next((_KINDS[part] for part in location if part in _KINDS), None)
+            model = kind or (ModelPolicy if len(location) == 3 else Policy)
+            accepted = f"no such key; accepted here: {', '.join(sorted(model.model_fields))}"
+        found = "" if isinstance(item["input"], (dict, BaseModel)) else f" (found {item['input']!r})"
+        lines.append(f"{FILE}: {key}: {accepted}{found}")
+    return "\n".join(dict.fromkeys(lines))

@@ -1,0 +1,128 @@
+"""The `pydocs` builder: Python source in, rows of every table out. Parsed with `ast`, never imported.
+
+`build` reads the standard library, installed packages and folders of the user's own, library by library, in parallel
+over processes; what it yields depends on the source files alone, not on the number of workers.
+
+    files.py       where source lies, and the module name of each file
+    records.py     one parsed file as plain records
+    added.py       docstrings of compiled objects, which live in calls
+    parse.py       one file -> its record (with syntax.py, signatures.py, docstrings.py and prose.py)
+    names.py       where an object is defined -> the public name a user types
+    entries.py     documented public objects under these names
+    rows.py        corpus, knowledge, demonstrations, prompts
+    tasks.py       labelled tasks and retrieval queries
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any
+
+from pipelines.core.pydocs import rows, tasks
+from pipelines.core.pydocs.entries import Entry, collect
+from pipelines.core.pydocs.files import Library, libraries
+from pipelines.core.pydocs.names import Names
+from pipelines.core.pydocs.parse import parse_files
+from pipelines.core.pydocs.records import Module, Skipped, SourceFile
+
+if TYPE_CHECKING:
+    from pipelines.core.params import PydocsSource
+
+__all__ = ["build"]
+Parsed = list[Module | Skipped]
+_CHUNK = 24  # files a call: small enough to balance two workers, large enough to hide the cost of a call
+
+
+def build(source: PydocsSource, workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (table, row) in an order that depends on the files alone.
+
+    Tables are those of `source.tables`, plus `queries` (id, group, query, target, referrer) where `knowledge` is one
+    of them, plus `skipped` (path, reason) for every file that could not be read as Python. Every other row has `id`,
+    unique within its table, and `group`, the key of the split. At most two libraries are held in memory.
+
+    Raises:
+        DataError: a package is not installed or has no Python source; a folder does not exist.
+    """
+    return _stream(source, libraries(source), workers)
+
+
+def _stream(source: PydocsSource, found: list[Library], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    labels = sorted({library.label(file.module) for library in found for file in library.files})
+    seen: set[str] = set()
+    for library, modules, names, skipped in _parsed(found, workers):
+        entries = collect(modules, names, library.label)
+        entries = [entry for entry in entries if entry.name not in seen]  # a folder may hold an installed package
+        seen.update(entry.name for entry in entries)
+        yield from _rows(source, entries, names, labels)
+        yield from (("skipped", item._asdict()) for item in sorted((*library.skipped, *skipped)))
+
+
+def _rows(
+    source: PydocsSource, entries: list[Entry], names: Names, labels: list[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of one library, object by object, then those that need all of its objects."""
+    wanted = set(source.tables)
+    texts: dict[str, str] = {}
+    for entry in entries:
+        if "corpus" in wanted:
+            yield "corpus", rows.corpus(entry)
+        known = rows.knowledge(entry)
+        texts[entry.name] = known["text"]
+        if "knowledge" in wanted:
+            yield "knowledge", known
+        if "demonstrations" in wanted:
+            yield from (("demonstrations", row) for row in rows.demonstrations(entry))
+        if "prompts" in wanted:
+            yield from (("prompts", row) for row in rows.prompts(entry))
+    found = tasks.queries(entries, names, texts)
+    if "knowledge" in wanted:
+        yield from (("queries", row) for row in found)
+    if "tasks" in wanted:
+        yield from (("tasks", row) for row in tasks.tasks(entries, labels))
+        yield from (("tasks", row) for row in tasks.similarities(found, entries))
+
+
+def _parsed(found: list[Library], workers: int) -> Iterator[tuple[Library, dict[str, Module], Names, list[Skipped]]]:
+    """Parse library by library; the workers are one library ahead, so that they never wait for the rows."""
+    with ExitStack() as stack:
+        pool = None
+        if workers > 1 and sum(len(library.files) for library in found) > _CHUNK:
+            # Spawned, not forked: the caller may have threads (torch, pyarrow), and a fork copies locks in any state.
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+        waiting: list[Callable[[], Parsed]] = []
+        for at, library in enumerate(found):
+            while len(waiting) < min(at + 2, len(found)):
+                waiting.append(_start(pool, found[len(waiting)].files, lazily=True))
+            parsed = waiting[at]()
+            waiting[at] = list  # let go of it
+            yield library, *_completed(pool, library, parsed)
+
+
+def _completed(
+    pool: ProcessPoolExecutor | None, library: Library, parsed: Parsed
+) -> tuple[dict[str, Module], Names, list[Skipped]]:
+    """Read what public names turn out to come from, round by round, until every one of them is resolved."""
+    modules: dict[str, Module] = {}
+    skipped: list[Skipped] = []
+    unread = {file.module: file for file in library.files}
+    while True:
+        modules.update((item.file.module, item) for item in parsed if isinstance(item, Module))
+        skipped += [item for item in parsed if isinstance(item, Skipped)]
+        broken = {item.path for item in skipped}
+        unread = {name: file for name, file in unread.items() if name not in modules and file.shown not in broken}
+        names = Names(modules, unread.keys())
+        if not names.missing:
+            return modules, names, skipped
+        parsed = _start(pool, [unread[name] for name in sorted(names.missing)], lazily=False)()
+
+
+def _start(pool: ProcessPoolExecutor | None, files: Sequence[SourceFile], lazily: bool) -> Callable[[], Parsed]:
+    """Begin to parse files in chunks; the call that is returned waits for all of them."""
+    if pool is None:
+        return lambda: parse_files(files, lazily)
+    chunks = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
+    started = [pool.submit(parse_files, chunk, lazily) for chunk in chunks]
+    return lambda: [item for future in started for item in future.result()]

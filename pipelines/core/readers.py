@@ -1,0 +1,286 @@
+"""Files to raw rows: JSONL, JSON, CSV, TSV, Parquet and plain text, each optionally gzipped, one row at a time.
+
+Each reader yields `(row, record)`: the 1-based line on which the row starts (Parquet: its number) and a
+dictionary, or the `BadRow` that says why there is none. A fault after which the rest of a file cannot be
+trusted (a broken archive, broken JSON inside an array) is a `DataError` at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from pipelines.core.errors import DataError
+from pipelines.core.faults import SHOWN_CHARACTERS, BadRow, shown
+
+Raw = tuple[int, dict[str, Any] | BadRow]
+READERS = {
+    **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    **dict.fromkeys((".parquet", ".pq"), "parquet"),
+    **dict.fromkeys((".txt", ".text", ".md", ".rst"), "text"),
+}
+BLOCK = 1 << 20
+LARGEST_CELL = 1 << 30
+LARGEST_VALUE = 1 << 26  # characters of one record of a .json file
+WHITE_SPACE = re.compile(r"\s*")
+
+
+class Cells(dict[str, Any]):
+    """A row of a CSV file: every value is text; a field that holds a list is written as JSON."""
+
+
+def kind_of(path: Path) -> str | None:
+    """The format by the file's extension (before `.gz`), or None."""
+    name = path.name.lower().removesuffix(".gz")
+    return READERS.get(Path(name).suffix)
+
+
+def read(path: Path, sample_by: str, separator: str | None) -> Iterator[Raw]:
+    """Rows of one file. `sample_by` and `separator` are for text files only.
+
+    Raises:
+        DataError: unknown extension, no such file, empty or unreadable file.
+    """
+    kind = kind_of(path)
+    if kind is None:
+        raise DataError(f"{path}: unknown extension; accepted: {', '.join(READERS)}, each also with .gz")
+    try:
+        with opened(path) as file:
+            if not file.peek(1):
+                raise DataError(f"{path}: the file is empty; accepted: at least one row. Remove it or fill it.")
+            if kind == "jsonl":
+                yield from _jsonl(file)
+            elif kind == "json":
+                yield from _json(file, path)
+            elif kind in ("csv", "tsv"):
+                yield from _csv(file, path, "," if kind == "csv" else "\t")
+            elif kind == "parquet":
+                yield from _parquet(file, path)
+            else:
+                yield from _text(file, path.name, sample_by, separator)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: not a whole gzip file ({error}). Copy or download it again.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[io.BufferedReader]:
+    """The file's bytes, unpacked if its name ends in `.gz`."""
+    with path.open("rb") as file:
+        if path.name.lower().endswith(".gz"):
+            # GzipFile reads in small steps by itself; the buffer also gives it `peek`.
+            yield io.BufferedReader(gzip.GzipFile(fileobj=file), BLOCK)
+        else:
+            yield file
+
+
+def _decoded(line: bytes, first: bool) -> str | BadRow:
+    """One line as text, without a byte order mark."""
+    try:
+        return line.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{line[error.start]:02x} at position {error.start + 1} of the line"
+        return BadRow("(line)", found, "UTF-8", line.decode("utf-8", "backslashreplace"))
+
+
+def _record(value: Any) -> dict[str, Any] | BadRow:
+    """A parsed JSON value as a record."""
+    if isinstance(value, dict):
+        return value
+    return BadRow("(row)", shown(value), 'an object such as {"text": "..."}')
+
+
+def _jsonl(file: IO[bytes]) -> Iterator[Raw]:
+    for number, line in enumerate(file, 1):
+        text = _decoded(line, number == 1)
+        if isinstance(text, BadRow):
+            yield number, text
+        elif text.strip():
+            try:
+                yield number, _record(json.loads(text))
+            except (json.JSONDecodeError, RecursionError) as error:
+                at = f"at character {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
+                found = f"broken JSON {at} in {shown(text.strip())}"
+                yield number, BadRow("(line)", found, "one JSON object a line", text.rstrip("\n"))
+
+
+def _json(file: IO[bytes], path: Path) -> Iterator[Raw]:
+    """An array of records, or an object of records (its keys become the column `key`), read piece by piece."""
+    stream = _JsonStream(io.TextIOWrapper(file, encoding="utf-8-sig"), path)
+    opening = stream.take("[{", "an array [...] or an object {...} of records")
+    closing = "]" if opening == "[" else "}"
+    if stream.peek() == closing:
+        raise DataError(f"{path}: holds no record; accepted: at least one")
+    while True:
+        key = None
+        if opening == "{":
+            key = stream.value()
+            stream.take(":", "a colon after the key")
+        stream.peek()
+        row = stream.line
+        record = _record(stream.value())
+        if key is not None and isinstance(record, dict):
+            record = {"key": key, **record}
+        yield row, record
+        if stream.take("," + closing, "a comma or the end") == closing:
+            return
+
+
+class _JsonStream:
+    """Values out of a long JSON text without holding it whole."""
+
+    def __init__(self, file: IO[str], path: Path) -> None:
+        self.file, self.path = file, path
+        self.text, self.at, self.line, self.ended = "", 0, 1, False
+        self.decoder = json.JSONDecoder()
+
+    def _more(self) -> bool:
+        """Append a block; what was read already goes."""
+        try:
+            block = self.file.read(BLOCK)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path}, after row {self.line}: not UTF-8 ({error.reason})") from None
+        self.text, self.at = self.text[self.at :] + block, 0
+        self.ended = not block
+        return bool(block)
+
+    def _pass(self, end: int) -> None:
+        self.line += self.text.count("\n", self.at, end)
+        self.at = end
+
+    def peek(self) -> str:
+        """The next character that is not white space; empty at the end."""
+        while True:
+            match = WHITE_SPACE.match(self.text, self.at)
+            self._pass(match.end() if match else self.at)
+            if self.at < len(self.text) or not self._more():
+                return self.text[self.at : self.at + 1]
+
+    def take(self, accepted: str, told: str) -> str:
+        """One of some characters."""
+        found = self.peek()
+        if not found or found not in accepted:
+            raise self._broken(f"found {found!r}" if found else "the file ends", told)
+        self._pass(self.at + 1)
+        return found
+
+    def value(self) -> Any:
+        """One JSON value."""
+        self.peek()
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                # A value that merely goes on in the next block looks broken too, until the file has ended.
+                if not self.ended and len(self.text) - self.at < LARGEST_VALUE and self._more():
+                    continue
+                line = self.line + self.text.count("\n", self.at, error.pos)
+                raise self._broken(error.msg, "JSON", line) from None
+            # A number may go on in the next block; everything else ends with its own last character.
+            if end == len(self.text) and not self.ended and self._more():
+                continue
+            self._pass(end)
+            return value
+
+    def _broken(self, found: str, told: str, line: int | None = None) -> DataError:
+        near = shown(self.text[self.at : self.at + SHOWN_CHARACTERS])
+        return DataError(
+            f"{self.path}, row {line or self.line}: broken JSON ({found}) near {near}; accepted: {told}. "
+            "What follows cannot be read: mend the file, or write one object a line (.jsonl)."
+        )
+
+
+def _csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Raw]:
+    """Rows under a header line. Quoted cells may hold line ends."""
+    faults: list[BadRow] = []
+
+    def lines() -> Iterator[str]:
+        for number, line in enumerate(file, 1):
+            text = _decoded(line, number == 1)
+            if isinstance(text, BadRow):
+                faults.append(text)
+                text = line.decode("utf-8", "replace")
+            yield text
+
+    limit = csv.field_size_limit(LARGEST_CELL)
+    try:
+        reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+        header = next(reader, [])
+        if len(set(header)) < len(header) or faults:
+            raise DataError(f"{path}, row 1: the header {shown(header)} must be UTF-8 with distinct column names")
+        while True:
+            row = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                yield row, BadRow("(row)", f"broken CSV: {error}", "quoted cells as in RFC 4180")
+                continue
+            if cells is None:
+                return
+            if faults:
+                yield row, faults[0]
+                faults.clear()
+            elif len(cells) != len(header):
+                raw = delimiter.join(cells)
+                yield row, BadRow("(row)", f"{len(cells)} cells", f"{len(header)} cells, as in the header", raw)
+            else:
+                yield row, Cells(zip(header, cells, strict=True))
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parquet(file: IO[bytes], path: Path) -> Iterator[Raw]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+    try:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
+            for record in batch.to_pylist():
+                row += 1
+                yield row, record
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}, after row {row}: not a Parquet file that can be read: {error}") from None
+
+
+def _text(file: IO[bytes], name: str, sample_by: str, separator: str | None) -> Iterator[Raw]:
+    """Rows `{text, file}`: a document (the whole file, or up to the next separator), a paragraph or a line."""
+    first_line = re.compile(separator) if separator else None
+    start, held, fault = 1, [], None  # type: int, list[str], BadRow | None
+
+    def done() -> Iterator[Raw]:
+        text = "".join(held).strip("\n")
+        if fault is not None:
+            yield start, fault
+        elif text.strip():
+            yield start, {"text": text, "file": name}
+
+    for number, line in enumerate(file, 1):
+        decoded = _decoded(line, number == 1)
+        text = decoded if isinstance(decoded, str) else ""
+        ends = (
+            sample_by == "line"
+            or (sample_by == "paragraph" and not text.strip() and not isinstance(decoded, BadRow))
+            or (first_line is not None and first_line.search(text.rstrip("\r\n")) is not None)
+        )
+        if ends and held:
+            yield from done()
+            held, fault = [], None
+        if not held:
+            start = number
+        held.append(text)
+        if isinstance(decoded, BadRow) and fault is None:
+            start, fault = number, decoded
+    yield from done()

@@ -1,0 +1,183 @@
+"""From a stage's output to a gated version of a registered model: exactly one for each content.
+
+`settle` is called after a stage, `reconcile` before and after a pipeline: they register what stands in
+`artifacts/`, whoever put it there (a run, a run that was killed behind its last step, DVC's cache), ask its gate
+and leave the verdict in `.sluice/verdicts/<stage>.json`, with the version and with its run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.core import artifacts, courier, gates, graph, lineage, policy, store, tracking, verdicts, versions
+from pipelines.core.environment import STATE
+from pipelines.core.errors import ArtifactError
+from pipelines.core.gates import Verdict
+from pipelines.core.verdicts import Candidate, Measure
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version and what its gate says."""
+
+    name: str
+    version: str
+    run_id: str
+    verdict: Verdict
+
+    def summary(self) -> str:
+        """What a person wants to see when a stage ends: the version and the table of its gate."""
+        return self.verdict.table()
+
+
+def check(root: Path) -> None:
+    """Refuse a malformed `mlflow/registry.yaml` before any compute. See `policy.check`."""
+    policy.check(root)
+
+
+def settle(root: Path, stage: str, measure: Measure | None = None) -> Registered | None:
+    """Register the output of a stage and ask its gate; None when no model is declared for the stage.
+
+    Delivers whatever is spooled first. Doing it again for the same content changes nothing.
+
+    Args:
+        measure: evaluates a model directory on today's held-out rows; needed when the champion was measured on
+            other rows. Without it such a rule does not pass, and says why.
+
+    Raises:
+        StoreUnavailable: the store is away; everything waits for the next call.
+        ArtifactError: the output holds no model.
+        GateError: a rule cannot be asked, see `gates.evaluate`.
+    """
+    found = policy.load(root).of_stage(stage)
+    if found is None:
+        return None
+    spec = graph.stage(root, stage)
+    if not (root / spec.output / found[1].model / "config.json").exists():
+        raise ArtifactError(
+            f"{spec.output}/{found[1].model} is no Hugging Face model (no config.json); {policy.FILE} expects one"
+        )
+    candidate = Candidate(root, stage, *found, spec, artifacts.content_hash(root / spec.output))
+    store.probe(root)
+    courier.deliver(root)
+    with store.locked(root, "registry"):
+        client, experiment = store.connect(root)
+        with store.answering(root):
+            versions.recover(root, client, experiment)
+            entry = versions.find(client, candidate.name, candidate.content)
+            if entry is None:
+                entry = _register(candidate, client, experiment)
+            verdict = verdicts.judge(candidate, client, entry, measure)
+    registered = Registered(candidate.name, str(entry.version), entry.run_id, verdict)
+    artifacts.write_json(_settled_file(root, stage), _settled(candidate))
+    return registered
+
+
+def reconcile(root: Path, measures: Callable[[str], Measure] | None = None) -> list[Registered]:
+    """Deliver what is spooled and settle every output that stands and is not registered.
+
+    Imports no MLflow when there is nothing to do.
+
+    Args:
+        measures: gives the `measure` of a stage, see `settle`.
+
+    Raises:
+        StoreUnavailable, GateError: as `settle`.
+    """
+    if tracking.backlog(root):
+        courier.deliver(root)
+    done = []
+    stages = graph.load(root)
+    models = policy.load(root).models
+    for stage, spec in stages.items():
+        name, model = next(((n, m) for n, m in models.items() if m.stage == stage), (None, None))
+        if name is None or model is None or not (root / spec.output).exists():
+            continue
+        candidate = Candidate(root, stage, name, model, spec, artifacts.content_hash(root / spec.output))
+        if _is_settled(candidate):
+            continue
+        registered = settle(root, stage, measures(stage) if measures else None)
+        done += [registered] if registered else []
+    return done
+
+
+def champions(root: Path) -> dict[str, str | None]:
+    """The champion's version of every declared model, None where there is none.
+
+    Raises:
+        StoreUnavailable: the store is away.
+    """
+    models = sorted(policy.load(root).models)
+    database = store.embedded(root)
+    if database is not None and not database.exists():
+        return dict.fromkeys(models)
+    client, _ = store.connect(root)
+    with store.answering(root):
+        return {model: versions.alias(client, model, policy.CHAMPION) for model in models}
+
+
+def _register(candidate: Candidate, client: Any, experiment: str) -> Any:
+    """Make the version, with the run that made the output, or with a run that says where it came from."""
+    root, stage = candidate.root, candidate.stage
+    spool = tracking.finished_spool(root, stage, candidate.content)
+    if spool is None:
+        recorder = tracking.Recorder(root, stage, candidate.content, courier=False)
+        recorder.finish("FINISHED", lineage.restored(root, stage))
+        spool = recorder.spool
+    run_id = courier.deliver(root)[spool.key]
+    end = spool.finished()
+    record = end["record"] if end else {"tags": {}, "inputs": {}}
+    tags = {**record["tags"], **_parents(candidate, client, record["inputs"])}
+    if candidate.evaluation is not None:
+        scores = policy.declared_scores(stage)
+        tags[versions.ROWS] = gates.rows_hash(candidate.evaluation, candidate.policy, scores)
+    card = candidate.output / candidate.policy.model / "README.md"
+    intent = versions.Intent(
+        store=store.address(root),
+        model=candidate.name,
+        content_hash=candidate.content,
+        run_id=run_id,
+        step=spool.last_step(),
+        folder=str(candidate.output / candidate.policy.model),
+        output=str(candidate.output),
+        evaluation=str(candidate.evaluation) if candidate.evaluation else None,
+        description=card.read_text(encoding="utf-8") if card.exists() else "",
+        tags=tags,
+    )
+    return versions.ensure(root, client, experiment, intent)
+
+
+def _parents(candidate: Candidate, client: Any, inputs: dict[str, str]) -> dict[str, str]:
+    """Versions of the registered models that the stage read, by the content it read."""
+    models = policy.load(candidate.root)
+    stages = graph.load(candidate.root)
+    tags = {}
+    for parent in candidate.spec.parents:
+        found = models.of_stage(parent)
+        name = next((n for n, path in candidate.spec.inputs.items() if path == stages[parent].output), None)
+        if found is not None and name in inputs:
+            entry = versions.find(client, found[0], inputs[name])
+            tags[f"sluice.parent.{found[0]}"] = str(entry.version) if entry else "not registered"
+    return tags
+
+
+def _settled(candidate: Candidate) -> dict[str, str]:
+    gate = gates.gate_hash(candidate.policy)
+    return {"store": store.address(candidate.root), "content_hash": candidate.content, "gate": gate}
+
+
+def _is_settled(candidate: Candidate) -> bool:
+    """Whether this content was registered and judged before, in the store in use."""
+    path, database = _settled_file(candidate.root, candidate.stage), store.embedded(candidate.root)
+    if not path.exists() or (database is not None and not database.exists()):
+        return False
+    known: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    return known == _settled(candidate)
+
+
+def _settled_file(root: Path, stage: str) -> Path:
+    return root / STATE / "registry" / "settled" / f"{stage}.json"

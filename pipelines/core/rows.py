@@ -1,0 +1,113 @@
+"""A raw record to the rows of a table: columns mapped, formats of the ecosystem understood, bad rows named.
+
+In: a record and its source's `columns`. Out: one row (a long document: several) as `pipelines.core.tables`
+stores it. The formats are TRL's (prompt + completion, messages, chosen + rejected, plain or conversational),
+hh-rlhf's transcripts, and InstructGPT's K ranked responses (or their scores).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.core.comparisons import comparison
+from pipelines.core.faults import BadRow, shown
+from pipelines.core.fields import Fields, conversation, filled, prompt_of, whole
+from pipelines.core.readers import Cells
+
+Row = dict[str, Any]
+TASK_SHAPES = (("text",), ("premise", "hypothesis"), ("first", "second"), ("context", "choices"))
+PART_CHARACTERS = 16_000
+
+
+def canonical(table: str, record: Mapping[str, Any], columns: Mapping[str, str | None]) -> list[Row]:
+    """Rows of a table out of one raw record (without `id` and `group`, see `identify`).
+
+    Raises:
+        BadRow: what is wrong with it.
+    """
+    fields = Fields(record, columns)
+    if table == "corpus":
+        return [{"text": part} for part in cut(fields.text("text"))]
+    if table == "demonstrations":
+        return [{"kind": fields.optional("kind") or "demonstration", "messages": _demonstration(fields)}]
+    if table == "prompts":
+        return [{"prompt": prompt_of(fields.value("prompt"), fields.column("prompt"))}]
+    if table == "comparisons":
+        return [comparison(fields)]
+    if table == "knowledge":
+        return [{"title": fields.text("title"), "text": fields.text("text"), "url": fields.optional("url")}]
+    if table == "queries":
+        return [{name: fields.text(name) for name in ("query", "target", "referrer")}]
+    return [_example(fields)]
+
+
+def identify(record: Mapping[str, Any], columns: Mapping[str, str | None], group: str | None) -> tuple[str | None, ...]:
+    """`(id, group)` of a record, each None where it has none. `group` is the column that the source names.
+
+    Raises:
+        BadRow: one of them is there but is neither text nor a whole number.
+    """
+    fields = Fields(record, columns)
+    own_id = fields.optional("id")
+    if group:
+        return own_id, Fields(record, {"group": group}).key("group")
+    return own_id, fields.optional("group")
+
+
+def cut(text: str, limit: int = PART_CHARACTERS) -> list[str]:
+    """A long document in parts of at most `limit` characters, cut at the last paragraph end that fits.
+
+    Where none fits, at a line end, then at a space, then anywhere. No part is blank.
+    """
+    parts = []
+    while len(text) > limit:
+        ends = (text.rfind(mark, 1, limit + 1) for mark in ("\n\n", "\n", " "))
+        end = next((end for end in ends if end > limit // 4), limit)
+        parts.append(text[:end])
+        text = text[end:].lstrip("\n") if text[end : end + 1] == "\n" else text[end:]
+    return [part for part in [*parts, text] if part.strip()]
+
+
+def _demonstration(fields: Fields) -> list[dict[str, str]]:
+    if fields.has("messages"):
+        column = fields.column("messages")
+        messages = conversation(fields.items("messages"), column)
+        roles = [message["role"] for message in messages]
+        if roles[-1] != "assistant" or "user" not in roles:
+            raise BadRow(column, f"the roles {', '.join(roles)}", "a user's message and, last, the assistant's")
+        return messages
+    prompt, completion = fields.value("prompt"), fields.value("completion")
+    if isinstance(prompt, list):
+        turns = conversation(prompt, fields.column("prompt"))
+    else:
+        turns = [{"role": "user", "content": fields.text("prompt")}]
+    if isinstance(completion, list):
+        answer = conversation(completion, fields.column("completion"))
+        if [message["role"] for message in answer] != ["assistant"]:
+            raise BadRow(fields.column("completion"), shown(completion), "one message of the assistant")
+        return [*turns, *answer]
+    return [*turns, {"role": "assistant", "content": fields.text("completion")}]
+
+
+def _example(fields: Fields) -> Row:
+    """One labelled example of a task: its text columns, `label` (a class, or the right choice from 0)."""
+    shape = next((shape for shape in TASK_SHAPES if all(fields.has(name) for name in shape)), None)
+    if shape is None:
+        there = ", ".join(map(str, fields.record)) or "none"
+        accepted = "; ".join(" + ".join(shape) for shape in TASK_SHAPES) + "; map them under columns:"
+        raise BadRow("text", f"none of the tasks' columns (there are: {there})", accepted)
+    row: Row = {name: fields.text(name) for name in shape if name != "choices"}
+    label, column = fields.value("label"), fields.column("label")
+    if "choices" in shape:
+        row["choices"] = [filled(item, fields.column("choices")) for item in fields.items("choices")]
+        if isinstance(fields.record, Cells) and label.isdecimal():
+            label = int(label)
+        if not whole(label, 0) or label >= len(row["choices"]):
+            raise BadRow(column, shown(label), f"the right choice's number, 0 to {len(row['choices']) - 1}")
+        return row | {"label": label, "label_text": row["choices"][label]}
+    if isinstance(label, str):
+        return row | {"label": None, "label_text": filled(label, column)}
+    if not whole(label, 0):
+        raise BadRow(column, shown(label), "the class as text or as a whole number from 0")
+    return row | {"label": label, "label_text": fields.optional("label_text") or str(label)}

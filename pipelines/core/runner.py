@@ -1,0 +1,198 @@
+"""Runs one stage as `dvc.yaml` declares it: params and paths in, one directory and one metrics file out.
+
+The order is what makes a crash harmless: the output is filled beside its place and moved in whole, then come
+the metrics, then the registry, and only then are the checkpoints dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipelines.core import artifacts, context, environment, graph, hardware, language_models, params
+from pipelines.core.errors import ArtifactError, DataError, StoreUnavailable, UserError
+
+UNEXPECTED = 70  # EX_SOFTWARE: our mistake, not the user's
+
+
+def main(name: str, root: Path) -> int:
+    """Run a stage; print one clear message if it fails. Returns the exit code, which the flow reads."""
+    environment.prepare(root)
+    live = context.StageContext(stage=name, root=root, fingerprint="")
+    live.live("running")
+    try:
+        execute(name, root)
+    except context.Stopped as stopped:
+        return _failed(
+            live, "stopped", f"{name}: {stopped}; the next run resumes from its checkpoint", stopped.exit_code
+        )
+    except UserError as error:
+        return _failed(live, "failed", str(error), error.exit_code)
+    except Exception as error:  # the last line of defence: say whose mistake it is, keep the traceback
+        remedy = _environment_problem(error)
+        if remedy is not None:
+            return _failed(live, "failed", f"{name}: {remedy}", UserError.exit_code)
+        traceback.print_exc()
+        return _failed(live, "failed", f"{name}: unexpected {type(error).__name__}: {error}", UNEXPECTED)
+    return 0
+
+
+def execute(name: str, root: Path) -> dict[str, float]:
+    """Run a stage and return its metrics.
+
+    Raises:
+        UserError: something the user can put right; nothing was written or registered.
+        Stopped: SIGTERM or SIGINT; the checkpoint is written.
+    """
+    from pipelines.core import lineage, registry, tracking
+
+    spec = graph.stage(root, name)
+    every = params.load(root / "params.yaml")
+    registry.check(root)
+    section: params.Section = getattr(every, name)
+    inputs = _inputs(root, spec)
+    environment.allow_hub(_names_hub(every))
+    with _thin_imports():
+        module = importlib.import_module(f"pipelines.{name}")
+    machine = hardware.choose(every.compute, root)
+    fingerprint = _fingerprint(root, spec, section, machine)
+    recorder = tracking.Recorder(root, name, fingerprint)
+    run = context.StageContext(
+        stage=name, root=root, fingerprint=fingerprint, curve=recorder.log,
+        device=machine.device, precision=machine.precision, threads=machine.threads,
+    )  # fmt: skip
+    run.catch_signals()
+    start = time.perf_counter()
+    try:
+        with artifacts.published(root / spec.output) as outputs:
+            metrics: dict[str, float] = module.run(section, inputs, outputs, run)
+            _check_metrics(name, metrics, module.METRICS)
+    except context.Stopped:
+        recorder.finish("KILLED", None)
+        raise
+    except BaseException:
+        recorder.finish("FAILED", None)
+        raise
+    run.measure(seconds=round(time.perf_counter() - start, 3))
+    figures = context.remember_measured(root, name, fingerprint, run.measured)
+    artifacts.write_json(root / spec.metrics, metrics | figures)
+    recorder.finish("FINISHED", lineage.record(root, spec, section, metrics | figures, run))
+    _settle(root, name)
+    shutil.rmtree(run.work, ignore_errors=True)
+    run.live("done")
+    return metrics | figures
+
+
+def measure_for(root: Path, name: str) -> Callable[[Path, Path], None] | None:
+    """How to score another model of this stage on today's held-out examples, or None where the stage cannot.
+
+    Returns a function of the model's directory and of the `evaluation.parquet` to write.
+    """
+    module = importlib.import_module(f"pipelines.{name}")
+    if not hasattr(module, "measure"):
+        return None
+
+    def measure(model: Path, evaluation: Path) -> None:
+        spec, every = graph.stage(root, name), params.load(root / "params.yaml")
+        machine = hardware.choose(every.compute, root)
+        run = context.StageContext(name, root, "champion", machine.device, machine.precision, machine.threads)
+        module.measure(getattr(every, name), _inputs(root, spec), run, model, evaluation)
+
+    return measure
+
+
+def _settle(root: Path, name: str) -> None:
+    """Register what the stage made and judge it; with the store away, the record waits in the spool."""
+    from pipelines.core import registry
+
+    try:
+        registered = registry.settle(root, name, measure_for(root, name))
+    except StoreUnavailable as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+        return
+    if registered is not None:
+        print(registered.summary(), flush=True)
+
+
+def _names_hub(every: params.Params) -> bool:
+    """Whether anything in the file is to come from a hub; nothing else may reach for one."""
+    bases = {base for base in (every.tokenizer.base, every.pretrain.base) if base is not None}
+    sources = any(isinstance(source, params.HubSource) for source in every.data.sources)
+    return sources or any(language_models.find(base).kind == "hub" for base in bases)
+
+
+def _inputs(root: Path, spec: graph.StageSpec) -> dict[str, Path]:
+    """The deps that are data, by name, all of them there."""
+    inputs = {name: root / path for name, path in spec.inputs.items()}
+    for name, path in inputs.items():
+        if not path.exists():
+            raise ArtifactError(
+                f"{spec.name}: its input {name} is missing ({path}). Make it with: dvc repro {spec.name}"
+            )
+    return inputs
+
+
+def _fingerprint(root: Path, spec: graph.StageSpec, section: params.Section, machine: hardware.Hardware) -> str:
+    """Hash of everything the output depends on: params, inputs, code, kind of machine and thread count."""
+    parts = {
+        "stage": spec.name,
+        "params": section.model_dump(mode="json"),
+        "inputs": {name: artifacts.content_hash(root / path) for name, path in spec.inputs.items()},
+        "code": {path: artifacts.content_hash(root / path) for path in spec.code},
+        "machine": [machine.device, machine.precision, machine.threads, hardware.processor()],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _check_metrics(name: str, metrics: dict[str, float], declared: frozenset[str]) -> None:
+    """A stage returns the keys it declares, each a finite number: gates and the report rely on them."""
+    if set(metrics) != declared:
+        missing, extra = sorted(declared - set(metrics)), sorted(set(metrics) - declared)
+        raise AssertionError(f"{name}: metrics differ from METRICS (missing {missing}, not declared {extra})")
+    wrong = {key: value for key, value in metrics.items() if value != value or value in (float("inf"), -float("inf"))}
+    if wrong:
+        raise DataError(f"{name}: these metrics are not finite numbers: {wrong}. Nothing was published.")
+
+
+def _environment_problem(error: Exception) -> str | None:
+    """What the user must mend when the machine, not the program, is at fault; None for anything else."""
+    import errno
+
+    number = getattr(error, "errno", None)
+    place = getattr(error, "filename", None) or "the repository's disk"
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        return f"the disk is full ({place}): {error}. Free some space and run again; nothing was published."
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write or read {place}: {error}. Nothing was published."
+    if isinstance(error, MemoryError):
+        return "not enough memory. Lower batch sizes in params.yaml or free some memory; nothing was published."
+    return None
+
+
+def _failed(live: context.StageContext, state: str, message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    try:
+        live.live(state, message, code)
+    except OSError as error:  # a full disk must not hide the message above
+        print(f"warning: {context.live_file(live.root, live.stage)} could not be written: {error}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def _thin_imports() -> Iterator[None]:
+    """A missing dependency is a set-up mistake, told as one."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{sys.executable} has no module {error.name!r}. Use the repository's virtual environment "
+            "(`make run`, or `. .venv/bin/activate`)."
+        ) from None

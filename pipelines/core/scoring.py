@@ -1,0 +1,111 @@
+"""Bits that a language model, or a classical compressor, needs for held-out texts.
+
+Bits per byte compares models with different tokenizers: the examples are the same bytes for all of them
+(Gao et al., "The Pile", 2020, section 3.1).
+"""
+
+from __future__ import annotations
+
+import lzma
+import math
+from collections.abc import Callable
+from typing import Any
+
+from pipelines.core import losses, packing, training
+from pipelines.core.language_models import body_and_head
+
+WINDOW = 1024  # longest context a text is scored in, in tokens
+PRIMER_BYTES = 128 * 1024  # training text the compressor has read before it meets a held-out text
+BATCH_TOKENS = 2048
+
+
+def model_bits(
+    model: Any, tokenizer: Any, texts: list[str], precision: str, tell: Callable[[int, int], None]
+) -> list[float]:
+    """Bits of each text under a causal model, from the document separator on.
+
+    A text longer than the context is scored in windows that overlap by half, each token once, with at least
+    half a window before it. Texts are padded on the right to the longest of their batch, which a causal model
+    cannot see. `tell(done, total)` is called after each batch, in pieces of text.
+    """
+    import torch
+
+    window = min(WINDOW, getattr(model.config, "max_position_embeddings", WINDOW) or WINDOW)
+    separator = packing.separator_id(tokenizer)
+    pieces: list[tuple[int, list[int], list[int]]] = []  # text, ids, labels
+    for number, ids in enumerate(packing.encode(tokenizer, texts)):
+        pieces += [(number, *piece) for piece in _windows([separator, *ids], window)]
+    pieces.sort(key=lambda piece: (-len(piece[1]), piece[0]))
+    bits = [0.0] * len(texts)
+    with torch.inference_mode():
+        done = 0
+        for batch in _batches(pieces):
+            for (number, _, _), value in zip(batch, _score(model, batch, precision), strict=True):
+                bits[number] += value
+            done += len(batch)
+            tell(done, len(pieces))
+    return bits
+
+
+def classical_bits(texts: list[str], primer: str) -> list[float]:
+    """Bits that LZMA needs for each text once it has read `primer`: what a compressor makes of the same data.
+
+    The difference of two compressed lengths, so whole bytes; `primer` is cut to its last `PRIMER_BYTES`.
+    """
+    known = primer.encode()[-PRIMER_BYTES:]
+    base = _lzma_bytes(known)
+    return [8.0 * (_lzma_bytes(known + text.encode()) - base) for text in texts]
+
+
+def _lzma_bytes(data: bytes) -> int:
+    return len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA1, "preset": 9}]))
+
+
+def _windows(ids: list[int], window: int) -> list[tuple[list[int], list[int]]]:
+    """Inputs and labels of overlapping windows; every token but the first is a label exactly once."""
+    stride = max(1, window // 2)
+    pieces = []
+    done = 1  # tokens [1, done) are scored
+    start = 0
+    while done < len(ids):
+        end = min(start + window, len(ids) - 1)
+        labels = [losses.IGNORE] * (done - 1 - start) + ids[done : end + 1]
+        pieces.append((ids[start:end], labels))
+        done = end + 1
+        start = max(0, done - 1 - stride)
+    return pieces
+
+
+def _batches(pieces: list[tuple[int, list[int], list[int]]]) -> list[list[tuple[int, list[int], list[int]]]]:
+    """Consecutive pieces, sorted by length, of at most `BATCH_TOKENS` padded tokens."""
+    batches: list[list[tuple[int, list[int], list[int]]]] = []
+    for piece in pieces:
+        if batches and (len(batches[-1]) + 1) * len(batches[-1][0][1]) <= BATCH_TOKENS:
+            batches[-1].append(piece)
+        else:
+            batches.append([piece])
+    return batches
+
+
+def _score(model: Any, batch: list[tuple[int, list[int], list[int]]], precision: str) -> list[float]:
+    """Bits of the labels of each piece."""
+    import torch
+
+    longest = len(batch[0][1])
+    device = model.device
+    ids = torch.zeros(len(batch), longest, dtype=torch.long, device=device)
+    labels = torch.full((len(batch), longest), losses.IGNORE, device=device)
+    for row, (_, tokens, wanted) in enumerate(batch):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        labels[row, : len(wanted)] = torch.tensor(wanted)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body, head = body_and_head(inner)
+    documents = torch.zeros_like(ids)
+    positions = torch.arange(longest, device=device).expand_as(ids)
+    mask_type = torch.bfloat16 if precision == "bf16" else torch.float32
+    mask = packing.attention_mask(documents, mask_type)
+    with training.computing_in(precision, device.type, model):
+        states = body(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
+    hidden = states.last_hidden_state.to(mask_type)
+    scores = losses.label_log_probabilities(hidden.flatten(0, 1), head, labels.flatten())
+    return [float(value) / -math.log(2) for value in scores.view_as(labels).double().sum(dim=1)]

@@ -1,0 +1,154 @@
+"""Named sources to raw rows: local files, folders and globs, hub data sets, and the built-in builder.
+
+`read` yields one `Entry` a row with where it came from; `pipelines.core.rows` makes table rows of them.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipelines.core import readers
+from pipelines.core.environment import allow_hub
+from pipelines.core.errors import DataError, StoreUnavailable
+from pipelines.core.faults import BadRow
+from pipelines.core.params import DataParams, FileSource, HubSource, PydocsSource
+
+WILD = "*?["
+
+
+class Entry(NamedTuple):
+    """A raw row. `source` names it in the outputs, `where` is what a person opens, `row` counts from 1."""
+
+    source: str
+    where: str
+    row: int
+    record: dict[str, Any] | BadRow
+
+
+def names_hub(params: DataParams) -> bool:
+    """Whether a source is a data set of the hub."""
+    return any(isinstance(source, HubSource) for source in params.sources)
+
+
+def local_paths(params: DataParams, root: Path) -> list[Path]:
+    """Every local file and folder the sources read, sorted: what the stage depends on.
+
+    A glob stands for the deepest folder without a wildcard, so that a new file under it is noticed; if that
+    folder holds the repository itself, for the files that match now.
+
+    Raises:
+        DataError: a path that does not exist, or a folder or glob without a file that can be read.
+    """
+    paths: set[Path] = set()
+    for source in params.sources:
+        if isinstance(source, PydocsSource):
+            paths.update(_resolve(folder, root) for folder in source.folders)
+        elif isinstance(source, FileSource):
+            place = _resolve(source.path, root)
+            found = files_of(source, root)
+            if _is_glob(place):
+                parts = place.parts
+                stem = Path(*parts[: next(i for i, part in enumerate(parts) if any(c in part for c in WILD))])
+                paths.update(found if root.resolve().is_relative_to(stem.resolve()) else [stem])
+            else:
+                paths.add(place)
+    return sorted(paths)
+
+
+def files_of(source: FileSource, root: Path) -> list[Path]:
+    """The files of a source, sorted by name; in a folder (searched to any depth) those with a known extension.
+
+    Raises:
+        DataError: nothing there, or nothing that can be read.
+    """
+    place = _resolve(source.path, root)
+    accepted = f"accepted: {', '.join(readers.READERS)}, each also with .gz"
+    if place.is_dir():
+        inside = (path for path in place.rglob("*") if path.is_file())
+        visible = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(place).parts)]
+        files = [path for path in visible if readers.kind_of(path) is not None]
+        if not files:
+            raise DataError(f"{place}: the folder holds no file that can be read; {accepted}")
+    elif _is_glob(place) and not place.exists():
+        files = [Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file()]
+        if not files:
+            raise DataError(f"{place}: no file matches; {accepted}")
+    elif place.is_file():
+        files = [place]
+    else:
+        raise DataError(f"{place}: no such file or folder (data.sources, path: {source.path})")
+    return sorted(files, key=lambda path: path.as_posix())
+
+
+def read(source: FileSource | HubSource, root: Path) -> Iterator[Entry]:
+    """Raw rows of one source, in the order of its files.
+
+    Raises:
+        DataError: the source is not there, or a file as a whole cannot be read.
+        StoreUnavailable: the hub did not answer.
+    """
+    if isinstance(source, HubSource):
+        yield from _hub(source)
+        return
+    for path in files_of(source, root):
+        label = _label(path, _resolve(source.path, root), root)
+        rows = 0
+        for row, record in readers.read(path, source.sample_by, source.separator):
+            rows += 1
+            yield Entry(label, str(path), row, record)
+        if not rows:
+            raise DataError(f"{path}: holds no row; accepted: at least one. Remove it or fill it.")
+
+
+def build(source: PydocsSource, workers: int, skipped: Callable[[str, str], None]) -> Iterator[tuple[str, Entry]]:
+    """Rows of the built-in builder as `(table, entry)`; a file it could not parse goes to `skipped(path, reason)`."""
+    from pipelines.core import pydocs
+
+    rows = 0
+    for table, record in pydocs.build(source, workers):
+        if table == "skipped":
+            skipped(str(record["path"]), str(record["reason"]))
+            continue
+        rows += 1
+        yield table, Entry("pydocs", "pydocs", rows, record)
+    if not rows:
+        raise DataError(
+            f"pydocs: no documentation found in stdlib={source.stdlib}, {source.packages}, {source.folders}"
+        )
+
+
+def _hub(source: HubSource) -> Iterator[Entry]:
+    """Rows of a hub data set, streamed: nothing but the rows in use is kept."""
+    allow_hub(True)
+    import datasets
+
+    remedy = "Check hub, config, revision and hub_split in data.sources."
+    try:
+        stream = datasets.load_dataset(
+            source.hub, source.config, split=source.hub_split, revision=source.revision, streaming=True
+        )
+        for row, record in enumerate(stream, 1):
+            yield Entry(f"hub:{source.hub}", f"hub:{source.hub}", row, dict(record))
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(f"hub data set {source.hub}: {error} {remedy}") from None
+    except OSError as error:  # requests' and httpx's connection errors reach us as OSError
+        raise StoreUnavailable(f"hub data set {source.hub}: the hub did not answer: {error}") from None
+
+
+def _resolve(path: str, root: Path) -> Path:
+    """A path of `params.yaml`: relative to the repository unless absolute or under `~`."""
+    return root / Path(path).expanduser()
+
+
+def _is_glob(path: Path) -> bool:
+    return any(character in path.as_posix() for character in WILD)
+
+
+def _label(path: Path, place: Path, root: Path) -> str:
+    """A file's name in the outputs, which must not depend on where this machine keeps it."""
+    if path.resolve().is_relative_to(root.resolve()):
+        return path.resolve().relative_to(root.resolve()).as_posix()
+    return (Path(place.name) / path.relative_to(place)).as_posix() if place.is_dir() else path.name

@@ -1,0 +1,143 @@
+"""The MLflow store: one place that connects to it, locks around it and says so when it is away.
+
+The address is MLflow's own variable, `MLFLOW_TRACKING_URI` (`environment.prepare` sets the embedded SQLite
+store when nobody did). Locks are files in `.sluice/` and hold on one machine; on a shared server, one machine
+at a time should register and promote (a model is searched by its content before a version is made, so the rest
+is safe one after the other).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipelines.core.environment import STATE
+from pipelines.core.errors import StoreUnavailable
+
+EXPERIMENT = "sluice"
+AWAY = (429, 502, 503, 504)  # answers of a proxy or server that is there and cannot work now
+
+
+@contextlib.contextmanager
+def locked(root: Path, name: str) -> Iterator[None]:
+    """Hold the lock `.sluice/locks/NAME`; waits for whoever has it. Not re-entrant."""
+    place = root / STATE / "locks" / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def address(root: Path) -> str:
+    """The tracking URI in use."""
+    default = f"sqlite:///{root.resolve() / STATE}/mlflow/mlflow.db"
+    return os.environ.get("MLFLOW_TRACKING_URI") or default
+
+
+def embedded(root: Path) -> Path | None:
+    """The database file of an embedded SQLite store, or None when the store is a server."""
+    uri = address(root)
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def connect(root: Path) -> tuple[Any, str]:
+    """An `MlflowClient` and the id of the experiment, which is created on first use, by one process only.
+
+    Raises:
+        StoreUnavailable: the store does not answer, or its database cannot be written.
+    """
+    probe(root)
+    # Training waits for nothing here, so a server that is away shall say so soon. A user's own values win.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    for noisy in ("mlflow", "alembic"):  # every table of a new database is a line otherwise
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    mlflow.set_tracking_uri(address(root))
+    artifacts = f"file://{root.resolve() / STATE}/mlflow/artifacts" if embedded(root) else None
+    with answering(root), locked(root, "store"):
+        client = mlflow.MlflowClient()
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if found is None:
+            try:
+                return client, str(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
+            except MlflowException as error:  # another machine was quicker
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = client.get_experiment_by_name(EXPERIMENT)
+        if found.lifecycle_stage == "deleted":
+            client.restore_experiment(found.experiment_id)
+        return client, str(found.experiment_id)
+
+
+def probe(root: Path) -> None:
+    """One cheap question, without MLflow's long import, before anything is asked of the store.
+
+    Raises:
+        StoreUnavailable: no answer within five seconds, or the database file cannot be written.
+    """
+    uri = address(root)
+    database = embedded(root)
+    if database is not None:
+        home = next(parent for parent in [database, *database.parents] if parent.exists())
+        if not os.access(home, os.W_OK):
+            raise unavailable(root, f"{home} cannot be written")
+        return
+    if urlsplit(uri).scheme not in ("http", "https"):
+        return
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
+    except urllib.error.HTTPError as error:
+        if error.code in AWAY:
+            raise unavailable(root, f"it answered {error.code}") from None
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, ssl.SSLError):  # whether to trust a certificate is MLflow's decision
+            raise unavailable(root, str(error.reason)) from None
+    except OSError as error:
+        raise unavailable(root, str(error)) from None
+
+
+@contextlib.contextmanager
+def answering(root: Path) -> Iterator[None]:
+    """Turn what MLflow raises when its store is away into `StoreUnavailable`; let every other error pass."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import OperationalError
+
+    try:
+        yield
+    except (RequestException, OperationalError) as error:
+        raise unavailable(root, _first_line(error)) from error
+    except MlflowException as error:
+        status = getattr(error, "get_http_status_code", lambda: 0)()
+        text = str(error)
+        away = "API request to" in text and ("failed with exception" in text or status in AWAY)
+        if not (away or status in AWAY or "OperationalError" in text):
+            raise
+        raise unavailable(root, _first_line(error)) from error
+
+
+def unavailable(root: Path, why: str) -> StoreUnavailable:
+    """The error that says which store is away, what is kept meanwhile and how it gets there later."""
+    parts = urlsplit(address(root))
+    shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # no password on a terminal
+    return StoreUnavailable(
+        f"the MLflow store {shown} does not answer ({why}). Nothing is lost: records wait in "
+        f"{STATE}/spool, finished models in artifacts/; `sluice run` delivers and registers them once it is back."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,135 @@
+"""Pieces every training loop uses: the schedule, the optimizer's groups, what is trained, what a step costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from pipelines.core import losses, packing
+from pipelines.core.context import StageContext
+from pipelines.core.errors import ArtifactError
+from pipelines.core.language_models import body_and_head
+
+BETAS = (0.9, 0.95)  # InstructGPT, appendix C; GPT-3, appendix B
+FLOOR = 0.1  # of the peak rate, where the cosine ends
+
+
+def cosine_with_warmup(step: int, steps: int, warmup_share: float) -> float:
+    """Factor on the peak learning rate in step 0..steps-1: linear warm-up, then a cosine down to `FLOOR`."""
+    warmup = max(1, round(steps * warmup_share)) if warmup_share > 0 else 0
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def adamw(model: Any, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over what is trained; matrices decay, gains and biases do not (GPT-1, section 4.1)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=BETAS, fused=True)
+
+
+def with_lora(model: Any, rank: int) -> Any:
+    """The model wrapped by peft: adapters on every linear layer of the blocks, everything else frozen.
+
+    alpha = 2 x rank, as in the QLoRA paper's code; the adapters are fp32 whatever the base's type.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+@contextmanager
+def computing_in(precision: str, device: str, model: Any) -> Iterator[None]:
+    """bf16 arithmetic over weights of any type; peft must not turn activations into the adapters' fp32 first."""
+    from peft.helpers import disable_input_dtype_casting
+
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"), disable_input_dtype_casting(model):
+        yield
+
+
+def language_model_loss(model: Any, batch: packing.Batch, context: StageContext) -> torch.Tensor:
+    """Mean next-token cross-entropy in nats over packed rows; documents do not see one another."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body, head = body_and_head(inner)
+    mask_type = torch.bfloat16 if context.precision == "bf16" else torch.float32
+    ids, labels, positions, documents = (part.to(context.device) for part in batch)
+    mask = packing.attention_mask(documents, mask_type)
+    with computing_in(context.precision, context.device, model):
+        hidden = body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state.to(
+            mask_type
+        )
+    return losses.linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten())
+
+
+def refuse_nan(step: int, **values: float) -> None:
+    """Stop a run that has diverged, before it spoils a checkpoint.
+
+    Raises:
+        ArtifactError: one of the values is not finite.
+    """
+    wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if wrong:
+        raise ArtifactError(f"training diverged in step {step + 1}: {wrong}. Lower lr or raise warmup_share.")
+
+
+def random_state() -> dict[str, Any]:
+    """States of torch's random generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def trained_state(model: Any) -> dict[str, torch.Tensor]:
+    """What is trained, by name: all a checkpoint needs of the weights."""
+    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def load_trained_state(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Put back what `trained_state` gave.
+
+    Raises:
+        KeyError: the model trains something the state does not hold.
+    """
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.requires_grad:
+                value.copy_(state[name])
+
+
+def flops_per_token(model: Any, length: int) -> float:
+    """Arithmetic that one training token needs, in floating-point operations.
+
+    A matrix parameter costs 2 in the forward pass and 2 for the gradient of its input; 2 more only if it is
+    trained itself, so a frozen base counts 4 and not the usual 6 (Chowdhery et al., "PaLM", 2022, appendix B,
+    counts every parameter as trained). Attention over half of `length` keys: scores and values, forward and
+    twice that backward. Norms, activations and look-ups are left out.
+    """
+    frozen = trained = 0
+    _, head = body_and_head(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    for name, value in model.named_parameters():
+        if value.dim() < 2 or (value.shape[0] == head.shape[0] and value is not head) or "wpe" in name:
+            continue  # vectors, and embeddings that are looked up only
+        if value.requires_grad:
+            trained += value.numel()
+        else:
+            frozen += value.numel()
+    config = model.config
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 3 * 2 * 2 * config.num_hidden_layers * config.num_attention_heads * width * (length / 2)
+    return float(4 * frozen + 6 * trained + attention)

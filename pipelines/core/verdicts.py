@@ -1,0 +1,136 @@
+"""The verdict of a registered version: which rows its gate compares, and what becomes of the answer.
+
+A champion that has rows of the candidate's own examples is compared by them; one that was measured on other
+rows (the held-out data changed) is measured again on today's, once, and the rows are kept in
+`.sluice/registry/measured/`. Numbers from different data are never compared.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.core import artifacts, gates, graph, lineage, policy, store, versions
+from pipelines.core.environment import STATE
+from pipelines.core.errors import GateError
+from pipelines.core.gates import Verdict
+
+Measure = Callable[[Path, Path], None]  # (directory of a model, Parquet file to write its evaluation to)
+EVALUATION = "evaluation.parquet"
+NOT_MEASURED = "measured on other rows, and it cannot be measured again here: run the stage again"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A stage's output as it stands, and what the registry asks of it."""
+
+    root: Path
+    stage: str
+    name: str
+    policy: policy.ModelPolicy
+    spec: graph.StageSpec
+    content: str
+
+    @property
+    def output(self) -> Path:
+        """The stage's output directory."""
+        return self.root / self.spec.output
+
+    @property
+    def evaluation(self) -> Path | None:
+        """Its per-example rows, if the stage wrote any."""
+        path = self.output / EVALUATION
+        return path if path.exists() else None
+
+
+def stored(root: Path, stage: str) -> Verdict | None:
+    """The verdict of a stage's last registered output."""
+    path = root / STATE / "verdicts" / f"{stage}.json"
+    return Verdict.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def judge(candidate: Candidate, client: Any, entry: Any, measure: Measure | None) -> Verdict:
+    """The verdict of a version: the one that was given, as long as it is about the same rules and champion."""
+    root, stage = candidate.root, candidate.stage
+    champion = versions.alias(client, candidate.name, policy.CHAMPION)
+    known = stored(root, stage)
+    facts = {
+        "content_hash": candidate.content,
+        "version": str(entry.version),
+        "run_id": entry.run_id,
+        "gate": gates.gate_hash(candidate.policy),
+    }
+    if (
+        known is not None
+        and all(getattr(known, key) == value for key, value in facts.items())
+        and champion in (known.champion, str(entry.version))
+        and not any(row.note == NOT_MEASURED for row in known.rows)
+    ):
+        return known
+    named = {rule.baseline for rule in candidate.policy.comparisons}
+    stages = graph.load(root)
+    baselines = {
+        name: gates.Baseline(name, root / stages[name.removeprefix(policy.STAGE)].output / EVALUATION)
+        for name in named
+        if name.startswith(policy.STAGE)
+    }
+    if policy.CHAMPION in named:
+        baselines[policy.CHAMPION] = _champion(candidate, client, entry, champion, measure)
+    metrics = lineage.read_metrics(root, candidate.spec)
+    verdict = gates.evaluate(candidate.name, candidate.policy, metrics, candidate.evaluation, baselines)
+    verdict = replace(verdict, **facts, champion=champion)
+    client.log_text(entry.run_id, json.dumps(verdict.to_json(), indent=2), "verdict.json")
+    client.log_text(entry.run_id, verdict.table() + "\n", "verdict.txt")
+    outcome = "passed" if verdict.passed else "failed"
+    client.set_tag(entry.run_id, versions.GATE, outcome)
+    compared = (champion or "none") if policy.CHAMPION in named else "any"
+    client.set_model_version_tag(candidate.name, str(entry.version), versions.GATE_CHAMPION, compared)
+    client.set_model_version_tag(candidate.name, str(entry.version), versions.GATE, outcome)
+    artifacts.write_json(root / STATE / "verdicts" / f"{stage}.json", verdict.to_json())
+    return verdict
+
+
+def _champion(
+    candidate: Candidate, client: Any, entry: Any, champion: str | None, measure: Measure | None
+) -> gates.Baseline:
+    """The champion's rows on the candidate's examples; measured now when it only has rows of other examples."""
+    if champion is None:
+        return gates.NO_CHAMPION
+    if champion == str(entry.version):
+        return gates.Baseline(policy.CHAMPION, None, "this version is the champion", passed=True)
+    if candidate.evaluation is None:
+        raise GateError(f"stage {candidate.stage} wrote no {EVALUATION}, which its gate compares")
+    name = f"champion v{champion}"
+    scores = policy.declared_scores(candidate.stage)
+    today = gates.rows_hash(candidate.evaluation, candidate.policy, scores)
+    kept = candidate.root / STATE / "registry" / "measured" / f"{candidate.name}-{champion}-{today[:16]}.parquet"
+    if kept.exists():
+        return gates.Baseline(name, kept)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    source = f"models:/{candidate.name}/{champion}/artifacts"
+    tags = client.get_model_version(candidate.name, champion).tags
+    with tempfile.TemporaryDirectory(dir=kept.parent) as temporary:
+        draft = Path(temporary) / EVALUATION
+        if tags.get(versions.ROWS) == today:
+            _download(candidate.root, f"{source}/{EVALUATION}", Path(temporary) / "had").replace(draft)
+        elif measure is not None:
+            folder = Path(candidate.policy.model).name
+            measure(_download(candidate.root, f"{source}/{folder}", Path(temporary) / "had"), draft)
+        else:
+            return gates.Baseline(name, None, NOT_MEASURED)
+        if gates.rows_hash(draft, candidate.policy, scores) != today:
+            raise GateError(f"{name} was measured on other examples than the candidate: nothing to compare")
+        draft.replace(kept)
+    return gates.Baseline(name, kept)
+
+
+def _download(root: Path, uri: str, place: Path) -> Path:
+    """A copy of a part of a registered model."""
+    import mlflow
+
+    place.mkdir(parents=True)
+    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(place), tracking_uri=store.address(root)))

@@ -1,0 +1,180 @@
+"""One registered version for one content, whatever is killed in between.
+
+A version is made in three steps that MLflow does not join: log the model's files, create the version, forget
+the intent. The intent (`.sluice/registry/intents/<content hash>.json`) is written first and holds everything
+the later steps need, so whoever comes next finishes them: a version is searched by its content hash before it
+is made, its tags are part of its creation, a logged model that is whole is used, and half of one is removed.
+All of it runs under the lock `registry`, held by the caller.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipelines.core import artifacts, store
+from pipelines.core.environment import STATE
+from pipelines.core.lineage import CONTENT
+
+REQUIREMENTS = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "mlflow")
+DESCRIPTION_LIMIT = 5000  # characters of MLflow's column
+ROWS = "sluice.rows_hash"
+GATE = "gate"  # passed | failed
+GATE_CHAMPION = "gate_champion"  # version the gate compared with; "none" yet; "any" when no rule asks for it
+
+
+@dataclass(frozen=True)
+class Intent:
+    """A version that shall exist."""
+
+    store: str
+    model: str
+    content_hash: str
+    run_id: str
+    step: int  # whose metrics are the final ones of the run
+    folder: str  # of the Hugging Face model
+    output: str  # of the stage, whose content hash it is
+    evaluation: str | None
+    description: str
+    tags: dict[str, str]
+
+
+def find(client: Any, model: str, content_hash: str) -> Any | None:
+    """The version of a model that carries a content hash, or None."""
+    found = client.search_model_versions(f"name = '{model}' and tags.`{CONTENT}` = '{content_hash}'")
+    return min(found, key=lambda entry: int(entry.version), default=None)
+
+
+def ensure(root: Path, client: Any, experiment: str, intent: Intent) -> Any:
+    """The one version of this content, made if it is not there."""
+    artifacts.write_json(_journal(root, intent.content_hash), asdict(intent))
+    entry = _complete(root, client, experiment, intent)
+    if entry is None:
+        raise RuntimeError(f"{intent.output} changed while it was registered")
+    return entry
+
+
+def recover(root: Path, client: Any, experiment: str) -> None:
+    """Finish what was begun and cut off, and remove what cannot be finished."""
+    for path in sorted(_journal(root, "").parent.glob("*.json")):
+        intent = Intent(**json.loads(path.read_text(encoding="utf-8")))
+        if intent.store == store.address(root):
+            _complete(root, client, experiment, intent)
+
+
+def alias(client: Any, model: str, name: str) -> str | None:
+    """The version an alias points to, as text, whatever type the store gives it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client.get_registered_model(model).aliases.get(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return None if found is None else str(found)
+
+
+def requirements() -> list[str]:
+    """What the model needs to be served, with the versions it was made with."""
+    return [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
+
+
+def _complete(root: Path, client: Any, experiment: str, intent: Intent) -> Any | None:
+    entry = find(client, intent.model, intent.content_hash)
+    if entry is None:
+        model_id = _logged(root, client, experiment, intent) or _log(client, experiment, intent)
+        if model_id is not None:
+            entry = _create(client, model_id, intent)
+    _journal(root, intent.content_hash).unlink(missing_ok=True)
+    return entry
+
+
+def _logged(root: Path, client: Any, experiment: str, intent: Intent) -> str | None:
+    """A logged model of this content that is whole; halves are swept."""
+    whole = None
+    query = f"tags.`{CONTENT}` = '{intent.content_hash}'"
+    for logged in client.search_logged_models([experiment], filter_string=query):
+        if str(logged.status).endswith("READY") and logged.name == intent.model:
+            whole = str(logged.model_id)
+            continue
+        client.delete_logged_model(logged.model_id)
+        place = Path(logged.artifact_location.removeprefix("file://"))
+        if store.embedded(root) and place.is_relative_to(root.resolve() / STATE):
+            shutil.rmtree(place, ignore_errors=True)
+    return whole
+
+
+def _log(client: Any, experiment: str, intent: Intent) -> str | None:
+    """Log the model's files; None when the output is no longer the one that was meant."""
+    output = Path(intent.output)
+    if not output.exists() or artifacts.content_hash(output) != intent.content_hash:
+        return None
+    import mlflow
+    from mlflow.models import Model
+    from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    signature = mlflow.models.ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, "prompt")]),
+        outputs=Schema([ColSpec(DataType.string, "text")]),
+        params=ParamSchema(
+            [
+                ParamSpec("max_new_tokens", DataType.long, 64),
+                ParamSpec("temperature", DataType.double, 0.0),
+                ParamSpec("seed", DataType.long, 0),
+                ParamSpec("chat", DataType.boolean, False),
+            ]
+        ),
+    )
+    files = {"model": intent.folder}
+    if intent.evaluation is not None:
+        files["evaluation"] = intent.evaluation
+    # Left to itself, MLflow puts a model into the experiment `Default`, whose files lie in the current directory
+    made = client.create_logged_model(
+        experiment,
+        intent.model,
+        intent.run_id,
+        tags={CONTENT: intent.content_hash},
+        params=client.get_run(intent.run_id).data.params,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # advice to guess what is given here: the signature
+        Model.log(
+            artifact_path=None,
+            model_id=made.model_id,
+            flavor=mlflow.pyfunc,
+            run_id=intent.run_id,
+            step=intent.step,
+            python_model=str(Path(__file__).with_name("serving_model.py")),
+            artifacts=files,
+            pip_requirements=requirements(),
+            signature=signature,
+        )
+    return str(made.model_id)
+
+
+def _create(client: Any, model_id: str, intent: Intent) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(intent.model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return client.create_model_version(
+        intent.model,
+        source=f"models:/{model_id}",
+        run_id=intent.run_id,
+        tags={**intent.tags, CONTENT: intent.content_hash},
+        description=intent.description[:DESCRIPTION_LIMIT],
+        model_id=model_id,
+    )
+
+
+def _journal(root: Path, content_hash: str) -> Path:
+    return root / STATE / "registry" / "intents" / f"{content_hash}.json"

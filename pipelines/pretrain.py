@@ -1,0 +1,334 @@
+"""Stage `pretrain`: generative pre-training on the corpus, from random weights or from a base model.
+
+In: `data` (corpus), `tokenizer`. Out: `model/` (a Hugging Face directory with tokenizer and card),
+`history.csv` (training loss and learning rate), `evaluation.parquet` (one row a held-out example: bytes, bits
+after and before training, bits of a classical compressor), `samples.md`.
+
+Papers: Radford et al., "Improving Language Understanding by Generative Pre-Training" (2018), sections 3.1 and
+4.1; Hu et al., "LoRA" (2021), for `method: lora`. Departures from GPT-1:
+
+1. Documents are packed with their boundaries respected: no token attends to another document.
+2. Any decoder-only architecture of transformers; learned positions only where the architecture has them.
+3. AdamW with beta2 = 0.95 and a cosine that ends at a tenth of the peak, as later models use.
+4. No dropout beyond the architecture's own: a run sees its tokens about once.
+5. With `base` set, that model's training is continued instead of starting anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipelines.core import artifacts, attention, cards, hardware, language_models, packing, reading, scoring, statistics
+from pipelines.core.checkpoint import Checkpoints
+from pipelines.core.context import StageContext
+from pipelines.core.errors import ArtifactError
+from pipelines.core.params import PretrainParams
+
+METRICS = frozenset(
+    {
+        "bits_per_byte", "bits_per_byte_low", "bits_per_byte_high", "bits_per_byte_before", "bits_per_byte_classical",
+        "gain_bits_per_byte", "gain_bits_per_byte_low", "gain_bits_per_byte_high", "held_out_bytes",
+        "parameters", "trained_parameters", "training_tokens", "steps",
+    }
+)  # fmt: skip
+SCORES = frozenset({"bytes", "bits", "bits_before", "bits_classical"})
+
+LONGEST_TOKEN = 6  # bytes a token at most on average: how much text is tokenized for a number of tokens
+PROMPT_CHARACTERS, SAMPLE_TOKENS = 80, 48
+
+
+class Plan(NamedTuple):
+    """Numbers that follow from the params and the model."""
+
+    tokens: int
+    steps: int
+    lr: float
+    micro_batches: int  # forward passes an optimizer step
+    trained: int  # parameters that get a gradient
+
+
+def run(params: PretrainParams, inputs: dict[str, Path], outputs: Path, context: StageContext) -> dict[str, float]:
+    """Train, save, and measure what was saved against the model before and against a compressor.
+
+    Raises:
+        ArtifactError: the data have no corpus, or the base model does not fit the tokenizer.
+        Stopped: a signal came; the checkpoint is written.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(inputs["tokenizer"])
+    examples = reading.held_out_examples(inputs["data"], params.eval_bytes)
+    texts = [example["text"] for example in examples]
+
+    # 1. The model, what of it is trained, for how long, and on which rows.
+    model = _model(params, tokenizer, context)
+    plan = _plan(params, model)
+    rows = _rows(params, plan, inputs["data"], tokenizer, context)
+
+    # 2. What it knows before training, or where a killed run had got to.
+    checkpoints = Checkpoints(
+        context.work / "checkpoints", context.fingerprint, params.checkpoint_steps, params.checkpoint_seconds
+    )
+    state = checkpoints.newest()
+    if state is None:
+        _show_example(rows, tokenizer, context)
+        bits_before = _score(model, tokenizer, texts, context, "before training")
+        state = {"step": 0, "bits_before": bits_before, "before": _continuations(model, tokenizer, texts, params)}
+    else:
+        context.say(f"resuming after step {state['step']} of {plan.steps}")
+
+    # 3. Train; then save, load what was saved, and measure that.
+    _train(params, plan, model, rows, state, checkpoints, context)
+    _save(model, tokenizer, outputs / "model", context)
+    model = language_models.load(str(outputs / "model"), _dtype(context), _attention(params, context))
+    scores = {
+        "bits": _score(model, tokenizer, texts, context, "after training"),
+        "bits_before": state["bits_before"],
+        "bits_classical": scoring.classical_bits(texts, _primer(inputs["data"], rows, params)),
+    }
+    _write_evaluation(outputs / "evaluation.parquet", examples, scores)
+    context.write_history(outputs / "history.csv")
+    after = _continuations(model, tokenizer, texts, params)
+    samples = cards.continuations(_prompts(texts, params), {"before": state["before"], "after": after})
+    context.say(samples)
+    artifacts.write_text(outputs / "samples.md", samples)
+
+    metrics = _metrics(scores, texts) | {
+        "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
+        "trained_parameters": float(plan.trained),
+        "training_tokens": float(plan.steps * params.batch_tokens),
+        "steps": float(plan.steps),
+    }
+    artifacts.write_text(outputs / "model" / "README.md", cards.base_model(params, model, metrics))
+    return metrics
+
+
+def measure(
+    params: PretrainParams, inputs: dict[str, Path], context: StageContext, model: Path, evaluation: Path
+) -> None:
+    """Score another model, such as today's champion, on today's held-out examples.
+
+    Writes `evaluation` with the columns `bytes` and `bits` of the examples that `run` scores.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    examples = reading.held_out_examples(inputs["data"], params.eval_bytes)
+    other = language_models.load(str(model), _dtype(context), _attention(params, context))
+    bits = _score(other, tokenizer, [example["text"] for example in examples], context, "champion")
+    _write_evaluation(evaluation, examples, {"bits": bits})
+
+
+def _model(params: PretrainParams, tokenizer: Any, context: StageContext) -> Any:
+    """The model to train, on its device. Weights that are trained are fp32; frozen ones are in the compute type."""
+    import torch
+
+    from pipelines.core import training
+
+    torch.manual_seed(params.seed)
+    kind = _attention(params, context)
+    if params.base is None:
+        length = params.sequence_length
+        model = language_models.random_weights(
+            params.architecture, params.depth, tokenizer, length, torch.float32, kind
+        )
+    else:
+        dtype = _dtype(context) if params.method == "lora" else torch.float32
+        model = language_models.load(params.base, dtype, kind)
+        language_models.fit_vocabulary(model, tokenizer)
+    language_models.body_and_head(model)
+    if params.method == "lora":
+        model = training.with_lora(model, params.lora_rank)
+    return model.to(context.device)
+
+
+def _plan(params: PretrainParams, model: Any) -> Plan:
+    """How long, how fast: from the params where they say so, else from the model's size."""
+    parameters = list(model.parameters())
+    tokens = params.tokens or round(params.tokens_per_parameter * sum(value.numel() for value in parameters))
+    return Plan(
+        tokens=tokens,
+        steps=math.ceil(tokens / params.batch_tokens),
+        lr=params.lr or language_models.learning_rate(model.config.hidden_size),
+        micro_batches=params.batch_tokens // (params.sequence_length * params.micro_batch),
+        trained=sum(value.numel() for value in parameters if value.requires_grad),
+    )
+
+
+def _rows(params: PretrainParams, plan: Plan, data: Path, tokenizer: Any, context: StageContext) -> packing.PackedRows:
+    """The packed training rows; no more text is tokenized than the run can use."""
+    place = context.work / "tokens.bin"
+    if not place.exists():
+        wanted = plan.steps * params.batch_tokens * LONGEST_TOKEN
+        share = wanted / max(1, reading.corpus_bytes(data, "train"))
+        draft = place.with_suffix(".partial")
+        packing.write_stream(tokenizer, reading.sample(data, "train", share, params.seed), draft)
+        draft.rename(place)
+    return packing.PackedRows(place, params.sequence_length, packing.separator_id(tokenizer), params.seed)
+
+
+def _train(
+    params: PretrainParams,
+    plan: Plan,
+    model: Any,
+    rows: packing.PackedRows,
+    state: dict[str, Any],
+    checkpoints: Checkpoints,
+    context: StageContext,
+) -> None:
+    """The loop. `state` is where to start: what a checkpoint holds, or step 0 and what was measured before it."""
+    import torch
+
+    from pipelines.core import training
+
+    optimizer = training.adamw(model, plan.lr, params.weight_decay)
+    if state["step"]:
+        training.load_trained_state(model, state["trained"])
+        optimizer.load_state_dict(state["optimizer"])
+        training.set_random_state(state["random"])
+        context.history[:] = state["history"]
+    seconds = state.get("seconds", 0.0)
+    rate = hardware.matmul_rate(context.device, context.precision)
+    model.train()
+    for step in range(state["step"], plan.steps):
+        start = time.perf_counter()
+        # 1. The rate of this step.
+        lr = plan.lr * training.cosine_with_warmup(step, plan.steps, params.warmup_share)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # 2. Gradients, accumulated over micro-batches; every token of a packed row is supervised.
+        loss = 0.0
+        for number in range(plan.micro_batches):
+            batch = rows.batch((step * plan.micro_batches + number) * params.micro_batch, params.micro_batch)
+            part = training.language_model_loss(model, batch, context) / plan.micro_batches
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += float(part.detach())
+
+        # 3. Clip, update.
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), params.clip_norm))
+        training.refuse_nan(step, loss=loss, grad_norm=norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # 4. Tell, and keep what has been learned.
+        seconds += time.perf_counter() - start
+        speed = (step + 1) * params.batch_tokens / seconds
+        context.log(step + 1, loss=loss, lr=lr, grad_norm=norm)
+        context.progress(step + 1, plan.steps, loss=loss, tokens_per_second=speed)
+        if context.signal_number or checkpoints.due(step + 1) or step + 1 == plan.steps:
+            checkpoints.save(
+                step + 1,
+                {
+                    "step": step + 1,
+                    "bits_before": state["bits_before"],
+                    "before": state["before"],
+                    "trained": training.trained_state(model),
+                    "optimizer": optimizer.state_dict(),
+                    "random": training.random_state(),
+                    "history": context.history,
+                    "seconds": seconds,
+                },
+            )
+        context.stop_if_asked()
+    rate = max(rate, hardware.matmul_rate(context.device, context.precision))
+    speed = plan.steps * params.batch_tokens / seconds
+    flops = training.flops_per_token(model, params.sequence_length)
+    context.measure(
+        tokens_per_second=speed,
+        matmul_share=speed * flops / rate,
+        matmul_gflops=rate / 1e9,
+        peak_memory_mb=hardware.peak_memory_bytes() / 2**20,
+    )
+
+
+def _save(model: Any, tokenizer: Any, place: Path, context: StageContext) -> None:
+    """A whole model in the compute type, adapters merged, with its tokenizer: what others load."""
+    merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    merged.to(_dtype(context)).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+
+
+def _score(model: Any, tokenizer: Any, texts: list[str], context: StageContext, what: str) -> list[float]:
+    """Bits of each text, computed in the type the model is saved in, so that before and after compare."""
+    model.eval()
+    dtype = _dtype(context)
+    plain = not hasattr(model, "peft_config")
+    judged = copy.deepcopy(model).to(dtype) if plain and model.dtype is not dtype else model
+
+    def tell(done: int, total: int) -> None:
+        context.progress(done, total, scoring=what)
+        context.stop_if_asked()
+
+    return scoring.model_bits(judged, tokenizer, texts, context.precision, tell)
+
+
+def _prompts(texts: list[str], params: PretrainParams) -> list[str]:
+    return [text[:PROMPT_CHARACTERS] for text in texts[: params.samples]]
+
+
+def _continuations(model: Any, tokenizer: Any, texts: list[str], params: PretrainParams) -> list[str]:
+    """Greedy continuations of the beginnings of the first held-out texts."""
+    from pipelines.core import generation
+
+    return generation.greedy(model, tokenizer, _prompts(texts, params), SAMPLE_TOKENS)
+
+
+def _show_example(rows: packing.PackedRows, tokenizer: Any, context: StageContext) -> None:
+    """One packed row as the loss sees it."""
+    batch = rows.batch(0, 1)
+    text = tokenizer.decode(batch.ids[0]).replace("\n", "\n  ")
+    documents = int(batch.documents[0].max() - batch.documents[0].min()) + 1
+    context.say(
+        f"first training row: {batch.ids.shape[1]} tokens, all supervised, of {documents} document(s):\n  {text[:600]}"
+    )
+
+
+def _primer(data: Path, rows: packing.PackedRows, params: PretrainParams) -> str:
+    """Training text for the compressor: as much as it can use of what the model was trained on."""
+    share = scoring.PRIMER_BYTES * 4 / max(1, reading.corpus_bytes(data, "train"))
+    text = "\n".join(reading.sample(data, "train", share, params.seed))
+    if not text:
+        raise ArtifactError("the training corpus is too small to compare with a compressor: add text")
+    return text
+
+
+def _write_evaluation(place: Path, examples: list[dict[str, str]], scores: dict[str, list[float]]) -> None:
+    known = {key: [example[key] for example in examples] for key in ("id", "group")}
+    sizes = [len(example["text"].encode()) for example in examples]
+    reading.write_evaluation(place, {**known, "bytes": sizes, **scores})
+
+
+def _metrics(scores: dict[str, list[float]], texts: list[str]) -> dict[str, float]:
+    """Bits per byte with intervals over the held-out examples (bootstrap; paired for the gain)."""
+    import numpy as np
+
+    sizes = np.array([len(text.encode()) for text in texts], dtype=float)
+    bits = {name: np.array(values) for name, values in scores.items()}
+    after = statistics.bootstrap(bits["bits"], sizes)
+    gain = statistics.paired_bootstrap(bits["bits_before"], bits["bits"], sizes)
+    return {
+        "bits_per_byte": after.estimate,
+        "bits_per_byte_low": after.low,
+        "bits_per_byte_high": after.high,
+        "bits_per_byte_before": float(bits["bits_before"].sum() / sizes.sum()),
+        "bits_per_byte_classical": float(bits["bits_classical"].sum() / sizes.sum()),
+        "gain_bits_per_byte": gain.estimate,
+        "gain_bits_per_byte_low": gain.low,
+        "gain_bits_per_byte_high": gain.high,
+        "held_out_bytes": float(sizes.sum()),
+    }
+
+
+def _dtype(context: StageContext) -> Any:
+    import torch
+
+    return torch.bfloat16 if context.precision == "bf16" else torch.float32
+
+
+def _attention(params: PretrainParams, context: StageContext) -> str:
+    return attention.choose(context.device, max(params.sequence_length, scoring.WINDOW))

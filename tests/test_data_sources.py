@@ -1,0 +1,263 @@
+"""Sources: every format reads the same rows, and every bad input is named by file, row and column."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_help import jsonl, params
+
+from pipelines.core import sources
+from pipelines.core.errors import DataError
+from pipelines.core.faults import BadRow, Ledger
+from pipelines.core.params import FileSource, HubSource
+from pipelines.core.rows import canonical, cut
+
+RECORDS = [{"prompt": "Zwei, \"drei\"\nvier", "completion": "fünf"}, {"prompt": "여섯", "completion": "7 🙂"}]
+
+
+def write(place: Path, records: list[dict[str, str]]) -> None:
+    kind = place.name.removesuffix(".gz").rsplit(".", 1)[1]
+    opener: Any = gzip.open if place.suffix == ".gz" else open
+    if kind == "parquet":
+        with opener(place, "wb") as file:
+            pq.write_table(pa.Table.from_pylist(records), file)
+        return
+    with opener(place, "wt", encoding="utf-8", newline="") as file:
+        if kind == "jsonl":
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        elif kind == "json":
+            json.dump(records, file, ensure_ascii=False, indent=1)
+        else:
+            writer = csv.DictWriter(file, list(records[0]), delimiter="," if kind == "csv" else "\t")
+            writer.writeheader()
+            writer.writerows(records)
+
+
+def source(path: Path | str, **more: Any) -> FileSource:
+    return FileSource.model_validate({"path": str(path), "table": "demonstrations", **more})
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_every_format_reads_the_same_records(tmp_path: Path, kind: str, end: str) -> None:
+    place = tmp_path / f"rows.{kind}{end}"
+    write(place, RECORDS)
+    assert [entry.record for entry in sources.read(source(place), tmp_path)] == RECORDS
+
+
+def test_long_json_is_read_in_pieces_as_the_library_reads_it_whole(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    records = {f"k{n}": {"n": rng.random(), "text": "é\n" * rng.randrange(3000)} for n in range(900)}
+    place = tmp_path / "rows.json"
+    place.write_text(json.dumps(records, ensure_ascii=False, indent=2), encoding="utf-8")
+    found = [entry.record for entry in sources.read(source(place), tmp_path)]
+    assert place.stat().st_size > 3_000_000
+    assert found == [{"key": key, **value} for key, value in records.items()]
+
+
+def test_rows_are_lines(tmp_path: Path) -> None:
+    write(tmp_path / "rows.csv", RECORDS)
+    assert [entry.row for entry in sources.read(source("rows.csv"), tmp_path)] == [2, 4]
+    write(tmp_path / "rows.json", RECORDS)
+    assert [entry.row for entry in sources.read(source("rows.json"), tmp_path)] == [2, 6]
+
+
+def test_text_by_document_separator_paragraph_and_line(tmp_path: Path) -> None:
+    place = tmp_path / "all.txt"
+    place.write_text("PEP: 1\na\n\nb\nPEP: 2\nc\n", encoding="utf-8")
+
+    def read(**more: Any) -> list[Any]:
+        given = FileSource.model_validate({"path": "all.txt", "table": "corpus", **more})
+        return [(entry.row, entry.record["text"]) for entry in sources.read(given, tmp_path)]  # type: ignore[call-overload,index]
+
+    assert read() == [(1, "PEP: 1\na\n\nb\nPEP: 2\nc")]
+    assert read(separator=r"^PEP: \d+$") == [(1, "PEP: 1\na\n\nb"), (5, "PEP: 2\nc")]
+    assert [text for _, text in read(sample_by="paragraph")] == ["PEP: 1\na", "b\nPEP: 2\nc"]
+    assert [row for row, _ in read(sample_by="line")] == [1, 2, 4, 5, 6]
+
+
+def test_folder_and_glob_are_sorted_and_labelled_without_the_place(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "sub/a.jsonl", "a.jsonl", ".hidden.jsonl", "notes.pdf"):
+        (tmp_path / "given" / name).parent.mkdir(parents=True, exist_ok=True)
+        jsonl(tmp_path / "given" / name, RECORDS[:1])
+    elsewhere = tmp_path / "repository"
+    labels = [entry.source for entry in sources.read(source(tmp_path / "given"), elsewhere)]
+    assert labels == ["given/a.jsonl", "given/b.jsonl", "given/sub/a.jsonl"]
+    globbed = [entry.source for entry in sources.read(source("given/*.jsonl"), tmp_path)]
+    assert globbed == ["given/a.jsonl", "given/b.jsonl"]
+    given = params(
+        {"path": "given/*.jsonl", "table": "demonstrations"},
+        {"path": str(tmp_path / "given" / "b.jsonl"), "table": "demonstrations"},
+        {"builder": "pydocs", "folders": ["src"]},
+    )
+    assert sources.local_paths(given, tmp_path) == [tmp_path / "given", tmp_path / "given" / "b.jsonl", tmp_path / "src"]
+    at_root = params({"path": "given/../*.pdf", "table": "corpus"}, {"path": "g*/a.jsonl", "table": "demonstrations"})
+    with pytest.raises(DataError, match="no file matches"):
+        sources.local_paths(at_root, tmp_path)
+    assert sources.local_paths(params({"path": "g*/a.jsonl", "table": "prompts"}), tmp_path) == [tmp_path / "given/a.jsonl"]
+    assert not sources.names_hub(given)
+    assert sources.names_hub(params({"hub": "a/b", "table": "corpus"}))
+
+
+def test_hub_rows_are_streamed_through_datasets(tmp_path: Path) -> None:
+    # `datasets` takes a folder where it takes a hub id, and reads both the same way.
+    jsonl(tmp_path / "train.jsonl", RECORDS)
+    given = HubSource.model_validate({"hub": str(tmp_path), "table": "demonstrations"})
+    assert [(entry.row, entry.record) for entry in sources.read(given, tmp_path)] == list(enumerate(RECORDS, 1))
+    missing = HubSource.model_validate({"hub": str(tmp_path), "table": "demonstrations", "hub_split": "absent"})
+    with pytest.raises(DataError, match="hub_split"):
+        list(sources.read(missing, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("absent.jsonl", None, "no such file"),
+        ("empty.jsonl", b"", "the file is empty"),
+        ("header.csv", b"prompt,completion\n", "holds no row"),
+        ("rows.xlsx", b"PK", r"unknown extension; accepted: \.jsonl"),
+        ("rows.jsonl.gz", b"not gzip", "not a whole gzip file"),
+        ("rows.parquet", b"PAR1 no", "not a Parquet file"),
+        ("cut.json", b'[{"prompt": "a"},\n {"prompt": ', "row 2: broken JSON"),
+        ("none.json", b"[]", "holds no record"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | None, told: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=told) as caught:
+        list(sources.read(source(name), tmp_path))
+    assert name in str(caught.value)
+
+
+def test_folder_without_readable_files(tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "a.pdf").write_bytes(b"x")
+    with pytest.raises(DataError, match="given: the folder holds no file that can be read; accepted: .jsonl"):
+        list(sources.read(source("given"), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b'{"prompt": "a", "completion": ', "broken JSON at character"),
+        (b'{"prompt": "a\xff", "completion": "b"}', "byte 0xff at position 14 of the line; accepted: UTF-8"),
+        (b"[1]", "a list .*accepted: an object"),
+    ],
+)
+def test_bad_lines_do_not_end_the_reading(tmp_path: Path, line: bytes, told: str) -> None:
+    good = json.dumps(RECORDS[0]).encode()
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([good, line, good]))
+    entries = list(sources.read(source("rows.jsonl"), tmp_path))
+    assert [isinstance(entry.record, BadRow) for entry in entries] == [False, True, False]
+    with pytest.raises(BadRow, match=told):
+        raise entries[1].record  # type: ignore[misc]
+
+
+def test_bad_csv_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"prompt,completion\na,b\na,b,c\na,\xff\na,b\n")
+    records = [entry.record for entry in sources.read(source("rows.csv"), tmp_path)]
+    assert [str(record) if isinstance(record, BadRow) else "good" for record in records] == [
+        "good",
+        "found 3 cells; accepted: 2 cells, as in the header",
+        "found byte 0xff at position 3 of the line; accepted: UTF-8",
+        "good",
+    ]
+
+
+MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("table", "record", "column", "told"),
+    [
+        ("corpus", {"body": "a"}, "text", "no such column .there are: body"),
+        ("corpus", {"text": None}, "text", "found null; accepted: text"),
+        ("corpus", {"text": 5}, "text", "found a number 5; accepted: text"),
+        ("corpus", {"text": " \n"}, "text", "blank text"),
+        ("demonstrations", {"prompt": "a", "completion": ""}, "completion", "empty text"),
+        ("demonstrations", {"prompt": "a"}, "completion", "no such column"),
+        ("demonstrations", {"messages": MESSAGES[:1]}, "messages", "found the roles user"),
+        ("demonstrations", {"messages": [{"role": "robot", "content": "a"}]}, "messages", "role .one of system"),
+        ("demonstrations", {"messages": [MESSAGES[0], {"role": "assistant", "content": None}]}, "messages", "found null"),
+        ("prompts", {"prompt": MESSAGES}, "prompt", "last is not the user's"),
+        ("comparisons", {"prompt": "a", "responses": ["b", "c"], "ranks": [1]}, "ranks", "1 values .* 2 responses"),
+        ("comparisons", {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 3]}, "ranks", "accepted: a ranking"),
+        ("comparisons", {"prompt": "a", "responses": ["b", "c"], "ranks": [0, 1]}, "ranks", "accepted: a ranking"),
+        ("comparisons", {"prompt": "a", "responses": ["b"], "ranks": [1]}, "responses", "at least 2"),
+        ("comparisons", {"prompt": "a", "responses": ["b", "c"], "scores": [1, "x"]}, "scores", "accepted: numbers"),
+        ("comparisons", {"prompt": "a"}, "responses", "chosen with rejected"),
+        ("comparisons", {"chosen": "a", "rejected": "b"}, "prompt", "prompt: null"),
+        ("comparisons", {"prompt": "a", "chosen": "b", "rejected": "c", "votes": [1]}, "votes", "a number, or two"),
+        ("tasks", {"text": "a", "label": 1.5}, "label", "as text or as a whole number"),
+        ("tasks", {"text": "a", "label": True}, "label", "found a boolean"),
+        ("tasks", {"context": "a", "choices": ["b", "c"], "label": 2}, "label", "0 to 1"),
+        ("tasks", {"body": "a", "label": 1}, "text", r"premise \+ hypothesis"),
+    ],
+)
+def test_bad_rows(table: str, record: dict[str, Any], column: str, told: str) -> None:
+    with pytest.raises(BadRow, match=told) as caught:
+        canonical(table, record, {})
+    assert caught.value.column.startswith(column)
+
+
+def test_mapped_columns_are_named_as_the_file_names_them() -> None:
+    with pytest.raises(BadRow, match="found null") as caught:
+        canonical("demonstrations", {"q": "a", "a": None}, {"prompt": "q", "completion": "a"})
+    assert caught.value.column == "a"
+
+
+def comparison(record: dict[str, Any], columns: dict[str, str | None] | None = None) -> dict[str, Any]:
+    return canonical("comparisons", record, columns or {})[0]
+
+
+def test_scores_become_dense_ranks_with_ties() -> None:
+    responses = ["a", "b", "c", "d", "e"]
+    found = comparison({"prompt": "p", "responses": responses, "scores": [88.0, 95.0, 80.0, 77.0, 77.0]})
+    assert found["ranks"] == [2, 1, 3, 4, 4]
+    for ranks in ([1, 2, 2, 3, 4], [1, 2, 2, 4, 5]):
+        found = comparison({"prompt": "p", "responses": responses, "ranks": ranks, "labeler": 7})
+        assert (found["ranks"], found["labeler"]) == ([1, 2, 2, 3, 4], "7")
+
+
+def test_pairs_in_every_form_of_the_ecosystem() -> None:
+    want = {"responses": ["good", "bad"], "ranks": [1, 2], "labeler": None}
+    plain = comparison({"prompt": "p", "chosen": "good", "rejected": "bad", "votes": 3})
+    assert plain == want | {"prompt": "p", "votes": [3, 0]}
+    user = [{"role": "user", "content": "p"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("good", "bad")]
+    assert comparison({"prompt": user, "chosen": answers[0], "rejected": answers[1]})["prompt"] == "p"
+    implicit = comparison({"chosen": user + answers[0], "rejected": user + answers[1]})
+    assert implicit == want | {"prompt": "p", "votes": None}
+    start = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: more\n\nAssistant:"
+    transcript = comparison({"chosen": start + " good", "rejected": start + " bad"})
+    assert transcript == want | {"prompt": start, "votes": None}
+    assert comparison({"chosen": "good", "rejected": "bad"}, {"prompt": None})["prompt"] == ""
+
+
+def test_long_documents_are_cut_at_paragraph_ends_and_lose_nothing() -> None:
+    rng = random.Random(1)
+    paragraphs = [" ".join(["word"] * rng.randrange(1, 60)) for _ in range(200)]
+    text = "\n\n".join(paragraphs)
+    parts = cut(text, 1000)
+    assert "\n\n".join(parts) == text and max(map(len, parts)) <= 1000 and len(parts) > 20
+    unbroken = cut("x" * 2500, 1000)
+    assert "".join(unbroken) == "x" * 2500 and max(map(len, unbroken)) <= 1000
+
+
+def test_first_ten_bad_rows_are_told_together(tmp_path: Path) -> None:
+    ledger = Ledger("refuse", 0.0, tmp_path / "q.parquet")
+    with pytest.raises(DataError) as caught:
+        for row in range(1, 50):
+            ledger.refuse("a.jsonl", "/data/a.jsonl", row, BadRow("text", "null", "text"), "{}")
+    lines = str(caught.value).splitlines()
+    assert lines[9] == "/data/a.jsonl, row 10, column text: found null; accepted: text"
+    assert ledger.bad == 10 and "on_bad_row: quarantine" in lines[-1]

@@ -1,0 +1,289 @@
+"""The flow on a small repository with real DVC: order, retries, gates, and what is left running (nothing)."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import fake_repository as fake
+import psutil
+import pytest
+
+from flows import failures, outcome, records, stages
+from flows.board import Board, Row
+from flows.supervise import Crew
+from flows.train import Job, _alone
+from pipelines.core import promotion, registry
+from pipelines.core.errors import GateError, StoreUnavailable, UserError
+from pipelines.core.gates import Row as Rule
+from pipelines.core.gates import Verdict
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake.make(tmp_path_factory.mktemp("flows") / "repository")
+
+
+@pytest.fixture
+def root(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "repository"
+    shutil.copytree(template, place)
+    for key, value in fake.environment(place, tmp_path / "prefect").items():
+        monkeypatch.setenv(key, value)
+    return place
+
+
+@pytest.fixture
+def job(root: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """A flow without Prefect: its records go nowhere."""
+    for name in ("metrics", "verdict", "update"):
+        monkeypatch.setattr(records, name, lambda *_: None)
+    monkeypatch.setattr(records, "progress", lambda _: uuid4())
+    state = stages.look(root)
+    board = Board(root, {name: Row(name, log=root / ".sluice" / f"{name}.log") for name in state.parents})
+    return Job(root, board, state, Crew(), threading.Semaphore(2))
+
+
+def behave(root: Path, stage: str, words: str) -> None:
+    (root / "behaviour" / stage).write_text(words)
+
+
+def verdict(passed: bool, version: str = "2") -> Verdict:
+    rule = Rule("loss at most 1", 1.5, None, None, 1.0, None, passed)
+    return Verdict("data", "sluice-base", (rule,), content_hash="c", version=version, run_id="r")
+
+
+def sluice(root: Path, *arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    code = f"{before}\nfrom flows.cli import app; app()"
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=150)
+
+
+# What DVC says
+
+
+def test_the_graph_and_its_state_come_from_dvc(root: Path) -> None:
+    state = stages.look(root)
+    assert state.parents == {"data": (), "left": ("data",), "right": ("data",), "report": ("left", "right")}
+    assert state.shows == {"data": "score"}
+    assert state.suspects() == {"data", "left", "right", "report"}
+    assert state.needed(["left"]) == ["data", "left"]
+    with pytest.raises(UserError, match="no stage 'lift'.*data, left, right, report"):
+        state.needed(["lift"])
+
+
+def test_a_broken_graph_is_one_message(root: Path) -> None:
+    (root / "dvc.yaml").write_text("stages:\n  data:\n   cmd: [")
+    with pytest.raises(UserError, match=r"dvc\.yaml"):
+        stages.look(root)
+
+
+def test_stages_share_no_core(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "cores", lambda: 16)
+    assert stages.side_by_side(root) == 1  # threads: 0 gives a stage every core
+    place = root / "params.yaml"
+    place.write_text(place.read_text().replace("threads: 0", "threads: 4"))
+    assert stages.side_by_side(root) == 4
+
+
+# One stage
+
+
+def test_a_stage_is_run_then_cached_then_restored(root: Path, job: Job) -> None:
+    job.stage("data", suspect=True)
+    row = job.board.rows["data"]
+    assert (row.state, row.metric, fake.ran(root)) == ("run", "score 0.25", ["data"])
+    job.stage("data", suspect=True)
+    assert (row.state, fake.ran(root)) == ("cached", [])
+    (root / "stage.py").write_text((root / "stage.py").read_text() + "# new\n")
+    job.stage("data", suspect=True)
+    assert (row.state, fake.ran(root)) == ("run", ["data"])
+    (root / "stage.py").write_text((root / "stage.py").read_text().removesuffix("# new\n"))
+    (root / "metrics" / "data.json").unlink()
+    job.stage("data", suspect=True)
+    assert (row.state, fake.ran(root)) == ("restored", [])
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "again"),
+    [
+        (2, UserError, False),
+        (3, GateError, False),
+        (75, StoreUnavailable, True),
+        (143, failures.StageKilled, True),
+        (1, failures.StageFailed, False),
+    ],
+)
+def test_only_what_another_try_may_mend_is_tried_again(
+    root: Path, job: Job, code: int, kind: type[UserError], again: bool
+) -> None:
+    behave(root, "data", f"fail {code}")
+    with pytest.raises(UserError) as caught:
+        job.stage("data", suspect=True)
+    assert type(caught.value) is kind
+    assert job.may_retry("data") is again
+    assert job.board.rows["data"].state == "failed"
+    if code in (2, 3, 75):
+        assert str(caught.value) == "stage data: bad thing in data"
+        assert caught.value.exit_code == code
+    assert not (root / "artifacts" / "data").exists()
+
+
+def test_a_stage_that_was_killed_is_tried_again_but_not_after_a_stop(root: Path, job: Job) -> None:
+    behave(root, "data", "sleep 60")
+    thread = threading.Thread(target=lambda: pytest.raises(UserError, job.stage, "data", True))
+    thread.start()
+    os.kill(_pid(root, "data"), signal.SIGKILL)
+    thread.join(20)
+    assert isinstance(job.board.rows["data"].error, failures.StageKilled)
+    assert job.may_retry("data")
+    job.crew.stop()
+    assert not job.may_retry("data")
+
+
+def test_an_error_before_the_stage_speaks_shows_what_dvc_printed(root: Path, job: Job) -> None:
+    with pytest.raises(failures.StageFailed, match=r"(?s)stage left: .*artifacts/data"):
+        job.stage("left", suspect=True)
+
+
+def test_dvc_without_its_lock_is_tried_again(tmp_path: Path) -> None:
+    error = failures.explain(tmp_path, "data", 255, "ERROR: Unable to acquire lock. Most likely another DVC process")
+    assert isinstance(error, failures.LockTrouble) and failures.worth_retrying(error)
+
+
+# Gates
+
+
+def test_a_failed_gate_fails_the_stage_with_its_table(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outcome, "judge", lambda *_: verdict(False))
+    monkeypatch.setattr(outcome, "promote", lambda *_: pytest.fail("promoted what did not pass"))
+    with pytest.raises(GateError, match=r"(?s)what depends on stage data does not run.*FAILED.*loss at most 1"):
+        job.stage("data", suspect=True)
+    row = job.board.rows["data"]
+    assert (row.state, row.verdict) == ("failed", "sluice-base 2 FAILED")
+    assert not job.may_retry("data")
+
+
+def test_a_store_that_is_away_stops_no_stage(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: Any) -> None:
+        raise StoreUnavailable("away")
+
+    monkeypatch.setattr(outcome, "judge", away)
+    job.stage("data", suspect=True)
+    assert job.board.rows["data"].state == "run"
+    assert [str(error) for error in job.store_trouble] == ["away"]
+
+
+@pytest.mark.parametrize(
+    ("champion", "fresh_output", "expected"),
+    [(None, False, True), (None, True, True), ("1", True, True), ("1", False, False), ("2", True, False)],
+)
+def test_what_passed_is_promoted_but_never_over_a_persons_rollback(
+    root: Path, monkeypatch: pytest.MonkeyPatch, champion: str | None, fresh_output: bool, expected: bool
+) -> None:
+    rule = {"metric": "score", "at_most": 1.0}
+    entry = {"stage": "data", "model": "model", "gate": [rule], "promote": "auto"}
+    (root / "mlflow" / "registry.yaml").write_text(json.dumps({"models": {"sluice-base": entry}}))
+    calls: list[Any] = []
+    monkeypatch.setattr(registry, "champions", lambda _: {"sluice-base": champion})
+    monkeypatch.setattr(promotion, "promote", lambda *args, **kwargs: calls.append(kwargs["expected_champion"]))
+    done = outcome.promote(root, verdict(True), fresh_output)
+    assert (done is not None, calls) == (expected, [champion] if expected else [])
+    entry["promote"] = "manual"
+    (root / "mlflow" / "registry.yaml").write_text(json.dumps({"models": {"sluice-base": entry}}))
+    assert outcome.promote(root, verdict(True), fresh_output) is None
+
+
+def test_one_flow_at_a_time(root: Path) -> None:
+    with _alone(root), pytest.raises(failures.LockTrouble, match=f"process {os.getpid()}"), _alone(root):
+        pass
+    with _alone(root):
+        pass
+
+
+# The whole thing, with Prefect
+
+
+def test_a_run_from_nothing_and_then_nothing_to_do(root: Path) -> None:
+    behave(root, "left", "fail 75 once")
+    first = sluice(root, "run", "--plain")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stderr == ""
+    assert fake.ran(root) == ["data", "left", "left", "report", "right"]
+    assert "will be tried again: stage left: bad thing in left" in first.stdout
+    assert "data       | hello from data" in first.stdout
+    assert len(list((root / ".sluice" / "logs").glob("*/left.log"))) == 1
+    start = time.monotonic()
+    second = sluice(root, "run")
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert time.monotonic() - start < 15.0
+    assert fake.ran(root) == []
+    assert "nothing has changed, no stage runs" in second.stdout
+
+
+@pytest.mark.slow
+def test_a_failed_gate_ends_the_flow_before_what_depends_on_it(root: Path) -> None:
+    before = """
+from flows import outcome
+from pipelines.core.gates import Row, Verdict
+bad = Verdict("left", "sluice-base", (Row("loss at most 1", 1.5, None, None, 1.0, None, False),), version="7")
+outcome.judge = lambda root, stage: bad if stage == "left" else None
+"""
+    done = sluice(root, "run", before=before)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert fake.ran(root) == ["data", "left", "right"]
+    assert "loss at most 1" in done.stderr and "Traceback" not in done.stderr
+    assert "not run" in done.stdout
+    again = sluice(root, "run", "left", before=before)  # `left` is fresh now: its gate is still closed
+    assert (again.returncode, fake.ran(root)) == (3, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "last"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL, None),
+        (signal.SIGINT, 130, "stopped by Ctrl-C"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM"),
+    ],
+)
+def test_a_flow_that_is_stopped_leaves_nothing_running(root: Path, number: int, code: int, last: str | None) -> None:
+    behave(root, "data", "sleep 300")
+    command = [sys.executable, "-m", "flows.cli", "run"]
+    output = (root / "output.txt").open("w+")
+    # A shell that starts this in the background would have SIGINT ignored; Python then never sees it.
+    process = subprocess.Popen(
+        command, cwd=root, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_default_interrupt
+    )
+    trainer = _pid(root, "data")
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert trainer in [one.pid for one in family] and len(family) >= 4  # server, supervisors, dvc, stage
+    process.send_signal(number)
+    assert process.wait(30) == code
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
+    output.seek(0)
+    printed = output.read()
+    assert "Traceback" not in printed
+    if last is not None:
+        assert printed.splitlines()[-1].startswith(last)
+
+
+def _default_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _pid(root: Path, stage: str) -> int:
+    place = root / f"{stage}.pid"
+    for _ in range(900):
+        if place.exists() and place.read_text():
+            return int(place.read_text())
+        time.sleep(0.1)
+    raise AssertionError(f"stage {stage} never started")

@@ -1,0 +1,203 @@
+"""Gates: what the rules accept, what they refuse, and how a mistake in them is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from stores import REGISTRY, declare_stages, make_root, write_rows
+
+from pipelines.core import gates, policy
+from pipelines.core.errors import GateError
+from pipelines.core.gates import Baseline, Verdict, evaluate
+from pipelines.core.policy import ModelPolicy
+
+BETTER = {"score": "bits", "per": "bytes", "lower_is_better": True, "better_than": "bits_before"}
+NOT_WORSE = {"score": "bits", "per": "bytes", "lower_is_better": True, "not_worse_than": "champion", "margin": 0.01}
+
+
+def gate(*rules: dict[str, object]) -> ModelPolicy:
+    raw = {"stage": "pretrain", "model": "model", "gate": list(rules), "promote": "auto"}
+    return ModelPolicy.model_validate(raw)
+
+
+@pytest.fixture
+def rows(tmp_path: Path):
+    def write(bits: float, name: str = "mine", **options) -> Path:
+        place = tmp_path / f"{name}.parquet"
+        write_rows(place, bits, **options)
+        return place
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("rule", "passed"),
+    [
+        ({"metric": "bits_per_byte", "at_most": 2.5}, True),
+        ({"metric": "bits_per_byte", "at_most": 2.49}, False),
+        ({"metric": "bits_per_byte", "at_least": 2.5}, True),
+        ({"metric": "bits_per_byte", "at_least": 2.51}, False),
+        ({"metric": "nothing", "at_most": 1.0}, False),
+    ],
+)
+def test_budget(rule, passed):
+    metrics = {"bits_per_byte": 2.5, "nothing": float("nan")}
+    verdict = evaluate("m", gate(rule), metrics, None, {})
+    assert verdict.passed is passed
+
+
+@pytest.mark.parametrize(("bits", "passed"), [(2.5, True), (3.0, False), (3.5, False)])
+def test_better_than_a_column(rows, bits, passed):
+    verdict = evaluate("m", gate(BETTER), {}, rows(bits), {})
+    (row,) = verdict.rows
+    assert verdict.passed is passed
+    assert row.low <= row.high and row.value == pytest.approx(bits, abs=0.01)
+
+
+def test_better_needs_an_interval_that_excludes_zero(tmp_path):
+    """Fewer bits in the sum, by one lucky example out of ten."""
+    bits = [100.0] * 9 + [60.0]
+    table = pd.DataFrame({"id": list("abcdefghij"), "bits": bits, "bits_before": 100.0, "bytes": 50})
+    table.to_parquet(tmp_path / "lucky.parquet")
+    verdict = evaluate("m", gate(BETTER), {}, tmp_path / "lucky.parquet", {})
+    assert not verdict.passed and verdict.rows[0].low < 0 == verdict.rows[0].high
+
+
+def test_higher_is_better_turns_every_comparison_around(rows):
+    rule = {**BETTER, "lower_is_better": False}
+    assert not evaluate("m", gate(rule), {}, rows(2.5), {}).passed
+    assert evaluate("m", gate(rule), {}, rows(3.5), {}).passed
+    bounded = {**NOT_WORSE, "lower_is_better": False}
+    champion = {"champion": Baseline("champion v1", rows(2.5, "champion"))}
+    assert evaluate("m", gate(bounded), {}, rows(2.49), champion).passed
+    assert not evaluate("m", gate(bounded), {}, rows(2.4), champion).passed
+
+
+@pytest.mark.parametrize(("bits", "passed"), [(2.4, True), (2.5, True), (2.52, True), (2.53, False)])
+def test_margin_is_a_share_of_the_champion(rows, bits, passed):
+    champion = {"champion": Baseline("champion v1", rows(2.5, "champion"))}
+    verdict = evaluate("m", gate(NOT_WORSE), {}, rows(bits), champion)
+    assert verdict.passed is passed
+    assert verdict.rows[0].bound == pytest.approx(0.025, rel=0.01)
+
+
+def test_rows_are_paired_by_id_whatever_their_order(rows, tmp_path):
+    champion = rows(2.5, "champion")
+    shuffled = tmp_path / "shuffled.parquet"
+    pd.read_parquet(champion).sample(frac=1.0, random_state=1).to_parquet(shuffled)
+    mine = rows(2.51)
+    one = evaluate("m", gate(NOT_WORSE), {}, mine, {"champion": Baseline("c", champion)})
+    two = evaluate("m", gate(NOT_WORSE), {}, mine, {"champion": Baseline("c", shuffled)})
+    assert one.rows == two.rows
+
+
+def test_numbers_from_other_examples_are_not_compared(rows):
+    others = rows(2.5, "others", ids=[f"row-{n}" for n in range(1, 41)])
+    with pytest.raises(GateError, match=r"1 are missing there, 1 are extra, e.g. row-0, row-40"):
+        evaluate("m", gate(NOT_WORSE), {}, rows(2.5), {"champion": Baseline("champion v1", others)})
+
+
+def test_same_ids_with_other_sizes_are_other_examples(rows, tmp_path):
+    table = pd.read_parquet(rows(2.5))
+    table["bytes"] += 1
+    table.to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(GateError, match="counts bytes differently"):
+        evaluate("m", gate(NOT_WORSE), {}, rows(2.5), {"champion": Baseline("c", tmp_path / "other.parquet")})
+
+
+def test_no_champion_yet_passes_and_says_so(rows):
+    verdict = evaluate("m", gate(NOT_WORSE), {}, rows(2.5), {"champion": gates.NO_CHAMPION})
+    assert verdict.passed and "no champion yet" in verdict.table()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop(columns="bits"), "no column 'bits'; found: bits_before, bytes, id"),
+        (lambda t: t.drop(columns="id"), "no column id"),
+        (lambda t: t.assign(id="same"), "an id twice"),
+        (lambda t: t.assign(bits=float("nan")), "no finite number at id 'row-0'"),
+        (lambda t: t.assign(bits="many"), "not numeric"),
+    ],
+)
+def test_bad_rows_are_named(rows, tmp_path, change, message):
+    change(pd.read_parquet(rows(2.5))).to_parquet(tmp_path / "bad.parquet")
+    with pytest.raises(GateError, match=message):
+        evaluate("m", gate(BETTER), {}, tmp_path / "bad.parquet", {})
+
+
+def test_verdict_survives_json_and_is_readable(rows):
+    verdict = evaluate("sluice-base", gate({"metric": "x", "at_most": 1.0}, BETTER), {"x": 2.0}, rows(2.5), {})
+    again = Verdict.from_json(json.loads(json.dumps(verdict.to_json())))
+    assert again == verdict and verdict.to_json()["passed"] is False
+    lines = verdict.table().splitlines()
+    assert lines[0] == "sluice-base: gate FAILED"
+    assert "x at most" in lines[2] and lines[2].endswith("FAILED")
+    assert lines[3].endswith("passed") and "bits_before: 3" in lines[3]
+
+
+def test_rows_hash_sees_examples_and_not_scores(rows, tmp_path):
+    scores = frozenset({"bits", "bits_before", "bytes"})
+    rules = gate(BETTER)
+    base = gates.rows_hash(rows(2.5), rules, scores)
+    assert gates.rows_hash(rows(2.9), rules, scores) == base
+    assert gates.rows_hash(rows(2.5, ids=["a", "b"]), rules, scores) != base
+    table = pd.read_parquet(rows(2.5))
+    table.assign(bytes=table["bytes"] + 1).to_parquet(tmp_path / "longer.parquet")
+    assert gates.rows_hash(tmp_path / "longer.parquet", rules, scores) != base
+
+
+def test_registry_of_this_repository_is_well_formed():
+    found = policy.load(Path(__file__).parents[1]).of_stage("pretrain")
+    assert found is not None and found[0] == "sluice-base"
+
+
+def test_check_accepts_what_exists(tmp_path, monkeypatch):
+    declare_stages(monkeypatch)
+    policy.check(make_root(tmp_path / "root", None))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["stage"], "pretain", r"models.sluice-base.stage: no stage 'pretain' in dvc.yaml; there are: data, pre"),
+        (["gate", 0, "metric"], "bits", r"gate.0.metric: pretrain has no metric 'bits'; known: bits_per_byte"),
+        (["gate", 1, "score"], "bit", r"gate.1.score: .* no column 'bit'; known: bits, bits_before, bytes"),
+        (["gate", 1, "per"], "letters", r"gate.1.per: .* no column 'letters'"),
+        (["gate", 1, "better_than"], "before", r"gate.1.better_than: .* no column 'before'"),
+        (["gate", 1, "better_than"], "stage:sfd", r"gate.1.better_than: no stage 'sfd'"),
+        (["gate", 1, "not_worse_than"], "champion", r"gate.1: a comparison needs one of better_than or"),
+        (["gate", 1, "margin"], 0.1, r"gate.1: margin: SHARE belongs to not_worse_than"),
+        (["gate", 2, "margin"], 1.5, r"gate.2.margin: .* less than 1 \(found 1.5\)"),
+        (["gate", 0, "at_mots"], 4.0, r"gate.0.at_mots: no such key; accepted here: at_least, at_most, metric"),
+        (["gate", 0, "at_least"], 1.0, r"gate.0: a budget needs one of at_most: NUMBER or at_least"),
+        (["gate", 0, "at_most"], "4", r"gate.0.at_most: .*number \(found '4'\)"),
+        (["gate", 0], {"x": 1}, r"gate.0: a rule needs metric: NAME \(a budget\) or score: COLUMN"),
+        (["gate"], [], r"models.sluice-base.gate: "),
+        (["promote"], "maybe", r"promote: .*'auto' or 'manual' \(found 'maybe'\)"),
+        (["promotion"], "auto", r"promotion: no such key; accepted here: gate, model, promote, stage"),
+    ],
+)
+def test_a_mistake_in_the_registry_is_told_by_its_key(tmp_path, monkeypatch, path, value, message):
+    declare_stages(monkeypatch)
+    root = make_root(tmp_path / "root", None)
+    raw = yaml.safe_load(REGISTRY)
+    place = raw["models"]["sluice-base"]
+    for part in path[:-1]:
+        place = place[part]
+    place[path[-1]] = value
+    (root / "mlflow" / "registry.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(GateError, match=f"mlflow/registry.yaml: .*{message}"):
+        policy.check(root)
+
+
+def test_patterns_stand_for_the_metrics_of_many_tasks(tmp_path, monkeypatch):
+    declare_stages(monkeypatch)
+    root = make_root(tmp_path / "root", None)
+    text = REGISTRY.replace("metric: bits_per_byte", "metric: task/score")
+    (root / "mlflow" / "registry.yaml").write_text(text)
+    policy.check(root)

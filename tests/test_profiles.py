@@ -1,0 +1,137 @@
+"""Profiles and the deps of user files: what is written into params.yaml and dvc.yaml, and what is left alone."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from fake_repository import ROOT
+
+from flows import profiles, sources
+from pipelines.core import params
+from pipelines.core.errors import ParamsError, UserError
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    return tmp_path
+
+
+def text(root: Path) -> str:
+    return (root / "params.yaml").read_text()
+
+
+def edit(root: Path, old: str, new: str) -> None:
+    assert old in text(root)
+    (root / "params.yaml").write_text(text(root).replace(old, new))
+
+
+def test_default_holds_the_committed_value_of_every_key_that_a_profile_sets() -> None:
+    flat = {p.stem: profiles.flatten(yaml.safe_load(p.read_text())) for p in (ROOT / "profiles").glob("*.yaml")}
+    default = flat.pop("default")
+    others = {key for values in flat.values() for key in values}
+    committed = profiles.flatten(yaml.safe_load((ROOT / "params.yaml").read_text()))
+    assert set(default) == others
+    assert default == {key: committed[key] for key in default}
+
+
+@pytest.mark.parametrize("name", ["tiny", "scratch"])
+def test_a_profile_is_valid_and_default_brings_back_the_same_bytes(root: Path, name: str) -> None:
+    before = text(root)
+    changed = profiles.apply(root, name)
+    params.load(root / "params.yaml")
+    assert any(line.startswith("pretrain.base: smollm2-135m -> null") for line in changed)
+    assert profiles.apply(root, name) == []
+    profiles.apply(root, "default")
+    assert text(root) == before
+
+
+def test_going_from_one_profile_to_another_leaves_nothing_behind(root: Path) -> None:
+    profiles.apply(root, "scratch")
+    direct = text(root)
+    profiles.apply(root, "tiny")
+    profiles.apply(root, "scratch")
+    assert text(root) == direct
+
+
+def test_own_edits_of_other_keys_and_comments_survive(root: Path) -> None:
+    edit(root, "weight_decay: 0.01", "weight_decay: 0.02   # mine")
+    profiles.apply(root, "tiny")
+    assert "weight_decay: 0.02   # mine" in text(root)
+    profiles.apply(root, "default")
+    assert "weight_decay: 0.02   # mine" in text(root)
+
+
+def test_own_data_survives_a_profile_that_does_not_name_data(root: Path) -> None:
+    edit(root, "stdlib: true", "stdlib: false")
+    profiles.apply(root, "scratch")
+    loaded = params.load(root / "params.yaml")
+    assert loaded.data.sources[0].stdlib is False  # type: ignore[union-attr]
+    assert loaded.pretrain.base is None
+
+
+def test_an_unknown_profile_names_those_there_are(root: Path) -> None:
+    with pytest.raises(UserError, match=r"no profile 'huge'.*default, scratch, tiny"):
+        profiles.apply(root, "huge")
+
+
+def test_a_profile_that_does_not_fit_changes_nothing(root: Path) -> None:
+    (root / "profiles" / "tiny.yaml").write_text("pretrain: {lr: -1.0}\n")
+    before = text(root)
+    with pytest.raises(ParamsError, match=r"profile tiny.*unchanged(.|\n)*pretrain\.lr"):
+        profiles.apply(root, "tiny")
+    assert text(root) == before
+
+
+def test_a_profile_with_a_key_that_default_lacks_is_refused(root: Path) -> None:
+    (root / "profiles" / "mine.yaml").write_text("report: {title: Mine}\n")
+    with pytest.raises(UserError, match=r"profiles/mine.yaml sets report.title, which profiles/default.yaml lacks"):
+        profiles.apply(root, "mine")
+
+
+GRAPH = f"""stages:
+  data:
+    deps:
+    - pipelines/data.py   # code
+    {sources.MARKER}
+    outs:
+    - artifacts/data
+"""
+
+
+def test_deps_of_user_files_come_and_go_below_the_marker(tmp_path: Path) -> None:
+    place = tmp_path / "dvc.yaml"
+    place.write_text(GRAPH)
+    wanted = ["/data/a b.jsonl", "mine/ü: #1.txt", "mine/x.csv"]
+    said = sources.write(place, wanted)
+    assert said == [f"dvc.yaml: stage data now depends on {path}" for path in wanted]
+    assert yaml.safe_load(place.read_text())["stages"]["data"]["deps"] == ["pipelines/data.py", *wanted]
+    assert sources.write(place, wanted) == []
+    assert sources.write(place, wanted[:1])[-1] == "dvc.yaml: stage data no longer depends on mine/x.csv"
+    sources.write(place, [])
+    assert place.read_text() == GRAPH
+
+
+def test_without_a_marker_user_files_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    place = tmp_path / "dvc.yaml"
+    bare = GRAPH.replace(sources.MARKER, "# other")
+    place.write_text(bare)
+    with pytest.raises(UserError, match="need the line `# files named in params.yaml"):
+        sources.write(place, ["mine.txt"])
+    assert place.read_text() == bare
+
+
+def test_paths_inside_the_repository_are_relative_and_others_absolute(root: Path, tmp_path: Path) -> None:
+    inside = root / "mine.jsonl"
+    outside = tmp_path.parent / f"{tmp_path.name}-outside.jsonl"
+    for path in (inside, outside):
+        path.write_text('{"text": "a"}\n')
+    (root / "dvc.yaml").write_text(GRAPH)
+    rows = "".join(f"  - {{path: {path}, table: corpus}}\n" for path in ("mine.jsonl", outside))
+    start, end = text(root).index("  - builder"), text(root).index("  validation_share")
+    (root / "params.yaml").write_text(text(root)[:start] + rows + text(root)[end:])
+    sources.keep(root)
+    deps = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]["data"]["deps"]
+    assert deps[1:] == sorted([str(outside), "mine.jsonl"])

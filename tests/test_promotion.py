@@ -1,0 +1,133 @@
+"""Promotion: one champion, whoever races or is killed, and a way back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from stores import python, repository
+
+from pipelines.core import promotion, store, versions
+from pipelines.core.errors import GateError
+
+__all__ = ["repository"]
+NAME = "sluice-base"
+
+
+@pytest.fixture
+def models(repository) -> Path:
+    """Versions 1 to 3 have passed their gate, version 4 has failed, version 5 was never judged."""
+    root, _ = repository
+    client, _ = store.connect(root)
+    client.create_registered_model(NAME)
+    for outcome in ("passed", "passed", "passed", "failed", None):
+        tags = {"gate": outcome} if outcome else {}
+        client.create_model_version(NAME, source=f"file://{root}/artifacts/data", tags=tags)
+    return root
+
+
+def aliases(root: Path) -> tuple[str | None, str | None]:
+    client, _ = store.connect(root)
+    return versions.alias(client, NAME, "champion"), versions.alias(client, NAME, "previous")
+
+
+def states(root: Path) -> list[str]:
+    return [line["state"] for line in promotion.history(root)]
+
+
+def test_champion_previous_and_the_record_of_it(models):
+    promotion.promote(models, NAME, 1, who="ada", why="first", expected_champion=None)
+    assert aliases(models) == ("1", None)
+    promotion.promote(models, NAME, "2", who="ada", why="better", expected_champion=1)
+    assert aliases(models) == ("2", "1")
+    client, _ = store.connect(models)
+    tags = client.get_model_version(NAME, "2").tags
+    assert tags["promotion.who"] == "ada" and tags["promotion.why"] == "better"
+    assert tags["promotion.from"] == "1" and tags["promotion.when"].endswith("+00:00")
+    last = promotion.history(models)[-1]
+    assert (last["state"], last["source"], last["target"]) == ("done", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("version", "expected", "message"),
+    [
+        (4, None, "version 4 cannot become champion: gate verdict failed"),
+        (5, None, "gate verdict none"),
+        (9, None, "has no version 9"),
+        (1, 3, "the champion is nobody, not version 3"),
+    ],
+)
+def test_refusals_change_nothing(models, version, expected, message):
+    with pytest.raises(GateError, match=message):
+        promotion.promote(models, NAME, version, why="no", expected_champion=expected)
+    assert aliases(models) == (None, None) and promotion.history(models) == []
+
+
+def test_promoting_the_champion_is_no_move(models):
+    promotion.promote(models, NAME, 1, why="first", expected_champion=None)
+    assert promotion.promote(models, NAME, 1, why="again", expected_champion=None) is None
+    assert aliases(models) == ("1", None) and states(models) == ["intent", "done"]
+
+
+def test_rollback_goes_back_step_by_step(models):
+    for version, before in ((1, None), (2, 1), (3, 2)):
+        promotion.promote(models, NAME, version, why="better", expected_champion=before)
+    with pytest.raises(GateError, match="the champion is version 3, not version 2"):
+        promotion.rollback(models, NAME, why="bad", expected_champion=2)
+    promotion.rollback(models, NAME, who="bob", why="bad", expected_champion="3")
+    assert aliases(models) == ("2", "1")
+    promotion.rollback(models, NAME, why="bad too", expected_champion=2)
+    assert aliases(models) == ("1", None)
+    with pytest.raises(GateError, match="no previous champion"):
+        promotion.rollback(models, NAME, why="more", expected_champion=1)
+    client, _ = store.connect(models)
+    assert client.get_model_version(NAME, "2").tags["rollback.who"] == "bob"
+
+
+def test_racers_leave_one_champion_and_clear_refusals(models):
+    promotion.promote(models, NAME, 1, why="first", expected_champion=None)
+    code = (
+        "import sys\nfrom pipelines.core import promotion\nfrom pipelines.core.errors import GateError\n"
+        "try:\n    promotion.promote(root, 'sluice-base', VERSION, why='race', expected_champion=1)\n"
+        "except GateError as error:\n    print(error); sys.exit(3)\n"
+    )
+    racers = {v: python(models, code.replace("VERSION", str(v))) for v in (2, 3)}
+    answers = {version: process.communicate() for version, process in racers.items()}
+    codes = {version: process.returncode for version, process in racers.items()}
+    assert sorted(codes.values()) == [0, 3], answers
+    winner = next(version for version, code in codes.items() if code == 0)
+    loser = next(version for version, code in codes.items() if code == 3)
+    assert f"the champion is version {winner}, not version 1 as expected" in answers[loser][0]
+    assert aliases(models) == (str(winner), "1")
+
+
+@pytest.mark.parametrize(
+    ("moment", "champion", "end"),
+    [
+        ("MlflowClient.set_registered_model_alias = die", "1", "aborted"),
+        ("promotion._finish = die", "2", "done"),
+    ],
+)
+def test_kill_between_intent_and_end_is_put_right_by_the_next_call(models, moment, champion, end):
+    promotion.promote(models, NAME, 1, why="first", expected_champion=None)
+    code = (
+        "import os\nfrom mlflow import MlflowClient\nfrom pipelines.core import promotion\n"
+        f"def die(*a, **k): os.kill(os.getpid(), 9)\n{moment}\n"
+        "promotion.promote(root, 'sluice-base', 2, why='better', expected_champion=1)\n"
+    )
+    assert python(models, code).wait() == -9
+    assert states(models)[-1] == "intent" and aliases(models) == (champion, None)
+    promotion.promote(models, NAME, 3, why="next", expected_champion=champion)
+    assert states(models) == ["intent", "done", "intent", end, "intent", "done"]
+    assert aliases(models) == ("3", champion)
+    client, _ = store.connect(models)
+    assert client.get_model_version(NAME, "2").tags.get("promotion.from") == ("1" if end == "done" else None)
+
+
+def test_half_a_line_in_the_journal_is_dropped(models):
+    promotion.promote(models, NAME, 1, why="first", expected_champion=None)
+    journal = models / ".sluice/registry/promotions.jsonl"
+    with journal.open("a") as file:
+        file.write('{"state": "int')
+    promotion.promote(models, NAME, 2, why="better", expected_champion=1)
+    assert states(models) == ["intent", "done", "intent", "done"] and aliases(models) == ("2", "1")

@@ -1,0 +1,296 @@
+"""Registration: one version for one content, whoever is killed; lineage; gates with the champion's rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from stores import drain, fill, python, repository, run_stage, write_rows
+
+from pipelines.core import artifacts, promotion, registry, store, tracking, verdicts
+from pipelines.core.errors import ArtifactError, GateError, StoreUnavailable
+
+__all__ = ["repository"]
+NAME = "sluice-base"
+
+
+def entries(root: Path) -> list:
+    client, _ = store.connect(root)
+    return sorted(client.search_model_versions(f"name = '{NAME}'"), key=lambda entry: int(entry.version))
+
+
+def logged(root: Path) -> list:
+    client, experiment = store.connect(root)
+    return list(client.search_logged_models([experiment]))
+
+
+def make_champion(root: Path, model: Path, bits: float = 2.5) -> str:
+    run_stage(root, model, bits)
+    version = registry.settle(root, "pretrain").version
+    promotion.promote(root, NAME, version, why="test", expected_champion=None)
+    return version
+
+
+def test_a_version_with_its_whole_lineage(repository):
+    root, model = repository
+    run_stage(root, model, 2.5)
+    registered = registry.settle(root, "pretrain")
+    (entry,) = entries(root)
+    client, _ = store.connect(root)
+    tags = client.get_model_version(NAME, entry.version).tags
+    content = artifacts.content_hash(root / "artifacts/pretrain")
+    assert tags["sluice.content_hash"] == content and tags["gate"] == "passed"
+    assert tags["sluice.input.data"] == artifacts.content_hash(root / "artifacts/data") == tags["sluice.data_hash"]
+    wanted = ["sluice.stage", "sluice.params_hash", "sluice.device", "sluice.wall_seconds", "sluice.rows_hash"]
+    wanted += [f"package.{name}" for name in ("torch", "transformers", "peft", "mlflow", "python")]
+    assert {*wanted, "git.commit", "git.dirty"} <= set(tags)
+    assert entry.description == (model / "README.md").read_text() and entry.run_id == registered.run_id
+    run = client.get_run(registered.run_id)
+    assert run.data.tags["gate"] == "passed" and run.data.params["lora.rank"] == "4"
+    assert {"verdict.json", "verdict.txt"} <= {item.path for item in client.list_artifacts(registered.run_id)}
+    stored = json.loads((root / ".sluice/verdicts/pretrain.json").read_text())
+    assert stored["content_hash"] == content and stored["version"] == "1" and stored["passed"] is True
+    assert verdicts.stored(root, "pretrain") == registered.verdict
+
+
+def test_settling_again_changes_nothing(repository):
+    root, model = repository
+    run_stage(root, model, 2.5)
+    first = registry.settle(root, "pretrain")
+    client, experiment = store.connect(root)
+    assert registry.settle(root, "pretrain") == first
+    assert registry.reconcile(root) == []
+    (root / ".sluice/verdicts/pretrain.json").unlink()
+    shutil.rmtree(root / ".sluice/registry")
+    shutil.rmtree(root / ".sluice/spool")
+    assert registry.settle(root, "pretrain") == first
+    assert len(entries(root)) == len(logged(root)) == len(client.search_runs([experiment])) == 1
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "versions._log = die",  # the intent is written, nothing else
+        "import mlflow.pyfunc; mlflow.pyfunc.save_model = die",  # MLflow has half a logged model
+        "versions._create = die",  # the files are there, the version is not
+        "registry.verdicts.judge = die",  # the version is there, its verdict is not
+    ],
+)
+def test_kill_at_any_moment_ends_in_one_version(repository, moment):
+    root, model = repository
+    run_stage(root, model, 2.5)
+    code = (
+        "import os\nfrom pipelines.core import registry, versions\n"
+        f"def die(*a, **k): os.kill(os.getpid(), 9)\n{moment}\nregistry.settle(root, 'pretrain')\n"
+    )
+    process = python(root, code)
+    _, error = process.communicate()
+    assert process.returncode == -9, error
+    assert not (root / ".sluice/verdicts/pretrain.json").exists()
+    assert [registered.version for registered in registry.reconcile(root)] == ["1"]
+    assert [str(entry.version) for entry in entries(root)] == ["1"]
+    assert [str(entry.status).rpartition(".")[2] for entry in logged(root)] == ["READY"]
+    folders = list((root / ".sluice/mlflow/artifacts/models").iterdir())
+    assert len(folders) == 1 and not list((root / ".sluice/registry/intents").iterdir())
+
+
+def test_begun_version_is_finished_after_the_output_was_replaced(repository):
+    root, model = repository
+    run_stage(root, model, 2.5)
+    code = (
+        "import os\nfrom pipelines.core import registry, versions\n"
+        "versions._create = lambda *a: os.kill(os.getpid(), 9)\nregistry.settle(root, 'pretrain')\n"
+    )
+    assert python(root, code).wait() == -9
+    first = artifacts.content_hash(root / "artifacts/pretrain")
+    run_stage(root, model, 2.4)
+    assert registry.settle(root, "pretrain").version == "2"
+    client, _ = store.connect(root)
+    assert client.get_model_version(NAME, "1").tags["sluice.content_hash"] == first
+
+
+def test_two_processes_register_one_version(repository):
+    root, model = repository
+    run_stage(root, model, 2.5)
+    code = "from pipelines.core import registry\nprint(registry.settle(root, 'pretrain').version)\n"
+    both = [python(root, code) for _ in range(2)]
+    assert [process.communicate()[0] for process in both] == ["1\n", "1\n"]
+    assert len(entries(root)) == 1 and len(logged(root)) == 1
+
+
+def test_restored_output_gets_a_run_with_the_lineage_of_dvc_lock(repository):
+    root, model = repository
+    fill(root, model, 2.5)
+    entry = {
+        "cmd": "python -m pipelines pretrain",
+        "deps": [{"path": "artifacts/data", "md5": "abc.dir"}],
+        "params": {"params.yaml": {"pretrain": {"lr": 0.2, "method": "lora"}}},
+    }
+    (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {"pretrain": entry}}))
+    (registered,) = registry.reconcile(root)
+    client, _ = store.connect(root)
+    run = client.get_run(registered.run_id)
+    assert run.data.params == {"lr": "0.2", "method": "lora"} and run.data.metrics == {"bits_per_byte": 2.5}
+    tags = client.get_model_version(NAME, "1").tags
+    assert tags["dvc.artifacts/data"] == "abc.dir" and tags["sluice.restored"] == "from DVC's cache"
+    assert tags["sluice.input.data"] == artifacts.content_hash(root / "artifacts/data")
+    assert registry.reconcile(root) == []
+
+
+def test_parents_are_versions_by_the_content_that_was_read(repository):
+    root, model = repository
+    run_stage(root, model, 2.5)
+    registry.settle(root, "pretrain")
+    run_stage(root, model, 2.4, stage="sft")
+    registered = registry.settle(root, "sft")
+    client, _ = store.connect(root)
+    tags = client.get_model_version("sluice-sft", registered.version).tags
+    assert tags["sluice.parent.sluice-base"] == "1"
+    (row,) = registered.verdict.rows
+    assert row.baseline == "stage:pretrain: 2.5" and row.passed
+
+
+def test_a_failed_gate_registers_and_says_so(repository):
+    root, model = repository
+    run_stage(root, model, 4.5)
+    registered = registry.settle(root, "pretrain")
+    assert not registered.verdict.passed
+    client, _ = store.connect(root)
+    assert client.get_model_version(NAME, registered.version).tags["gate"] == "failed"
+    with pytest.raises(GateError, match="gate verdict failed"):
+        promotion.promote(root, NAME, registered.version, why="hope", expected_champion=None)
+
+
+def test_verdict_of_a_champion_stays_and_new_rules_are_asked_anew(repository):
+    root, model = repository
+    make_champion(root, model)
+    before = verdicts.stored(root, "pretrain")
+    assert registry.settle(root, "pretrain").verdict == before
+    path = root / "mlflow/registry.yaml"
+    path.write_text(path.read_text().replace("at_most: 4.0", "at_most: 2.0"))
+    (registered,) = registry.reconcile(root)
+    assert not registered.verdict.passed and registered.version == "1"
+    assert registered.verdict.rows[2].note == "this version is the champion"
+
+
+def test_a_verdict_about_another_champion_is_no_ticket(repository):
+    root, model = repository
+    for bits in (2.5, 2.51):  # both are judged while nobody is champion
+        run_stage(root, model, bits)
+        registry.settle(root, "pretrain")
+    promotion.promote(root, NAME, 2, why="first", expected_champion=None)
+    with pytest.raises(GateError, match="version 1 was judged against champion none, and the champion is 2 now"):
+        promotion.promote(root, NAME, 1, why="second", expected_champion=2)
+    fill(root, model, 2.5)  # the first output again, as `dvc checkout` brings it
+    (registered,) = registry.reconcile(root)
+    assert registered.version == "1" and registered.verdict.champion == "2"
+    assert promotion.promote(root, NAME, 1, why="second", expected_champion=2) is not None
+
+
+def test_champion_is_compared_by_its_own_rows(repository):
+    root, model = repository
+    make_champion(root, model, 2.5)
+    run_stage(root, model, 2.6)
+    registered = registry.settle(root, "pretrain")
+    row = registered.verdict.rows[2]
+    assert not row.passed and row.baseline == "champion v1: 2.5" and row.low > 0.09
+    assert registered.verdict.champion == "1"
+
+
+def test_champion_is_measured_again_when_the_rows_have_changed(repository):
+    root, model = repository
+    make_champion(root, model, 2.5)
+    today = [f"new-{n}" for n in range(40)]
+    run_stage(root, model, 2.6)
+    write_rows(root / "artifacts/pretrain/evaluation.parquet", 2.6, today)
+    calls = []
+
+    def measure(folder: Path, out: Path) -> None:
+        assert (folder / "config.json").exists() and (folder / "model.safetensors").exists()
+        calls.append(out)
+        write_rows(out, 2.59, today)
+
+    unmeasured = registry.settle(root, "pretrain")
+    assert not unmeasured.verdict.passed and "measured on other rows" in unmeasured.verdict.table()
+    for _ in range(2):
+        registered = registry.settle(root, "pretrain", measure)
+        row = registered.verdict.rows[2]
+        assert row.passed and row.baseline == "champion v1: 2.59" and registered.version == "2"
+    assert len(calls) == 1
+    (kept,) = (root / ".sluice/registry/measured").iterdir()
+    assert kept.name.startswith("sluice-base-1-") and len(pd.read_parquet(kept)) == 40
+
+
+def test_a_measure_on_other_rows_is_refused_and_not_kept(repository):
+    root, model = repository
+    make_champion(root, model, 2.5)
+    run_stage(root, model, 2.6)
+    write_rows(root / "artifacts/pretrain/evaluation.parquet", 2.6, ["a", "b", "c"])
+    with pytest.raises(GateError, match="other examples"):
+        registry.settle(root, "pretrain", lambda folder, out: write_rows(out, 2.5, ["a", "b"]))
+    assert not list((root / ".sluice/registry/measured").iterdir())
+
+
+def test_output_without_a_model_is_refused(repository):
+    root, model = repository
+    run_stage(root, model, 2.5)
+    (root / "artifacts/pretrain/model/config.json").unlink()
+    with pytest.raises(ArtifactError, match="artifacts/pretrain/model is no Hugging Face model"):
+        registry.settle(root, "pretrain")
+
+
+def test_store_that_is_away_delays_registration(repository, monkeypatch):
+    root, model = repository
+    run_stage(root, model, 2.5)
+    with monkeypatch.context() as away:
+        away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        with pytest.raises(StoreUnavailable, match="sluice run"):
+            registry.settle(root, "pretrain")
+        with pytest.raises(StoreUnavailable):
+            registry.reconcile(root)
+    assert [registered.version for registered in registry.reconcile(root)] == ["1"]
+    assert registry.reconcile(root) == [] and tracking.backlog(root) == []
+
+
+def test_model_loads_and_generates_from_any_folder(repository, tmp_path):
+    root, model = repository
+    run_stage(root, model, 2.5)
+    registry.settle(root, "pretrain")
+    drain(root)
+    code = """
+import sys, mlflow, pandas as pd
+model = mlflow.pyfunc.load_model("models:/sluice-base/1")
+ask = pd.DataFrame({"prompt": ["def f(", "", "x" * 500]})
+greedy = model.predict(ask, params={"max_new_tokens": 8})
+assert list(greedy.columns) == ["text"] and len(greedy) == 3, greedy
+assert greedy.equals(model.predict(ask, params={"max_new_tokens": 8, "seed": 5})), "greedy is greedy"
+warm = {"max_new_tokens": 8, "temperature": 1.5}
+assert model.predict(ask, params={**warm, "seed": 1}).equals(model.predict(ask, params={**warm, "seed": 1}))
+assert not model.predict(ask, params={**warm, "seed": 1}).equals(model.predict(ask, params={**warm, "seed": 2}))
+assert not [name for name in sys.modules if name.partition(".")[0] == "pipelines"], "not self-contained"
+from transformers import AutoModelForCausalLM
+place = mlflow.artifacts.download_artifacts("models:/sluice-base/1/artifacts/model")
+AutoModelForCausalLM.from_pretrained(place)
+requirements = open(mlflow.artifacts.download_artifacts("models:/sluice-base/1/requirements.txt")).read()
+assert all(line.count("==") == 1 and "+" not in line for line in requirements.split()), requirements
+"""
+    keep = {key: os.environ[key] for key in ("PATH", "MLFLOW_TRACKING_URI")}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, env=keep, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_champions_without_a_store_are_nobody_and_make_no_store(tmp_path, monkeypatch, repository):
+    root, _ = repository
+    assert registry.champions(root) == {"sluice-base": None, "sluice-sft": None}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none/mlflow.db")
+    assert registry.champions(root) == {"sluice-base": None, "sluice-sft": None}
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,324 @@
+"""Spool and courier: nothing lost, nothing doubled, whoever is killed and whatever is away."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from stores import drain, fill, make_root, python, repository, run_stage
+
+from pipelines.core import courier, promotion, registry, store, tracking
+from pipelines.core.errors import StoreUnavailable
+from pipelines.core.tracking import Record, Recorder
+
+__all__ = ["repository"]
+PRINT = "print('ready', flush=True)\nimport time; time.sleep(60)\n"
+
+
+def runs(root: Path) -> list:
+    client, experiment = store.connect(root)
+    return client.search_runs([experiment])
+
+
+def losses(root: Path, run_id: str) -> list[tuple[int, float]]:
+    client, _ = store.connect(root)
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, "loss")]
+
+
+def killed_stage(root: Path, steps: range, fingerprint: str = "f" * 16) -> None:
+    """A stage that logs some steps and is killed without a word."""
+    code = (
+        "from pipelines.core import tracking\n"
+        f"r = tracking.Recorder(root, 'pretrain', {fingerprint!r}, courier=False)\n"
+        f"for s in range({steps.start}, {steps.stop}): r.log(s, {{'loss': s / 2}})\n"
+        "r._flush()\n"
+    )
+    process = python(root, code + PRINT)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.kill()
+    process.communicate()
+
+
+def test_record_of_a_run_arrives_whole(repository):
+    root, model = repository
+    run_stage(root, model, 2.5)
+    client = drain(root)
+    (run,) = runs(root)
+    assert run.info.status == "FINISHED" and run.info.end_time >= run.info.start_time
+    assert run.data.params == {"lr": "0.1", "lora.rank": "4"}
+    assert run.data.metrics == {"loss": 2.0, "bits_per_byte": 2.5, "seconds": 1.5}
+    assert losses(root, run.info.run_id) == [(0, 4.0), (1, 3.0), (2, 2.0)]
+    tags = run.data.tags
+    assert tags["sluice.stage"] == "pretrain" and len(tags["sluice.content_hash"]) == 64
+    assert tags["package.torch"] and tags["sluice.device"] == "cpu" and tags["git.dirty"]
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.name == "data" and tags["sluice.input.data"].startswith(dataset.dataset.digest)
+    assert tags["sluice.data_hash"] == tags["sluice.input.data"]
+    files = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert files == {"evaluation.parquet", "mark.txt", "samples.txt"}
+    assert "/root/.sluice/mlflow/artifacts/" in run.info.artifact_uri
+
+
+def test_delivering_twice_changes_nothing_even_when_the_state_is_lost(repository):
+    root, model = repository
+    run_stage(root, model, 2.5)
+    drain(root)
+    (before,) = runs(root)
+    (tracking.spools(root)[0].place / "state.json").unlink()
+    drain(root)
+    (after,) = runs(root)
+    assert after.data.to_dictionary() == before.data.to_dictionary()
+    assert losses(root, after.info.run_id) == [(0, 4.0), (1, 3.0), (2, 2.0)]
+    assert len(after.inputs.dataset_inputs) == 1
+
+
+def test_killed_stage_is_closed_and_the_same_run_goes_on(repository):
+    root, _ = repository
+    killed_stage(root, range(4))
+    drain(root)
+    (run,) = runs(root)
+    assert run.info.status == "KILLED"
+    recorder = Recorder(root, "pretrain", "f" * 16, courier=False)
+    for step in range(2, 6):  # from its checkpoint at step 2 on
+        recorder.log(step, {"loss": step / 2})
+    recorder._flush()
+    drain(root)
+    assert [r.info.status for r in runs(root)] == ["RUNNING"]
+    recorder.finish("FINISHED", Record(metrics={"bits_per_byte": 2.0}))
+    drain(root)
+    (again,) = runs(root)
+    assert again.info.run_id == run.info.run_id and again.info.status == "FINISHED"
+    assert losses(root, run.info.run_id) == [(s, s / 2) for s in range(6)]
+
+
+def test_half_a_line_is_dropped_and_the_step_is_written_again(tmp_path):
+    root = make_root(tmp_path / "root", None)
+    killed_stage(root, range(3))
+    (spool,) = tracking.spools(root)
+    events = spool.place / "events.jsonl"
+    os.truncate(events, events.stat().st_size - 5)
+    recorder = Recorder(root, "pretrain", "f" * 16, courier=False)
+    recorder.log(2, {"loss": 9.0})
+    recorder.finish("FAILED", Record())
+    points = [(e["step"], e["values"]["loss"]) for e, _ in spool.events() if e["event"] == "metrics"]
+    assert points == [(0, 0.0), (1, 0.5), (2, 9.0)]
+    assert tracking.spools(root) == [spool]
+
+
+def test_a_run_that_ended_well_or_lives_is_not_continued(tmp_path):
+    root = make_root(tmp_path / "root", None)
+    living = Recorder(root, "pretrain", "f" * 16, courier=False)
+    second = Recorder(root, "pretrain", "f" * 16, courier=False)
+    assert second.spool != living.spool and living.spool.owned()
+    second.finish("FINISHED", Record())
+    assert not second.spool.owned()
+    assert Recorder(root, "pretrain", "f" * 16, courier=False).spool not in (living.spool, second.spool)
+
+
+def test_a_pid_that_another_process_has_now_is_no_owner(tmp_path):
+    root = make_root(tmp_path / "root", None)
+    spool = Recorder(root, "pretrain", "f" * 16, courier=False).spool
+    events = spool.place / "events.jsonl"
+    start = json.loads(events.read_text())
+    events.write_text(json.dumps({**start, "born": start["born"] - 100}) + "\n")
+    assert not spool.owned()
+
+
+def test_points_are_buffered_and_files_are_those_of_the_time(tmp_path):
+    root = make_root(tmp_path / "root", None)
+    recorder = Recorder(root, "pretrain", "f" * 16, courier=False)
+    size = (recorder.spool.place / "events.jsonl").stat().st_size
+    for step in range(100):
+        recorder.log(step, {"loss": 1.0})
+    assert (recorder.spool.place / "events.jsonl").stat().st_size == size
+    card = root / "README.md"
+    card.write_text("first")
+    recorder.finish("FINISHED", Record(files=(card,)))
+    card.write_text("second")
+    assert (recorder.spool.place / "files" / "README.md").read_text() == "first"
+    assert len(list(recorder.spool.events())) == 102
+
+
+def test_courier_killed_between_run_and_note_makes_no_second_run(repository):
+    root, model = repository
+    run_stage(root, model, 2.5)
+    code = "import os\nfrom pipelines.core import courier\ncourier._save = lambda *a: os.kill(os.getpid(), 9)\n"
+    assert python(root, code + "courier.deliver(root)").wait() == -9
+    assert [run.info.status for run in runs(root)] == ["RUNNING"]
+    drain(root)
+    (run,) = runs(root)
+    assert run.info.status == "FINISHED" and len(losses(root, run.info.run_id)) == 3
+
+
+def test_large_curves_are_delivered_in_batches(repository, monkeypatch):
+    root, _ = repository
+    recorder = Recorder(root, "pretrain", "f" * 16, courier=False)
+    for step in range(700):
+        recorder.log(step, {"loss": float(step), "lr": 0.1, "kl": float("nan")})
+    recorder.finish("FINISHED", Record())
+    client, _ = store.connect(root)
+    sizes = []
+    original = type(client).log_batch
+
+    def log_batch(self, run_id, metrics=(), **rest):
+        sizes.append(len(metrics))
+        return original(self, run_id, metrics=metrics, **rest)
+
+    monkeypatch.setattr(type(client), "log_batch", log_batch)
+    drain(root)
+    assert max(sizes) <= 1000 and sum(sizes) == 2100 and len(sizes) <= 4
+    assert losses(root, runs(root)[0].info.run_id)[-1] == (699, 699.0)
+
+
+def test_run_in_the_bin_is_taken_out_and_a_run_that_is_gone_is_made_again(repository):
+    root, _ = repository
+    recorder = Recorder(root, "pretrain", "f" * 16, courier=False)
+    client = drain(root)
+    client.delete_run(runs(root)[0].info.run_id)
+    recorder.log(0, {"loss": 1.0})
+    recorder.finish("FAILED", Record())
+    drain(root)
+    (run,) = runs(root)
+    assert run.info.status == "FAILED"
+    state = recorder.spool.place / "state.json"
+    state.write_text(state.read_text().replace(run.info.run_id, "0" * 32).replace("true", "false"))
+    drain(root)
+    assert len(runs(root)) == 1
+
+
+def test_delivered_runs_leave_the_spool_when_a_newer_one_is_there(repository):
+    root, model = repository
+    for bits in (2.5, 2.4, 2.3):
+        run_stage(root, model, bits)
+        drain(root)
+    assert len(tracking.spools(root)) == 1 and len(runs(root)) == 3 and tracking.backlog(root) == []
+
+
+def test_unreachable_store_is_told_in_a_second_and_loses_nothing(repository, monkeypatch):
+    root, model = repository
+    with socket.socket() as reserved:  # bound, not listening: nobody answers there
+        reserved.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{reserved.getsockname()[1]}")
+        run_stage(root, model, 2.5)
+        before = time.monotonic()
+        with pytest.raises(StoreUnavailable, match=r"127.0.0.1:\d+ does not answer .*sluice run") as error:
+            courier.deliver(root)
+        assert time.monotonic() - before < 5 and "secret" not in str(error.value)
+        assert len(tracking.backlog(root)) == 1
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/.sluice/mlflow/mlflow.db")
+    drain(root)
+    assert [run.info.status for run in runs(root)] == ["FINISHED"]
+
+
+def test_recorder_does_not_import_mlflow(tmp_path):
+    root = make_root(tmp_path / "root", None)
+    code = (
+        "import sys\nfrom pipelines.core import tracking, registry\n"
+        "registry.check(root)\n"
+        "tracking.Recorder(root, 'data', 'f' * 16, courier=False).finish('FINISHED', tracking.Record())\n"
+        "assert registry.settle(root, 'data', None) is None\n"
+        "assert not {'mlflow', 'torch'} & set(sys.modules), 'heavy import'\n"
+    )
+    process = python(root, code)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+
+
+def test_first_connection_of_two_processes_makes_one_experiment(tmp_path):
+    root = make_root(tmp_path / "root", None)
+    code = "from pipelines.core import environment, store\nenvironment.prepare(root)\nprint(store.connect(root)[1])\n"
+    environment_free = {"MLFLOW_TRACKING_URI": ""}
+    both = [python(root, code, **environment_free) for _ in range(2)]
+    answers = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], answers
+    assert len({out for out, _ in answers}) == 1
+    assert sorted(path.name for path in root.iterdir()) == [".sluice", "artifacts", "dvc.yaml", "metrics", "mlflow"]
+
+
+def test_courier_delivers_while_the_stage_runs_and_closes_it_when_it_is_killed(repository):
+    root, _ = repository
+    code = (
+        "from pipelines.core import tracking\n"
+        "r = tracking.Recorder(root, 'pretrain', 'f' * 16)\n"
+        "r.log(0, {'loss': 1.0}); r._flush()\n"
+    )
+    process = python(root, code + PRINT)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    wait_for(lambda: runs(root) and runs(root)[0].data.metrics == {"loss": 1.0})
+    assert runs(root)[0].info.status == "RUNNING"
+    process.kill()
+    process.communicate()
+    wait_for(lambda: runs(root)[0].info.status == "KILLED")
+    wait_for(lambda: tracking.backlog(root) == [])
+
+
+@pytest.mark.slow
+def test_server_that_goes_away_and_comes_back(repository, monkeypatch, tmp_path):
+    """A real `mlflow server`, killed in the middle of a run and started again behind the same address."""
+    root, model = repository
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    server = start_server(tmp_path, root, port)
+    recorder = Recorder(root, "pretrain", "f" * 16, courier=False)
+    recorder.log(0, {"loss": 1.0})
+    recorder._flush()
+    drain(root)
+    stop(server)
+    for step in range(3):
+        recorder.log(step, {"loss": 1.0 - step})
+    fill(root, model, 2.5)
+    recorder.finish("FINISHED", Record(files=(root / "artifacts/pretrain/mark.txt",)))
+    with pytest.raises(StoreUnavailable):
+        courier.deliver(root)
+    server = start_server(tmp_path, root, port)
+    try:
+        client = drain(root)
+        (run,) = runs(root)
+        assert run.info.status == "FINISHED"
+        assert losses(root, run.info.run_id) == [(0, 1.0), (1, 0.0), (2, -1.0)]
+        assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["mark.txt"]
+        registered = registry.settle(root, "pretrain")
+        promotion.promote(root, registered.name, registered.version, why="first", expected_champion=None)
+        run_stage(root, model, 2.6)
+        assert registry.settle(root, "pretrain").verdict.rows[2].baseline == "champion v1: 2.5"
+    finally:
+        stop(server)
+
+
+def start_server(place: Path, root: Path, port: int) -> subprocess.Popen[bytes]:
+    database = f"sqlite:///{root}/.sluice/mlflow/mlflow.db"
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", database, "--artifacts-destination", str(place / "served")]
+    process = subprocess.Popen(
+        command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    wait_for(lambda: answers(root), seconds=60)
+    return process
+
+
+def answers(root: Path) -> bool:
+    try:
+        store.probe(root)
+    except StoreUnavailable:
+        return False
+    return True
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    os.killpg(server.pid, 9)
+    server.wait()
+
+
+def wait_for(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
