@@ -68,10 +68,11 @@ ui: setup                       ## MLflow's and Prefect's pages over this folder
 	@echo "Prefect  http://127.0.0.1:$(PREFECT_PORT)"
 	@echo "Ctrl-C stops both; logs: .sluice/logs/ui-*.log"
 	@mkdir -p .sluice/logs .sluice/mlflow
-	@trap 'kill 0' EXIT; trap 'exit 0' INT TERM; \
-	  mlflow ui --host 127.0.0.1 --port $(MLFLOW_PORT) > .sluice/logs/ui-mlflow.log 2>&1 & first=$$!; \
+	@mlflow ui --host 127.0.0.1 --port $(MLFLOW_PORT) > .sluice/logs/ui-mlflow.log 2>&1 & first=$$!; \
 	  prefect server start --host 127.0.0.1 --port $(PREFECT_PORT) > .sluice/logs/ui-prefect.log 2>&1 & second=$$!; \
-	  wait -n $$first $$second || true; \
+	  stop() { kill $$first $$second 2>/dev/null || true; wait || true; }; \
+	  trap 'stop; echo; echo "both stopped"; exit 0' INT TERM; \
+	  wait -n $$first $$second || true; stop; \
 	  echo "one of the two ended:"; tail -n 3 .sluice/logs/ui-mlflow.log .sluice/logs/ui-prefect.log; exit 1
 
 constraints: setup              ## write constraints.txt from what is installed

@@ -14,8 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import artifacts, params
+from pipelines.core import artifacts
 from pipelines.core.errors import ParamsError, UserError
+from pipelines.core.params import whole
 
 DEFAULT = "default"
 
@@ -38,7 +39,7 @@ def apply(root: Path, name: str) -> list[str]:
         raise UserError(f"no profile {name!r} in profiles/; there are: {', '.join(names(root))}")
     yaml = _round_trip()
     target = root / "params.yaml"
-    params.load(target)
+    whole.load(target)
     merged = yaml.load(target.read_text(encoding="utf-8"))
     before = flatten(merged)
     profiles = {each: _read(root, each) for each in names(root)}
@@ -120,7 +121,7 @@ def _check(text: str, name: str) -> None:
         draft = Path(folder) / "params.yaml"
         draft.write_text(text, encoding="utf-8")
         try:
-            params.load(draft)
+            whole.load(draft)
         except ParamsError as error:
             raise ParamsError(f"profile {name} does not fit, params.yaml is unchanged:\n{error}") from None
 

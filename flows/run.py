@@ -10,8 +10,9 @@ from rich.console import Console
 
 from flows import outcome, profiles, sources, stages, view
 from flows.board import Board, Row
-from pipelines.core import graph, params, policy
+from pipelines.core import graph, policy
 from pipelines.core.errors import GateError, StoreUnavailable
+from pipelines.core.params import whole
 
 
 def run(root: Path, wanted: list[str], profile: str | None, plain: bool, console: Console) -> None:
@@ -26,7 +27,7 @@ def run(root: Path, wanted: list[str], profile: str | None, plain: bool, console
 
     if profile is not None:
         _say(console, profiles.apply(root, profile) or [f"params.yaml has the values of {profile} already"])
-    params.load(root / "params.yaml")
+    whole.load(root / "params.yaml")
     _say(console, sources.keep(root))
     registry.check(root)
     state = stages.look(root)

@@ -10,8 +10,9 @@ import json
 import re
 from pathlib import Path
 
-from pipelines.core import artifacts, params
+from pipelines.core import artifacts
 from pipelines.core.errors import UserError
+from pipelines.core.params import whole
 
 MARKER = "# files named in params.yaml data.sources, kept by sluice run"
 _PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./+@-]*")
@@ -26,7 +27,7 @@ def keep(root: Path) -> list[str]:
     """
     from pipelines.core.sources import local_paths
 
-    paths = local_paths(params.load(root / "params.yaml").data, root)
+    paths = local_paths(whole.load(root / "params.yaml").data, root)
     return write(root / "dvc.yaml", sorted({_name(path, root) for path in paths}))
 
 

@@ -12,8 +12,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import params
 from pipelines.core.errors import StoreUnavailable, UserError
+from pipelines.core.params import whole
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def look(root: Path) -> State:
 
 def side_by_side(root: Path) -> int:
     """How many stages may compute at once without sharing a core."""
-    threads = params.load(root / "params.yaml").compute.threads
+    threads = whole.load(root / "params.yaml").compute.threads
     return max(1, cores() // threads) if threads else 1
 
 

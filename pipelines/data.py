@@ -15,7 +15,6 @@ import importlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,9 +23,10 @@ from pipelines.core import artifacts
 from pipelines.core.context import StageContext
 from pipelines.core.faults import Ledger
 from pipelines.core.intake import Labels, Taken, take_in
-from pipelines.core.params import DataParams
-from pipelines.core.split import TRAIN, first_of_each, numbers, prompts_held_out
-from pipelines.core.tables import PROMPT_TABLES, SPLITS, UNSPLIT, Published, Staged, flat, row_groups
+from pipelines.core.params.data import DataParams
+from pipelines.core.selection import choose
+from pipelines.core.split import numbers
+from pipelines.core.tables import PROMPT_TABLES, SPLITS, UNSPLIT, Published, flat, row_groups
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,55 +94,20 @@ def prepare_judge() -> threading.Thread:
     # Imported here first: two threads that import pandas at once can see it half made.
     importlib.import_module("pandas")
     importlib.import_module("pyarrow.parquet")
-    thread = threading.Thread(target=importlib.import_module, args=("pipelines.core.expectations",), daemon=True)
+    thread = threading.Thread(target=_import_expectations, daemon=True)
     thread.start()
     return thread
 
 
-def choose(
-    params: DataParams, taken: Taken, context: StageContext
-) -> tuple[dict[str, NDArray[np.bool_]], dict[str, int]]:
-    """Which rows of each table stay (masks), and how many went: repeated, prompt held out, nearly held out."""
-    from pipelines.core import near_duplicates
-
-    keep = {key: first_of_each(marks) for key, marks in taken.marks.items()}
-    removed = {"exact": sum(int((~mask).sum()) for mask in keep.values()), "prompt": 0, "near": 0}
-    for key, gone in prompts_held_out(taken.marks, keep).items():
-        removed["prompt"] += int(gone.sum())
-        keep[key] &= ~gone
-    for key in sorted(set(keep) - {UNSPLIT}):
-        train = numbers(taken.marks[key].sides) == TRAIN
-        texts = numbers(taken.marks[key].texts)
-
-        def read(mask: NDArray[np.bool_], key: str = key) -> Iterator[tuple[NDArray[np.int64], list[str]]]:
-            return selected(key, taken.staged[key], mask)
-
-        for pair in near_duplicates.find(
-            read, keep[key] & ~train, keep[key] & train, params.near_duplicate, context.threads
-        ):
-            # The very same row on two sides that were named is for the leak check to report, not for us to mend.
-            if texts[pair.train] != texts[pair.held]:
-                keep[key][pair.train] = False
-                removed["near"] += 1
-        context.stop_if_asked()
-    return keep, removed
-
-
-def selected(key: str, staged: Staged, mask: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], list[str]]]:
-    """Numbers and whole texts of the rows that a mask selects, batch by batch."""
-    import numpy as np
-
-    for first, batch in staged.batches():
-        chosen = np.flatnonzero(mask[first : first + batch.num_rows])
-        if len(chosen):
-            yield chosen + first, flat(key, batch.take(chosen))["text"].to_pylist()
+def _import_expectations() -> None:
+    from pipelines.core import expectations  # noqa: F401
 
 
 def write_table(
     key: str, taken: Taken, keep: NDArray[np.bool_], outputs: Path, judge: Judge, context: StageContext
 ) -> dict[str, int]:
     """Write one table's files, judging each chunk; returns rows by split (knowledge: `all`)."""
-    from pipelines.core.validation import row_expectations
+    from pipelines.core.suites import row_expectations
 
     staged, sides = taken.staged[key], numbers(taken.marks[key].sides)
     names = ("all",) if key == UNSPLIT else SPLITS
@@ -191,7 +156,8 @@ def judge_tables(judge: Judge, keys: list[str], outputs: Path, min_rows: int) ->
     import pandas as pd
 
     from pipelines.core.facts import facts, repeated_ids
-    from pipelines.core.validation import SHOWN_ROWS, fact_expectations, prompt_expectations
+    from pipelines.core.suites import fact_expectations, prompt_expectations
+    from pipelines.core.validation import SHOWN_ROWS
 
     prompts = []
     for key in keys:

@@ -16,17 +16,16 @@ Papers: Radford et al., "Improving Language Understanding by Generative Pre-Trai
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipelines.core import artifacts, attention, cards, hardware, language_models, packing, reading, scoring, statistics
+from pipelines.core import artifacts, attention, cards, generation, hardware, language_models, packing, reading, scoring
 from pipelines.core.checkpoint import Checkpoints
 from pipelines.core.context import StageContext
-from pipelines.core.errors import ArtifactError
-from pipelines.core.params import PretrainParams
+from pipelines.core.held_out import HeldOut
+from pipelines.core.params.pretrain import PretrainParams
 
 METRICS = frozenset(
     {
@@ -38,7 +37,7 @@ METRICS = frozenset(
 SCORES = frozenset({"bytes", "bits", "bits_before", "bits_classical"})
 
 LONGEST_TOKEN = 6  # bytes a token at most on average: how much text is tokenized for a number of tokens
-PROMPT_CHARACTERS, SAMPLE_TOKENS = 80, 48
+SAMPLE_TOKENS = 48
 
 
 class Plan(NamedTuple):
@@ -61,8 +60,7 @@ def run(params: PretrainParams, inputs: dict[str, Path], outputs: Path, context:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(inputs["tokenizer"])
-    examples = reading.held_out_examples(inputs["data"], params.eval_bytes)
-    texts = [example["text"] for example in examples]
+    held_out = HeldOut.of(inputs["data"], params.eval_bytes)
 
     # 1. The model, what of it is trained, for how long, and on which rows.
     model = _model(params, tokenizer, context)
@@ -76,28 +74,32 @@ def run(params: PretrainParams, inputs: dict[str, Path], outputs: Path, context:
     state = checkpoints.newest()
     if state is None:
         _show_example(rows, tokenizer, context)
-        bits_before = _score(model, tokenizer, texts, context, "before training")
-        state = {"step": 0, "bits_before": bits_before, "before": _continuations(model, tokenizer, texts, params)}
+        bits_before = held_out.bits(model, tokenizer, context, "before training")
+        before = generation.greedy(model, tokenizer, held_out.prompts(params.samples), SAMPLE_TOKENS)
+        state = {"step": 0, "bits_before": bits_before, "before": before}
     else:
         context.say(f"resuming after step {state['step']} of {plan.steps}")
 
     # 3. Train; then save, load what was saved, and measure that.
     _train(params, plan, model, rows, state, checkpoints, context)
     _save(model, tokenizer, outputs / "model", context)
-    model = language_models.load(str(outputs / "model"), _dtype(context), _attention(params, context))
+    model = language_models.load(
+        str(outputs / "model"), context.dtype, attention.choose(context.device, scoring.WINDOW)
+    )
     scores = {
-        "bits": _score(model, tokenizer, texts, context, "after training"),
+        "bits": held_out.bits(model, tokenizer, context, "after training"),
         "bits_before": state["bits_before"],
-        "bits_classical": scoring.classical_bits(texts, _primer(inputs["data"], rows, params)),
+        "bits_classical": held_out.classical_bits(inputs["data"], params.seed),
     }
-    _write_evaluation(outputs / "evaluation.parquet", examples, scores)
+    held_out.write(outputs / "evaluation.parquet", scores)
     context.write_history(outputs / "history.csv")
-    after = _continuations(model, tokenizer, texts, params)
-    samples = cards.continuations(_prompts(texts, params), {"before": state["before"], "after": after})
+    prompts = held_out.prompts(params.samples)
+    after = generation.greedy(model, tokenizer, prompts, SAMPLE_TOKENS)
+    samples = cards.continuations(prompts, {"before": state["before"], "after": after})
     context.say(samples)
     artifacts.write_text(outputs / "samples.md", samples)
 
-    metrics = _metrics(scores, texts) | {
+    metrics = held_out.metrics(scores) | {
         "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
         "trained_parameters": float(plan.trained),
         "training_tokens": float(plan.steps * params.batch_tokens),
@@ -110,17 +112,12 @@ def run(params: PretrainParams, inputs: dict[str, Path], outputs: Path, context:
 def measure(
     params: PretrainParams, inputs: dict[str, Path], context: StageContext, model: Path, evaluation: Path
 ) -> None:
-    """Score another model, such as today's champion, on today's held-out examples.
+    """Score another model, such as today's champion, on the held-out examples that `run` scores.
 
-    Writes `evaluation` with the columns `bytes` and `bits` of the examples that `run` scores.
+    Writes `evaluation` with the columns `bytes` and `bits`.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    examples = reading.held_out_examples(inputs["data"], params.eval_bytes)
-    other = language_models.load(str(model), _dtype(context), _attention(params, context))
-    bits = _score(other, tokenizer, [example["text"] for example in examples], context, "champion")
-    _write_evaluation(evaluation, examples, {"bits": bits})
+    held_out = HeldOut.of(inputs["data"], params.eval_bytes)
+    held_out.write(evaluation, {"bits": held_out.bits_of_directory(model, context, "champion")})
 
 
 def _model(params: PretrainParams, tokenizer: Any, context: StageContext) -> Any:
@@ -130,20 +127,26 @@ def _model(params: PretrainParams, tokenizer: Any, context: StageContext) -> Any
     from pipelines.core import training
 
     torch.manual_seed(params.seed)
-    kind = _attention(params, context)
+    kind = attention.choose(context.device, max(params.sequence_length, scoring.WINDOW))
     if params.base is None:
         length = params.sequence_length
         model = language_models.random_weights(
             params.architecture, params.depth, tokenizer, length, torch.float32, kind
         )
     else:
-        dtype = _dtype(context) if params.method == "lora" else torch.float32
+        dtype = context.dtype if params.method == "lora" else torch.float32
         model = language_models.load(params.base, dtype, kind)
         language_models.fit_vocabulary(model, tokenizer)
     language_models.body_and_head(model)
     if params.method == "lora":
         model = training.with_lora(model, params.lora_rank)
     return model.to(context.device)
+
+
+def _saved(place: Path, context: StageContext) -> Any:
+    """The model as others will load it."""
+    kind = attention.choose(context.device, scoring.WINDOW)
+    return language_models.load(str(place), context.dtype, kind).to(context.device)
 
 
 def _plan(params: PretrainParams, model: Any) -> Plan:
@@ -190,7 +193,7 @@ def _train(
         training.load_trained_state(model, state["trained"])
         optimizer.load_state_dict(state["optimizer"])
         training.set_random_state(state["random"])
-        context.history[:] = state["history"]
+        context.resume(state["history"])
     seconds = state.get("seconds", 0.0)
     rate = hardware.matmul_rate(context.device, context.precision)
     model.train()
@@ -249,33 +252,8 @@ def _train(
 def _save(model: Any, tokenizer: Any, place: Path, context: StageContext) -> None:
     """A whole model in the compute type, adapters merged, with its tokenizer: what others load."""
     merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    merged.to(_dtype(context)).save_pretrained(place)
+    merged.to(context.dtype).save_pretrained(place)
     tokenizer.save_pretrained(place)
-
-
-def _score(model: Any, tokenizer: Any, texts: list[str], context: StageContext, what: str) -> list[float]:
-    """Bits of each text, computed in the type the model is saved in, so that before and after compare."""
-    model.eval()
-    dtype = _dtype(context)
-    plain = not hasattr(model, "peft_config")
-    judged = copy.deepcopy(model).to(dtype) if plain and model.dtype is not dtype else model
-
-    def tell(done: int, total: int) -> None:
-        context.progress(done, total, scoring=what)
-        context.stop_if_asked()
-
-    return scoring.model_bits(judged, tokenizer, texts, context.precision, tell)
-
-
-def _prompts(texts: list[str], params: PretrainParams) -> list[str]:
-    return [text[:PROMPT_CHARACTERS] for text in texts[: params.samples]]
-
-
-def _continuations(model: Any, tokenizer: Any, texts: list[str], params: PretrainParams) -> list[str]:
-    """Greedy continuations of the beginnings of the first held-out texts."""
-    from pipelines.core import generation
-
-    return generation.greedy(model, tokenizer, _prompts(texts, params), SAMPLE_TOKENS)
 
 
 def _show_example(rows: packing.PackedRows, tokenizer: Any, context: StageContext) -> None:
@@ -286,49 +264,3 @@ def _show_example(rows: packing.PackedRows, tokenizer: Any, context: StageContex
     context.say(
         f"first training row: {batch.ids.shape[1]} tokens, all supervised, of {documents} document(s):\n  {text[:600]}"
     )
-
-
-def _primer(data: Path, rows: packing.PackedRows, params: PretrainParams) -> str:
-    """Training text for the compressor: as much as it can use of what the model was trained on."""
-    share = scoring.PRIMER_BYTES * 4 / max(1, reading.corpus_bytes(data, "train"))
-    text = "\n".join(reading.sample(data, "train", share, params.seed))
-    if not text:
-        raise ArtifactError("the training corpus is too small to compare with a compressor: add text")
-    return text
-
-
-def _write_evaluation(place: Path, examples: list[dict[str, str]], scores: dict[str, list[float]]) -> None:
-    known = {key: [example[key] for example in examples] for key in ("id", "group")}
-    sizes = [len(example["text"].encode()) for example in examples]
-    reading.write_evaluation(place, {**known, "bytes": sizes, **scores})
-
-
-def _metrics(scores: dict[str, list[float]], texts: list[str]) -> dict[str, float]:
-    """Bits per byte with intervals over the held-out examples (bootstrap; paired for the gain)."""
-    import numpy as np
-
-    sizes = np.array([len(text.encode()) for text in texts], dtype=float)
-    bits = {name: np.array(values) for name, values in scores.items()}
-    after = statistics.bootstrap(bits["bits"], sizes)
-    gain = statistics.paired_bootstrap(bits["bits_before"], bits["bits"], sizes)
-    return {
-        "bits_per_byte": after.estimate,
-        "bits_per_byte_low": after.low,
-        "bits_per_byte_high": after.high,
-        "bits_per_byte_before": float(bits["bits_before"].sum() / sizes.sum()),
-        "bits_per_byte_classical": float(bits["bits_classical"].sum() / sizes.sum()),
-        "gain_bits_per_byte": gain.estimate,
-        "gain_bits_per_byte_low": gain.low,
-        "gain_bits_per_byte_high": gain.high,
-        "held_out_bytes": float(sizes.sum()),
-    }
-
-
-def _dtype(context: StageContext) -> Any:
-    import torch
-
-    return torch.bfloat16 if context.precision == "bf16" else torch.float32
-
-
-def _attention(params: PretrainParams, context: StageContext) -> str:
-    return attention.choose(context.device, max(params.sequence_length, scoring.WINDOW))

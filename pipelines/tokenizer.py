@@ -17,7 +17,7 @@ from typing import Any
 from pipelines.core import artifacts, language_models, packing, reading
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
-from pipelines.core.params import TokenizerParams
+from pipelines.core.params.tokenizer import TokenizerParams
 
 METRICS = frozenset({"vocabulary", "bytes_per_token", "round_trip"})
 SCORES = frozenset({"bytes", "tokens", "unchanged"})

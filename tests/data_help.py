@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 from pipelines import data
 from pipelines.core.context import StageContext
-from pipelines.core.params import DataParams
+from pipelines.core.params.data import DataParams
 
-WORDS = "amber birch cedar delta ember fjord grove heath inlet jetty knoll lagoon marsh north ocean prairie".split()
+WORDS = [
+    "amber",
+    "birch",
+    "cedar",
+    "delta",
+    "ember",
+    "fjord",
+    "grove",
+    "heath",
+    "inlet",
+    "jetty",
+    "knoll",
+    "lagoon",
+    "marsh",
+    "north",
+    "ocean",
+    "prairie",
+]
 
 
 def params(*sources: dict[str, Any], **changes: Any) -> DataParams:
@@ -44,4 +62,5 @@ def jsonl(place: Path, rows: list[Any]) -> Path:
 
 def sentence(number: int, words: int = 12) -> str:
     """A sentence of its own for each number."""
-    return " ".join(f"{WORDS[(number * 7 + step * step) % len(WORDS)]}{number * step % 97}" for step in range(words)) + f" {number}"
+    rng = random.Random(number)
+    return f"{number} " + " ".join(rng.choice(WORDS) for _ in range(words))

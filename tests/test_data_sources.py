@@ -17,10 +17,10 @@ from data_help import jsonl, params
 from pipelines.core import sources
 from pipelines.core.errors import DataError
 from pipelines.core.faults import BadRow, Ledger
-from pipelines.core.params import FileSource, HubSource
+from pipelines.core.params.data import FileSource, HubSource
 from pipelines.core.rows import canonical, cut
 
-RECORDS = [{"prompt": "Zwei, \"drei\"\nvier", "completion": "fünf"}, {"prompt": "여섯", "completion": "7 🙂"}]
+RECORDS = [{"prompt": 'Zwei, "drei"\nvier', "completion": "fünf"}, {"prompt": "여섯", "completion": "7 🙂"}]
 
 
 def write(place: Path, records: list[dict[str, str]]) -> None:
@@ -98,11 +98,17 @@ def test_folder_and_glob_are_sorted_and_labelled_without_the_place(tmp_path: Pat
         {"path": str(tmp_path / "given" / "b.jsonl"), "table": "demonstrations"},
         {"builder": "pydocs", "folders": ["src"]},
     )
-    assert sources.local_paths(given, tmp_path) == [tmp_path / "given", tmp_path / "given" / "b.jsonl", tmp_path / "src"]
+    assert sources.local_paths(given, tmp_path) == [
+        tmp_path / "given",
+        tmp_path / "given" / "b.jsonl",
+        tmp_path / "src",
+    ]
     at_root = params({"path": "given/../*.pdf", "table": "corpus"}, {"path": "g*/a.jsonl", "table": "demonstrations"})
     with pytest.raises(DataError, match="no file matches"):
         sources.local_paths(at_root, tmp_path)
-    assert sources.local_paths(params({"path": "g*/a.jsonl", "table": "prompts"}), tmp_path) == [tmp_path / "given/a.jsonl"]
+    assert sources.local_paths(params({"path": "g*/a.jsonl", "table": "prompts"}), tmp_path) == [
+        tmp_path / "given/a.jsonl"
+    ]
     assert not sources.names_hub(given)
     assert sources.names_hub(params({"hub": "a/b", "table": "corpus"}))
 
@@ -187,7 +193,12 @@ MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "
         ("demonstrations", {"prompt": "a"}, "completion", "no such column"),
         ("demonstrations", {"messages": MESSAGES[:1]}, "messages", "found the roles user"),
         ("demonstrations", {"messages": [{"role": "robot", "content": "a"}]}, "messages", "role .one of system"),
-        ("demonstrations", {"messages": [MESSAGES[0], {"role": "assistant", "content": None}]}, "messages", "found null"),
+        (
+            "demonstrations",
+            {"messages": [MESSAGES[0], {"role": "assistant", "content": None}]},
+            "messages",
+            "found null",
+        ),
         ("prompts", {"prompt": MESSAGES}, "prompt", "last is not the user's"),
         ("comparisons", {"prompt": "a", "responses": ["b", "c"], "ranks": [1]}, "ranks", "1 values .* 2 responses"),
         ("comparisons", {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 3]}, "ranks", "accepted: a ranking"),

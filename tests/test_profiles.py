@@ -8,8 +8,8 @@ import yaml
 from fake_repository import ROOT
 
 from flows import profiles, sources
-from pipelines.core import params
 from pipelines.core.errors import ParamsError, UserError
+from pipelines.core.params import whole
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_default_holds_the_committed_value_of_every_key_that_a_profile_sets() ->
 def test_a_profile_is_valid_and_default_brings_back_the_same_bytes(root: Path, name: str) -> None:
     before = text(root)
     changed = profiles.apply(root, name)
-    params.load(root / "params.yaml")
+    whole.load(root / "params.yaml")
     assert any(line.startswith("pretrain.base: smollm2-135m -> null") for line in changed)
     assert profiles.apply(root, name) == []
     profiles.apply(root, "default")
@@ -67,7 +67,7 @@ def test_own_edits_of_other_keys_and_comments_survive(root: Path) -> None:
 def test_own_data_survives_a_profile_that_does_not_name_data(root: Path) -> None:
     edit(root, "stdlib: true", "stdlib: false")
     profiles.apply(root, "scratch")
-    loaded = params.load(root / "params.yaml")
+    loaded = whole.load(root / "params.yaml")
     assert loaded.data.sources[0].stdlib is False  # type: ignore[union-attr]
     assert loaded.pretrain.base is None
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipelines.core.errors import DataError
-from pipelines.core.params import PydocsSource
+from pipelines.core.params.data import PydocsSource
 from pipelines.core.pydocs import build
 from pipelines.core.pydocs.docstrings import parse
 from pipelines.core.pydocs.tasks import fold

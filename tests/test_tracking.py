@@ -230,6 +230,7 @@ def test_recorder_does_not_import_mlflow(tmp_path):
     assert process.returncode == 0, error
 
 
+@pytest.mark.slow
 def test_first_connection_of_two_processes_makes_one_experiment(tmp_path):
     root = make_root(tmp_path / "root", None)
     code = "from pipelines.core import environment, store\nenvironment.prepare(root)\nprint(store.connect(root)[1])\n"

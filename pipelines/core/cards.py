@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.core.params import PretrainParams
+from pipelines.core.params.pretrain import PretrainParams
 
 BASES = {
     "smollm2-135m": (

@@ -16,9 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.core import artifacts, environment
+
+if TYPE_CHECKING:
+    import torch
 
 Curve = Callable[[int, dict[str, float]], None]
 LIVE_SECONDS = 0.5  # how often the live file is written at most
@@ -64,10 +67,23 @@ class StageContext:
         place.mkdir(parents=True, exist_ok=True)
         return place
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """torch's type of the precision: what models are computed and saved in."""
+        import torch
+
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
     def log(self, step: int, **metrics: float) -> None:
         """Add a point to the stage's curves: the same numbers on every run of the same inputs."""
         self.history.append({"step": step, **metrics})
         self.curve(step, metrics)
+
+    def resume(self, history: list[dict[str, float]]) -> None:
+        """Take over the curves of a checkpoint; points that tracking already holds are not doubled there."""
+        self.history[:] = history
+        for row in history:
+            self.curve(int(row["step"]), {key: value for key, value in row.items() if key != "step"})
 
     def measure(self, **figures: float) -> None:
         """Note figures of this machine, such as a speed, for the metrics file."""

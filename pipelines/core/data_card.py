@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.core.params import DataParams, FileSource, HubSource, PydocsSource, Source
+from pipelines.core.params.data import DataParams, FileSource, HubSource, PydocsSource, Source
 from pipelines.core.tables import SPLITS
 
 ABOUT = {

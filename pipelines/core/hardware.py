@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelines.core import artifacts, environment
 from pipelines.core.errors import ParamsError
-from pipelines.core.params import ComputeParams
+from pipelines.core.params.compute import ComputeParams
 
 FASTER = 1.25  # bf16 must beat fp32 by this factor to be worth its rounding
 

@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.core import sources
 from pipelines.core.context import StageContext
 from pipelines.core.faults import BadRow, Ledger, shown
-from pipelines.core.params import DataParams, PydocsSource, Source
+from pipelines.core.params.data import DataParams, PydocsSource, Source
 from pipelines.core.rows import TASK_SHAPES, canonical, identify
 from pipelines.core.sources import Entry
 from pipelines.core.split import Marks, side

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipelines.core.errors import DataError
-from pipelines.core.faults import SHOWN_CHARACTERS, BadRow, shown
+from pipelines.core.faults import BadRow, shown
+from pipelines.core.json_stream import BLOCK, JsonStream
 
 Raw = tuple[int, dict[str, Any] | BadRow]
 READERS = {
@@ -30,10 +31,7 @@ READERS = {
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
     **dict.fromkeys((".txt", ".text", ".md", ".rst"), "text"),
 }
-BLOCK = 1 << 20
 LARGEST_CELL = 1 << 30
-LARGEST_VALUE = 1 << 26  # characters of one record of a .json file
-WHITE_SPACE = re.compile(r"\s*")
 
 
 class Cells(dict[str, Any]):
@@ -118,7 +116,7 @@ def _jsonl(file: IO[bytes]) -> Iterator[Raw]:
 
 def _json(file: IO[bytes], path: Path) -> Iterator[Raw]:
     """An array of records, or an object of records (its keys become the column `key`), read piece by piece."""
-    stream = _JsonStream(io.TextIOWrapper(file, encoding="utf-8-sig"), path)
+    stream = JsonStream(io.TextIOWrapper(file, encoding="utf-8-sig"), path)
     opening = stream.take("[{", "an array [...] or an object {...} of records")
     closing = "]" if opening == "[" else "}"
     if stream.peek() == closing:
@@ -136,70 +134,6 @@ def _json(file: IO[bytes], path: Path) -> Iterator[Raw]:
         yield row, record
         if stream.take("," + closing, "a comma or the end") == closing:
             return
-
-
-class _JsonStream:
-    """Values out of a long JSON text without holding it whole."""
-
-    def __init__(self, file: IO[str], path: Path) -> None:
-        self.file, self.path = file, path
-        self.text, self.at, self.line, self.ended = "", 0, 1, False
-        self.decoder = json.JSONDecoder()
-
-    def _more(self) -> bool:
-        """Append a block; what was read already goes."""
-        try:
-            block = self.file.read(BLOCK)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.path}, after row {self.line}: not UTF-8 ({error.reason})") from None
-        self.text, self.at = self.text[self.at :] + block, 0
-        self.ended = not block
-        return bool(block)
-
-    def _pass(self, end: int) -> None:
-        self.line += self.text.count("\n", self.at, end)
-        self.at = end
-
-    def peek(self) -> str:
-        """The next character that is not white space; empty at the end."""
-        while True:
-            match = WHITE_SPACE.match(self.text, self.at)
-            self._pass(match.end() if match else self.at)
-            if self.at < len(self.text) or not self._more():
-                return self.text[self.at : self.at + 1]
-
-    def take(self, accepted: str, told: str) -> str:
-        """One of some characters."""
-        found = self.peek()
-        if not found or found not in accepted:
-            raise self._broken(f"found {found!r}" if found else "the file ends", told)
-        self._pass(self.at + 1)
-        return found
-
-    def value(self) -> Any:
-        """One JSON value."""
-        self.peek()
-        while True:
-            try:
-                value, end = self.decoder.raw_decode(self.text, self.at)
-            except json.JSONDecodeError as error:
-                # A value that merely goes on in the next block looks broken too, until the file has ended.
-                if not self.ended and len(self.text) - self.at < LARGEST_VALUE and self._more():
-                    continue
-                line = self.line + self.text.count("\n", self.at, error.pos)
-                raise self._broken(error.msg, "JSON", line) from None
-            # A number may go on in the next block; everything else ends with its own last character.
-            if end == len(self.text) and not self.ended and self._more():
-                continue
-            self._pass(end)
-            return value
-
-    def _broken(self, found: str, told: str, line: int | None = None) -> DataError:
-        near = shown(self.text[self.at : self.at + SHOWN_CHARACTERS])
-        return DataError(
-            f"{self.path}, row {line or self.line}: broken JSON ({found}) near {near}; accepted: {told}. "
-            "What follows cannot be read: mend the file, or write one object a line (.jsonl)."
-        )
 
 
 def _csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Raw]:

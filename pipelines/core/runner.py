@@ -17,8 +17,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipelines.core import artifacts, context, environment, graph, hardware, language_models, params
+from pipelines.core import artifacts, context, environment, graph, hardware, language_models
 from pipelines.core.errors import ArtifactError, DataError, StoreUnavailable, UserError
+from pipelines.core.params import whole
+from pipelines.core.params.data import HubSource
+from pipelines.core.params.section import Section
 
 UNEXPECTED = 70  # EX_SOFTWARE: our mistake, not the user's
 
@@ -55,9 +58,9 @@ def execute(name: str, root: Path) -> dict[str, float]:
     from pipelines.core import lineage, registry, tracking
 
     spec = graph.stage(root, name)
-    every = params.load(root / "params.yaml")
+    every = whole.load(root / "params.yaml")
     registry.check(root)
-    section: params.Section = getattr(every, name)
+    section: Section = getattr(every, name)
     inputs = _inputs(root, spec)
     environment.allow_hub(_names_hub(every))
     with _thin_imports():
@@ -101,7 +104,7 @@ def measure_for(root: Path, name: str) -> Callable[[Path, Path], None] | None:
         return None
 
     def measure(model: Path, evaluation: Path) -> None:
-        spec, every = graph.stage(root, name), params.load(root / "params.yaml")
+        spec, every = graph.stage(root, name), whole.load(root / "params.yaml")
         machine = hardware.choose(every.compute, root)
         run = context.StageContext(name, root, "champion", machine.device, machine.precision, machine.threads)
         module.measure(getattr(every, name), _inputs(root, spec), run, model, evaluation)
@@ -122,10 +125,10 @@ def _settle(root: Path, name: str) -> None:
         print(registered.summary(), flush=True)
 
 
-def _names_hub(every: params.Params) -> bool:
+def _names_hub(every: whole.Params) -> bool:
     """Whether anything in the file is to come from a hub; nothing else may reach for one."""
     bases = {base for base in (every.tokenizer.base, every.pretrain.base) if base is not None}
-    sources = any(isinstance(source, params.HubSource) for source in every.data.sources)
+    sources = any(isinstance(source, HubSource) for source in every.data.sources)
     return sources or any(language_models.find(base).kind == "hub" for base in bases)
 
 
@@ -140,7 +143,7 @@ def _inputs(root: Path, spec: graph.StageSpec) -> dict[str, Path]:
     return inputs
 
 
-def _fingerprint(root: Path, spec: graph.StageSpec, section: params.Section, machine: hardware.Hardware) -> str:
+def _fingerprint(root: Path, spec: graph.StageSpec, section: Section, machine: hardware.Hardware) -> str:
     """Hash of everything the output depends on: params, inputs, code, kind of machine and thread count."""
     parts = {
         "stage": spec.name,

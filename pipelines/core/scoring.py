@@ -11,10 +11,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from pipelines.core import losses, packing, training
+from pipelines.core import packing
 from pipelines.core.language_models import body_and_head
 
 WINDOW = 1024  # longest context a text is scored in, in tokens
+UNSCORED = -100  # a label that is context only: `losses.IGNORE`, without its import of torch
 PRIMER_BYTES = 128 * 1024  # training text the compressor has read before it meets a held-out text
 BATCH_TOKENS = 2048
 
@@ -69,10 +70,10 @@ def _windows(ids: list[int], window: int) -> list[tuple[list[int], list[int]]]:
     start = 0
     while done < len(ids):
         end = min(start + window, len(ids) - 1)
-        labels = [losses.IGNORE] * (done - 1 - start) + ids[done : end + 1]
+        labels = [UNSCORED] * (done - 1 - start) + ids[done : end + 1]
         pieces.append((ids[start:end], labels))
         done = end + 1
-        start = max(0, done - 1 - stride)
+        start = max(0, done - 1 - (window - stride))
     return pieces
 
 
@@ -90,6 +91,8 @@ def _batches(pieces: list[tuple[int, list[int], list[int]]]) -> list[list[tuple[
 def _score(model: Any, batch: list[tuple[int, list[int], list[int]]], precision: str) -> list[float]:
     """Bits of the labels of each piece."""
     import torch
+
+    from pipelines.core import losses, training
 
     longest = len(batch[0][1])
     device = model.device

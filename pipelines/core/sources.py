@@ -14,7 +14,7 @@ from pipelines.core import readers
 from pipelines.core.environment import allow_hub
 from pipelines.core.errors import DataError, StoreUnavailable
 from pipelines.core.faults import BadRow
-from pipelines.core.params import DataParams, FileSource, HubSource, PydocsSource
+from pipelines.core.params.data import DataParams, FileSource, HubSource, PydocsSource
 
 WILD = "*?["
 

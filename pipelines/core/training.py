@@ -61,13 +61,11 @@ def language_model_loss(model: Any, batch: packing.Batch, context: StageContext)
     """Mean next-token cross-entropy in nats over packed rows; documents do not see one another."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     body, head = body_and_head(inner)
-    mask_type = torch.bfloat16 if context.precision == "bf16" else torch.float32
     ids, labels, positions, documents = (part.to(context.device) for part in batch)
-    mask = packing.attention_mask(documents, mask_type)
+    mask = packing.attention_mask(documents, context.dtype)
     with computing_in(context.precision, context.device, model):
-        hidden = body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state.to(
-            mask_type
-        )
+        states = body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    hidden = states.last_hidden_state.to(context.dtype)
     return losses.linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten())
 
 

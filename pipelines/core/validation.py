@@ -20,22 +20,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SHOWN_ROWS = 5
-LONGEST_TEXT = 1_000_000  # characters of one example; a longer one is a whole file by mistake
-UNREADABLE_SHARE = 0.02  # replacement and control characters: more of them is a wrong encoding or binary data
 COUNTED = ("element_count", "unexpected_count", "missing_count")
 RESULT_FORMAT = {
     "result_format": "SUMMARY",
     "unexpected_index_column_names": ["source", "row"],
     "partial_unexpected_count": SHOWN_ROWS,
     "return_unexpected_index_query": False,
-}
-REQUIRED = {
-    "corpus": ("text",),
-    "demonstrations": ("prompt", "completion"),
-    "prompts": ("prompt",),
-    "comparisons": ("text",),
-    "knowledge": ("title", "text"),
-    "queries": ("query", "target", "referrer"),
 }
 
 
@@ -163,57 +153,6 @@ class Judge:
         site = {"class_name": "SiteBuilder", "store_backend": store, "site_index_builder": index}
         self._gx.add_data_docs_site("documents", site)
         self._gx.build_data_docs(["documents"])
-
-
-def row_expectations(key: str, columns: list[str]) -> list[Any]:
-    """What every row of a table must fulfil. `columns` are those of its chunks (`chunk`)."""
-    import great_expectations.expectations as gxe
-
-    from pipelines.core.expectations import ExpectRanksToOrderResponses
-
-    table = key.split("/")[0]
-    skipped = {"id", "group", "source", "row", "label", "label_text", "choices", "unreadable"}
-    required = REQUIRED.get(table) or tuple(name for name in columns if name not in skipped)
-    found: list[Any] = [gxe.ExpectTableColumnsToMatchSet(column_set=columns, exact_match=True)]
-    for name in dict.fromkeys(("id", "group", *required)):
-        found += [
-            gxe.ExpectColumnValuesToNotBeNull(column=name),
-            gxe.ExpectColumnValuesToBeOfType(column=name, type_="str"),
-            gxe.ExpectColumnValueLengthsToBeBetween(column=name, min_value=1, max_value=LONGEST_TEXT),
-        ]
-    found.append(gxe.ExpectColumnValuesToBeBetween(column="unreadable", max_value=UNREADABLE_SHARE))
-    if table == "comparisons":
-        found.append(ExpectRanksToOrderResponses(column_A="responses", column_B="ranks"))
-    if table == "tasks":
-        found.append(gxe.ExpectColumnValuesToNotBeNull(column="label"))
-        found.append(gxe.ExpectColumnValuesToBeBetween(column="label", min_value=0))
-    return found
-
-
-def fact_expectations(key: str, min_rows: int) -> list[Any]:
-    """What a whole table must fulfil: unique ids, enough rows a side, nothing held out in train."""
-    import great_expectations.expectations as gxe
-    from great_expectations.expectations.row_conditions import Column
-
-    from pipelines.core.expectations import ExpectHeldOutRowsToBeAbsentFromTrain
-
-    found: list[Any] = [gxe.ExpectColumnValuesToBeUnique(column="id")]
-    if key == "knowledge":
-        return [*found, gxe.ExpectTableRowCountToBeBetween(min_value=min_rows)]
-    found.append(ExpectHeldOutRowsToBeAbsentFromTrain(key="text"))
-    if key != "queries":  # a by-product of the builder, only ever used to measure retrieval
-        found += [
-            gxe.ExpectTableRowCountToBeBetween(min_value=min_rows, row_condition=Column("side") == SPLITS.index(name))
-            for name in ("train", "test")
-        ]
-    return found
-
-
-def prompt_expectations() -> list[Any]:
-    """What demonstrations, prompts and comparisons must fulfil together: no held-out prompt is trained on."""
-    from pipelines.core.expectations import ExpectHeldOutRowsToBeAbsentFromTrain
-
-    return [ExpectHeldOutRowsToBeAbsentFromTrain(key="prompt")]
 
 
 def _example(item: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ from pipelines.core.pydocs.parse import parse_files
 from pipelines.core.pydocs.records import Module, Skipped, SourceFile
 
 if TYPE_CHECKING:
-    from pipelines.core.params import PydocsSource
+    from pipelines.core.params.data import PydocsSource
 
 __all__ = ["build"]
 Parsed = list[Module | Skipped]

@@ -19,7 +19,7 @@ from pipelines.core.errors import DataError
 from pipelines.core.pydocs.records import Skipped, SourceFile
 
 if TYPE_CHECKING:
-    from pipelines.core.params import PydocsSource
+    from pipelines.core.params.data import PydocsSource
 
 _LEFT_OUT = {
     "test", "tests", "_vendor", "vendor", "vendored", "_vendored", "externals", "extern", "third_party", "_inductor",

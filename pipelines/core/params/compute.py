@@ -1,0 +1,19 @@
+"""Section `compute`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipelines.core.params.section import Section
+
+
+class ComputeParams(Section):
+    """Where and how to compute. No DVC parameter: moving to another machine re-trains nothing."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: time both once on this machine, take the faster"
+    )
+    threads: int = Field(0, ge=0, description="0: as many as the cores this process may use")

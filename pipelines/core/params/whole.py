@@ -1,0 +1,90 @@
+"""The whole of `params.yaml`, and its only reader.
+
+Every value is checked here, before any compute, and a mistake is reported as one line per key: where, what was
+found, what is accepted. Nothing is written back at run time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError, model_validator
+
+from pipelines.core.errors import ParamsError
+from pipelines.core.params.compute import ComputeParams
+from pipelines.core.params.data import DataParams, FileSource, HubSource, PydocsSource
+from pipelines.core.params.pretrain import PretrainParams
+from pipelines.core.params.report import ReportParams
+from pipelines.core.params.section import Section
+from pipelines.core.params.tokenizer import TokenizerParams
+
+
+class Params(Section):
+    """The whole file."""
+
+    compute: ComputeParams
+    data: DataParams
+    tokenizer: TokenizerParams
+    pretrain: PretrainParams
+    report: ReportParams
+
+    @model_validator(mode="after")
+    def _one_vocabulary(self) -> Params:
+        if self.pretrain.base is not None and self.pretrain.base != self.tokenizer.base:
+            raise ValueError(
+                f"pretrain.base ({self.pretrain.base}) and tokenizer.base ({self.tokenizer.base}) differ: "
+                "a model keeps the vocabulary it was trained with"
+            )
+        return self
+
+
+def load(path: Path) -> Params:
+    """Read and check `params.yaml`.
+
+    Raises:
+        ParamsError: the file is missing, is not YAML, or holds a key or value that is not accepted; one line
+            for each mistake.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParamsError(f"{path.name}: no such file in {path.parent}. Run from the repository's root.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path.name} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ParamsError(
+            f"{path.name}: expected sections {', '.join(Params.model_fields)}, found {type(raw).__name__}"
+        )
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise ParamsError(_explain(path.name, error)) from None
+
+
+def _explain(name: str, error: ValidationError) -> str:
+    """One line a mistake: the key as one would type it, what was found, what is accepted."""
+    lines = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"] if part not in _SOURCES) or "(top level)"
+        accepted = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            accepted = f"no such key; accepted here: {', '.join(_known_keys(item['loc'][:-1]))}"
+        found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r})"
+        lines.append(f"{name}: {key}: {accepted}{found}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+_SOURCES: dict[str | int, type[Section]] = {"pydocs": PydocsSource, "file": FileSource, "hub": HubSource}
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Keys that are accepted at a location of the file."""
+    model: Any = Params
+    for part in location:
+        if part in _SOURCES:
+            model = _SOURCES[part]
+        elif isinstance(part, str) and part in getattr(model, "model_fields", {}):
+            model = model.model_fields[part].annotation
+    return sorted(getattr(model, "model_fields", {}))

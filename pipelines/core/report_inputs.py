@@ -1,0 +1,164 @@
+"""What the report reads of the stages before it: their metrics, whether a model got better, samples, cards, checks.
+
+In: the inputs of stage `report` by name, as `pipelines.core.graph` gives them. Nothing here knows which stages
+there are: a stage is whatever has an artifact directory or a metrics file among the inputs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipelines.core.errors import ArtifactError
+
+# What of a stage's metrics goes into the table of stages; a stage that is not named here shows all of them.
+KEY_METRICS: Mapping[str, tuple[str, ...]] = {
+    "data": ("rows_corpus_train", "rows_corpus_test", "rows_demonstrations_train", "expectations_failed", "leaks"),
+    "tokenizer": ("vocabulary", "bytes_per_token", "round_trip"),
+    "pretrain": ("bits_per_byte", "bits_per_byte_before", "bits_per_byte_classical", "training_tokens", "parameters"),
+}
+_SAMPLE = re.compile(r"^(?=\*\*Prompt:\*\*)", re.MULTILINE)
+
+
+class Stage(NamedTuple):
+    """One stage before the report. `artifact` is None where only its metrics are known."""
+
+    name: str
+    artifact: Path | None
+    metrics: dict[str, float]
+
+    def file(self, name: str) -> Path | None:
+        """A file of the artifact, if it is there."""
+        place = self.artifact / name if self.artifact is not None else None
+        return place if place is not None and place.is_file() else None
+
+    @property
+    def key_metrics(self) -> list[tuple[str, float]]:
+        """Those that tell most; all of them, time aside, for a stage of which that is not known."""
+        keys = KEY_METRICS.get(self.name) or [key for key in sorted(self.metrics) if key != "seconds"]
+        return [(key, self.metrics[key]) for key in keys if key in self.metrics]
+
+
+class Change(NamedTuple):
+    """A metric before and after a stage, with the 95 % interval of the gain; a positive gain is an improvement."""
+
+    stage: str
+    metric: str
+    before: float
+    after: float
+    after_low: float
+    after_high: float
+    gain: float
+    gain_low: float
+    gain_high: float
+    classical: float | None
+
+    @property
+    def answer(self) -> str:
+        """`yes`, `no`, or `not shown` when the interval holds zero."""
+        return "yes" if self.gain_low > 0 else "no" if self.gain_high < 0 else "not shown"
+
+
+class Check(NamedTuple):
+    """One Great Expectations suite: how many expectations, and those that were not met."""
+
+    suite: str
+    expectations: int
+    failed: list[dict[str, Any]]
+
+
+def stages(inputs: Mapping[str, Path]) -> list[Stage]:
+    """The stages behind the inputs, in the order in which dvc.yaml lists their artifacts.
+
+    Raises:
+        ArtifactError: a metrics file is not a JSON object of numbers.
+    """
+    metrics = {_metrics_of(name): path for name, path in inputs.items() if _metrics_of(name)}
+    artifacts = {name: path for name, path in inputs.items() if "/" not in name and path.is_dir()}
+    names = [*artifacts, *(name for name in metrics if name not in artifacts)]
+    return [Stage(name, artifacts.get(name), _read_metrics(metrics[name]) if name in metrics else {}) for name in names]
+
+
+def changes(found: Sequence[Stage]) -> list[Change]:
+    """Every metric of which a stage tells the value before, and the gain with its interval."""
+    every: list[Change] = []
+    for stage in found:
+        for key in sorted(stage.metrics):
+            names = [f"{key}_before", key, f"{key}_low", f"{key}_high"]
+            names += [f"gain_{key}", f"gain_{key}_low", f"gain_{key}_high"]
+            if all(name in stage.metrics for name in names):
+                values = [stage.metrics[name] for name in names]
+                every.append(Change(stage.name, key, *values, stage.metrics.get(f"{key}_classical")))
+    return every
+
+
+def samples(stage: Stage, most: int) -> list[str]:
+    """The first samples of a stage's `samples.md`, each a piece of Markdown."""
+    place = stage.file("samples.md")
+    return [] if place is None else [part.strip() for part in _SAMPLE.split(text_of(place))[1:]][:most]
+
+
+def cards(stage: Stage) -> list[tuple[str, str]]:
+    """Name and Markdown of the cards (`README.md`) of an artifact and of what lies directly in it."""
+    if stage.artifact is None:
+        return []
+    places = [*stage.artifact.glob("README.md"), *sorted(stage.artifact.glob("*/README.md"))]
+    return [(place.parent.relative_to(stage.artifact.parent).as_posix(), text_of(place)) for place in places]
+
+
+def checks(stage: Stage) -> list[Check]:
+    """The verdicts of Great Expectations in a stage's `validation.json`, suite by suite."""
+    place = stage.file("validation.json")
+    if place is None:
+        return []
+    suites: dict[str, list[dict[str, Any]]] = json.loads(text_of(place))
+    return [
+        Check(name, len(rows), [row for row in rows if not row["success"]]) for name, rows in sorted(suites.items())
+    ]
+
+
+def history(stage: Stage) -> dict[str, list[tuple[float, float]]]:
+    """The curves of a stage's `history.csv`: (step, value) of each column, where it has a value.
+
+    Raises:
+        ArtifactError: the file has no column step, or holds what is no number.
+    """
+    import csv
+
+    place = stage.file("history.csv")
+    if place is None:
+        return {}
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for number, row in enumerate(csv.DictReader(text_of(place).splitlines()), 2):
+        if "step" not in row:
+            raise ArtifactError(f"{stage.name}/history.csv has no column step; found: {', '.join(row)}")
+        for column, value in row.items():
+            try:
+                if column != "step" and value:
+                    curves.setdefault(column, []).append((float(row["step"]), float(value)))
+            except ValueError:
+                raise ArtifactError(f"{stage.name}/history.csv:{number}: {column}: no number: {value!r}") from None
+    return curves
+
+
+def text_of(place: Path) -> str:
+    """A text file as it is: a carriage return in a sample must not become a line of its own."""
+    return place.read_bytes().decode("utf-8", errors="replace")
+
+
+def _metrics_of(name: str) -> str:
+    """`pretrain` for `metrics/pretrain.json`, else nothing."""
+    return name.removeprefix("metrics/").removesuffix(".json") if name.startswith("metrics/") else ""
+
+
+def _read_metrics(place: Path) -> dict[str, float]:
+    try:
+        raw = json.loads(text_of(place))
+        return {str(key): float(value) for key, value in raw.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"metrics/{place.name} is no JSON object of numbers: {error}. Run its stage again."
+        ) from None

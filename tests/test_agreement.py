@@ -1,0 +1,90 @@
+"""Code, dvc.yaml, params.yaml, registry.yaml and README may not drift apart."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from closure import closure
+
+from pipelines.core import graph
+from pipelines.core.params import whole
+
+ROOT = Path(__file__).parents[1]
+STAGES = tuple(graph.load(ROOT))
+
+
+def stage_files() -> set[str]:
+    return {path.stem for path in (ROOT / "pipelines").glob("*.py") if not path.stem.startswith("__")}
+
+
+def test_files_are_stages_are_sections() -> None:
+    sections = set(whole.Params.model_fields) - {"compute"}
+    assert stage_files() == set(STAGES) == sections
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deps_are_the_import_closure(stage: str) -> None:
+    declared = set(graph.stage(ROOT, stage).code)
+    assert declared == closure(ROOT, f"pipelines/{stage}.py")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_entry(stage: str) -> None:
+    raw = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]
+    assert raw["cmd"] == f"python -m pipelines {stage}"
+    assert raw["params"] == [stage]
+    assert list(raw["metrics"][0].items()) == [(f"metrics/{stage}.json", {"cache": False})]
+
+
+def test_core_imports_no_stage() -> None:
+    names = stage_files()
+    for path in (ROOT / "pipelines/core").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                parts = (module or "").split(".")
+                assert not (parts[0] == "pipelines" and len(parts) > 1 and parts[1] in names), f"{path}: {module}"
+
+
+def test_mlflow_folder_does_not_shadow_the_library() -> None:
+    assert not list((ROOT / "mlflow").rglob("*.py"))
+    code = "import mlflow; print(mlflow.__version__)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_committed_metrics_have_the_declared_keys(stage: str) -> None:
+    place = ROOT / graph.stage(ROOT, stage).metrics
+    if not place.exists():
+        pytest.fail(f"{place} is not committed: run the pipeline with the default profile")
+    keys = set(yaml.safe_load(place.read_text()))
+    assert keys >= importlib.import_module(f"pipelines.{stage}").METRICS
+
+
+def test_every_module_and_public_function_is_short_enough_to_read() -> None:
+    for path in [*(ROOT / "pipelines").rglob("*.py"), *(ROOT / "flows").rglob("*.py")]:
+        source = path.read_text()
+        assert source.count("\n") <= 300, f"{path} has {source.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(source)):
+            assert not isinstance(node, ast.Global), f"{path}:{node.lineno} global"
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno
+                assert length <= 75, f"{path}:{node.lineno} {node.name} has {length} lines"
+
+
+def test_stage_modules_import_fast_and_light() -> None:
+    heavy = {"torch", "transformers", "mlflow", "prefect", "great_expectations", "pandas"}
+    code = (
+        "import sys, importlib\n"
+        f"for stage in {STAGES!r}: importlib.import_module(f'pipelines.{{stage}}')\n"
+        f"print(sorted({heavy!r} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

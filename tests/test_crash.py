@@ -1,0 +1,109 @@
+"""Killed at any moment and run again, a stage ends with the bytes of a run that was never disturbed.
+
+A new stage joins with one line in `STAGES`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import own_environment, run_stage
+
+from pipelines.core import artifacts, environment, graph
+
+STAGES = ("pretrain",)
+MOMENTS = ("at once", "a first checkpoint", "half the steps", "scoring after training")
+
+
+def start(root: Path, stage: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines", stage], cwd=root, env=own_environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def reached(root: Path, stage: str, moment: str) -> bool:
+    """Whether the stage has come to a moment of its run."""
+    place = root / environment.STATE / "live" / f"{stage}.json"
+    live = json.loads(place.read_text()) if place.exists() else {"step": 0, "total": None, "shown": {}}
+    saved = list((root / environment.WORK / stage).glob("*/checkpoints/step-*/manifest.json"))
+    training = "loss" in live["shown"]
+    return {
+        "at once": place.exists(),
+        "a first checkpoint": bool(saved),
+        "half the steps": training and live["step"] >= live["total"] / 2,
+        "scoring after training": bool(saved) and "after" in str(live["shown"].get("scoring", "")),
+    }[moment]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Content hash of a stage's output when nothing happens."""
+    hashes: dict[str, str] = {}
+
+    def hash_of(stage: str) -> str:
+        if stage not in hashes:
+            root = Path(shutil.copytree(prepared, tmp_path_factory.mktemp(stage) / "w", symlinks=True))
+            run_stage(root, stage)
+            hashes[stage] = artifacts.content_hash(root / graph.stage(root, stage).output)
+        return hashes[stage]
+
+    return hash_of
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_again_and_again(stage: str, prepared: Path, tmp_path: Path, undisturbed: Callable[[str], str]) -> None:
+    root = Path(shutil.copytree(prepared, tmp_path / "w", symlinks=True))
+    output = root / graph.stage(root, stage).output
+    for moment in MOMENTS:
+        process = start(root, stage)
+        while process.poll() is None and not reached(root, stage, moment):
+            time.sleep(0.01)
+        assert process.poll() is None, f"ended before {moment}: {process.communicate()[0]}"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not output.exists(), "an output that is not whole was published"
+        assert not (root / graph.stage(root, stage).metrics).exists()
+    told = run_stage(root, stage).stdout
+    assert "resuming after step" in told
+    assert artifacts.content_hash(output) == undisturbed(stage)
+    assert not list((root / environment.WORK / stage).glob("*/checkpoints")), "checkpoints outlived the output"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sigterm_saves_first(stage: str, prepared: Path, tmp_path: Path, undisturbed: Callable[[str], str]) -> None:
+    root = Path(shutil.copytree(prepared, tmp_path / "w", symlinks=True))
+    process = start(root, stage)
+    while process.poll() is None and not reached(root, stage, "half the steps"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert "the next run resumes from its checkpoint" in told and "Traceback" not in told
+    run_stage(root, stage)
+    assert artifacts.content_hash(root / graph.stage(root, stage).output) == undisturbed(stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_damaged_checkpoint_is_not_used(
+    stage: str, prepared: Path, tmp_path: Path, undisturbed: Callable[[str], str]
+) -> None:
+    root = Path(shutil.copytree(prepared, tmp_path / "w", symlinks=True))
+    process = start(root, stage)
+    while process.poll() is None and not reached(root, stage, "a first checkpoint"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for state in (root / environment.WORK / stage).glob("*/checkpoints/step-*/state.pt"):
+        state.write_bytes(state.read_bytes()[:-7])
+    run = run_stage(root, stage)
+    assert "is damaged" in run.stderr and "set aside" in run.stderr
+    assert artifacts.content_hash(root / graph.stage(root, stage).output) == undisturbed(stage)
