@@ -24,7 +24,7 @@ from pipelines.core.context import StageContext
 from pipelines.core.faults import Ledger
 from pipelines.core.intake import Labels, Taken, take_in
 from pipelines.core.params.data import DataParams
-from pipelines.core.selection import choose
+from pipelines.core.selection import choose, too_small
 from pipelines.core.split import numbers
 from pipelines.core.tables import PROMPT_TABLES, SPLITS, UNSPLIT, Published, flat, row_groups
 
@@ -66,6 +66,9 @@ def run(params: DataParams, inputs: dict[str, Path], outputs: Path, context: Sta
 
     # 2. Decide which rows stay.
     keep, removed = choose(params, taken, context)
+    for key, found in too_small(params, taken, keep).items():
+        context.say(f"{key} is left out: {found}, and data.min_rows is {params.min_rows}")
+        del taken.staged[key]
     chosen = time.perf_counter()
 
     # 3. Write what stays, judging each chunk on the way; then judge whole tables from the files.

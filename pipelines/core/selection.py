@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from pipelines.core import near_duplicates
 from pipelines.core.context import StageContext
 from pipelines.core.intake import Taken
-from pipelines.core.params.data import DataParams
+from pipelines.core.params.data import DataParams, PydocsSource
 from pipelines.core.split import TRAIN, first_of_each, numbers, prompts_held_out
-from pipelines.core.tables import UNSPLIT, Staged, flat
+from pipelines.core.tables import SPLITS, UNSPLIT, Staged, flat
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,6 +42,28 @@ def choose(
                 removed["near"] += 1
         context.stop_if_asked()
     return keep, removed
+
+
+def too_small(params: DataParams, taken: Taken, keep: dict[str, NDArray[np.bool_]]) -> dict[str, str]:
+    """Tables that only the builder made, with fewer than `min_rows` rows in train or test, and how many they have.
+
+    Nobody asked for these by name: a folder of source without "See Also" lines has no similarity task, and that
+    is no mistake. A table that a file or hub source names is judged instead, and refused; so is the corpus.
+    """
+    named = {
+        f"tasks/{source.task}" if source.table == "tasks" else source.table
+        for source in params.sources
+        if not isinstance(source, PydocsSource)
+    }
+    found = {}
+    for key, mask in keep.items():
+        if key in named or key in ("corpus", "queries", UNSPLIT):
+            continue
+        sides = numbers(taken.marks[key].sides)[mask]
+        train, test = int((sides == TRAIN).sum()), int((sides == SPLITS.index("test")).sum())
+        if min(train, test) < params.min_rows:
+            found[key] = f"{train} rows in train and {test} in test"
+    return found
 
 
 def selected(key: str, staged: Staged, mask: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], list[str]]]:
