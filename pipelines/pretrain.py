@@ -17,11 +17,10 @@ Papers: Radford et al., "Improving Language Understanding by Generative Pre-Trai
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipelines.core import artifacts, attention, cards, generation, hardware, language_models, packing, reading, scoring
+from pipelines.core import artifacts, attention, cards, generation, language_models, packing, reading, scoring
 from pipelines.core.checkpoint import Checkpoints
 from pipelines.core.context import StageContext
 from pipelines.core.held_out import HeldOut
@@ -194,11 +193,10 @@ def _train(
         optimizer.load_state_dict(state["optimizer"])
         training.set_random_state(state["random"])
         context.resume(state["history"])
-    seconds = state.get("seconds", 0.0)
-    rate = hardware.matmul_rate(context.device, context.precision)
+    pace = training.Pace(context, plan.steps, state.get("seconds", 0.0))
     model.train()
     for step in range(state["step"], plan.steps):
-        start = time.perf_counter()
+        pace.start(step)
         # 1. The rate of this step.
         lr = plan.lr * training.cosine_with_warmup(step, plan.steps, params.warmup_share)
         for group in optimizer.param_groups:
@@ -219,8 +217,8 @@ def _train(
         optimizer.zero_grad(set_to_none=True)
 
         # 4. Tell, and keep what has been learned.
-        seconds += time.perf_counter() - start
-        speed = (step + 1) * params.batch_tokens / seconds
+        pace.stop()
+        speed = (step + 1) * params.batch_tokens / pace.seconds
         context.log(step + 1, loss=loss, lr=lr, grad_norm=norm)
         context.progress(step + 1, plan.steps, loss=loss, tokens_per_second=speed)
         if context.signal_number or checkpoints.due(step + 1) or step + 1 == plan.steps:
@@ -234,19 +232,11 @@ def _train(
                     "optimizer": optimizer.state_dict(),
                     "random": training.random_state(),
                     "history": context.history,
-                    "seconds": seconds,
+                    "seconds": pace.seconds,
                 },
             )
         context.stop_if_asked()
-    rate = max(rate, hardware.matmul_rate(context.device, context.precision))
-    speed = plan.steps * params.batch_tokens / seconds
-    flops = training.flops_per_token(model, params.sequence_length)
-    context.measure(
-        tokens_per_second=speed,
-        matmul_share=speed * flops / rate,
-        matmul_gflops=rate / 1e9,
-        peak_memory_mb=hardware.peak_memory_bytes() / 2**20,
-    )
+    pace.report(plan.steps * params.batch_tokens, training.flops_per_token(model, params.sequence_length))
 
 
 def _save(model: Any, tokenizer: Any, place: Path, context: StageContext) -> None:

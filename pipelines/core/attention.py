@@ -62,8 +62,9 @@ def grouped(
     scores = scores.view(batch, kv_heads, group, length, keys)
     if attention_mask is not None:
         scores = scores + attention_mask[:, :, None, :, :keys]
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    weights = torch.dropout(weights, dropout, module.training)
+    weights = torch.softmax(scores, dim=-1)  # sums in fp32 whatever the type
+    if dropout and module.training:
+        weights = torch.dropout(weights, dropout, train=True)
     flat = weights.view(batch * kv_heads, group * length, keys)
     mixed = torch.bmm(flat, value.reshape(batch * kv_heads, keys, value.shape[-1]))
     return mixed.view(batch, heads, length, -1).transpose(1, 2).contiguous(), None

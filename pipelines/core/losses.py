@@ -19,18 +19,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden)
         weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros((), dtype=torch.float32)
-        buffers = _buffers(hidden, head)
+        buffer = _buffer(hidden, head)
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
-            logits, probabilities, gold = _chunk(hidden[part], head, labels[part], buffers)
-            kept = (labels[part] != IGNORE)[:, None]
-            total = total + ((probabilities.log_z - gold) * kept).sum()
-            gradient = probabilities.values
-            gradient.scatter_add_(1, labels[part].clamp(min=0)[:, None], gradient.new_full((len(gold), 1), -1.0))
-            logits.copy_(gradient.mul_(kept))
-            torch.mm(logits, head, out=hidden_grad[part])
+            scores = _log_probabilities(hidden[part], head, buffer)
+            kept = labels[part] != IGNORE
+            target = labels[part].clamp(min=0)[:, None]
+            total = total - (scores.gather(1, target)[:, 0] * kept).sum()
+            # d loss / d logits = softmax - one-hot of the label
+            gradient = scores.exp_().scatter_add_(1, target, scores.new_full(target.shape, -1.0))
+            if not kept.all():
+                gradient[~kept] = 0
+            logits_grad = buffer[: len(target)].copy_(gradient)
+            torch.mm(logits_grad, head, out=hidden_grad[part])
             if weight_grad is not None:
-                weight_grad += (logits.t() @ hidden[part]).to(weight.dtype)
+                weight_grad += (logits_grad.t() @ hidden[part]).to(weight.dtype)
         ctx.save_for_backward(hidden_grad, weight_grad)
         return total
 
@@ -41,29 +44,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden_grad * scale, None if weight_grad is None else weight_grad * grads[0], None
 
 
-class _Softmax:
-    """Probabilities (N, V) in fp32 and the log of their normaliser (N, 1)."""
-
-    def __init__(self, values: torch.Tensor, log_z: torch.Tensor) -> None:
-        self.values, self.log_z = values, log_z
+def _buffer(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Room for one chunk of logits, used again and again: fresh pages for each would cost more than the product."""
+    return hidden.new_empty(min(CHUNK, len(hidden)), len(head))
 
 
-def _buffers(hidden: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = min(CHUNK, len(hidden))
-    return hidden.new_empty(rows, len(head)), hidden.new_empty(rows, len(head), dtype=torch.float32)
-
-
-def _chunk(
-    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, buffers: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, _Softmax, torch.Tensor]:
-    """Logits in the model's type, their softmax in fp32, and the logit of each label (N, 1)."""
-    logits, values = buffers[0][: len(hidden)], buffers[1][: len(hidden)]
+def _log_probabilities(hidden: torch.Tensor, head: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """Log-softmax in fp32 (N, V) of logits in the model's type; N is at most the buffer's rows."""
+    logits = buffer[: len(hidden)]
     torch.mm(hidden, head.t(), out=logits)
-    values.copy_(logits)
-    gold = values.gather(1, labels.clamp(min=0)[:, None])
-    peak = values.amax(dim=1, keepdim=True)
-    mass = values.sub_(peak).exp_().sum(dim=1, keepdim=True)
-    return logits, _Softmax(values.div_(mass), mass.log() + peak), gold
+    return torch.log_softmax(logits, dim=1, dtype=torch.float32)
 
 
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -91,10 +81,11 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: tor
 def label_log_probabilities(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Log-probability in nats of each label, (N,) fp32; 0 where the label is `IGNORE`. Shapes as above."""
     head = weight.to(hidden.dtype)
-    buffers = _buffers(hidden, head)
+    buffer = _buffer(hidden, head)
     parts = []
     for start in range(0, len(hidden), CHUNK):
         part = slice(start, start + CHUNK)
-        _, softmax, gold = _chunk(hidden[part], head, labels[part], buffers)
-        parts.append(((gold - softmax.log_z) * (labels[part] != IGNORE)[:, None])[:, 0])
+        scores = _log_probabilities(hidden[part], head, buffer)
+        gold = scores.gather(1, labels[part].clamp(min=0)[:, None])[:, 0]
+        parts.append(gold * (labels[part] != IGNORE))
     return torch.cat(parts)

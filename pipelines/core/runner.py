@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import logging
+import os
 import shutil
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +32,7 @@ UNEXPECTED = 70  # EX_SOFTWARE: our mistake, not the user's
 def main(name: str, root: Path) -> int:
     """Run a stage; print one clear message if it fails. Returns the exit code, which the flow reads."""
     environment.prepare(root)
+    _quiet_libraries()
     live = context.StageContext(stage=name, root=root, fingerprint="")
     live.live("running")
     try:
@@ -187,6 +191,15 @@ def _failed(live: context.StageContext, state: str, message: str, code: int) -> 
     except OSError as error:  # a full disk must not hide the message above
         print(f"warning: {context.live_file(live.root, live.stage)} could not be written: {error}", file=sys.stderr)
     return code
+
+
+def _quiet_libraries() -> None:
+    """Leave the terminal to what a stage says: no progress bars of others, no advice that is not for the user."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
 
 
 @contextmanager

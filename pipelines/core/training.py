@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from pipelines.core import losses, packing
+from pipelines.core import hardware, losses, packing
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
 from pipelines.core.language_models import body_and_head
@@ -110,24 +111,61 @@ def load_trained_state(model: Any, state: dict[str, torch.Tensor]) -> None:
                 value.copy_(state[name])
 
 
-def flops_per_token(model: Any, length: int) -> float:
-    """Arithmetic that one training token needs, in floating-point operations.
+class Flops(NamedTuple):
+    """Floating-point operations that one training token stands for."""
 
-    A matrix parameter costs 2 in the forward pass and 2 for the gradient of its input; 2 more only if it is
-    trained itself, so a frozen base counts 4 and not the usual 6 (Chowdhery et al., "PaLM", 2022, appendix B,
-    counts every parameter as trained). Attention over half of `length` keys: scores and values, forward and
-    twice that backward. Norms, activations and look-ups are left out.
+    model: float  # every matrix 6: PaLM's convention, whatever is trained
+    executed: float  # 4 for a frozen matrix, whose own gradient nobody computes
+
+
+def flops_per_token(model: Any, length: int) -> Flops:
+    """Arithmetic of a training token: matrices, and attention over half of `length` keys on average.
+
+    A matrix parameter costs 2 in the forward pass, 2 for the gradient of its input and 2 for its own (Chowdhery
+    et al., "PaLM", 2022, appendix B). Norms, activations and look-ups are left out.
     """
     frozen = trained = 0
-    _, head = body_and_head(model.get_base_model() if hasattr(model, "get_base_model") else model)
-    for name, value in model.named_parameters():
-        if value.dim() < 2 or (value.shape[0] == head.shape[0] and value is not head) or "wpe" in name:
-            continue  # vectors, and embeddings that are looked up only
-        if value.requires_grad:
-            trained += value.numel()
-        else:
-            frozen += value.numel()
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _, head = body_and_head(inner)
+    looked_up = {id(layer.weight) for layer in inner.modules() if isinstance(layer, torch.nn.Embedding)} - {id(head)}
+    for value in model.parameters():
+        if value.dim() >= 2 and id(value) not in looked_up:
+            trained += value.numel() * value.requires_grad
+            frozen += value.numel() * (not value.requires_grad)
     config = model.config
     width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 3 * 2 * 2 * config.num_hidden_layers * config.num_attention_heads * width * (length / 2)
-    return float(4 * frozen + 6 * trained + attention)
+    return Flops(6.0 * (frozen + trained) + attention, 4.0 * frozen + 6.0 * trained + attention)
+
+
+class Pace:
+    """How fast training goes, beside what this machine can do: both sampled in turns, as neighbours come and go."""
+
+    SAMPLES = 8  # of the machine's rate in a run
+
+    def __init__(self, context: StageContext, steps: int, seconds: float) -> None:
+        self.context, self.every, self.seconds = context, max(1, steps // self.SAMPLES), seconds
+        self.rates: list[float] = []
+        self.started = 0.0
+
+    def start(self, step: int) -> None:
+        """A step begins."""
+        if step % self.every == 0 or not self.rates:
+            self.rates.append(hardware.matmul_rate(self.context.device, self.context.precision, repeats=3))
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        """It has ended."""
+        self.seconds += time.perf_counter() - self.started
+
+    def report(self, tokens: int, flops: Flops) -> None:
+        """Tell the context: tokens a second, and the share of the machine's matrix-product rate they come to."""
+        speed = tokens / self.seconds
+        self.context.measure(tokens_per_second=speed, peak_memory_mb=hardware.peak_memory_bytes() / 2**20)
+        if self.rates:  # none when a run was resumed after its last step
+            rate = sum(self.rates) / len(self.rates)
+            self.context.measure(
+                matmul_gflops=rate / 1e9,
+                matmul_share=speed * flops.model / rate,
+                matmul_share_executed=speed * flops.executed / rate,
+            )
