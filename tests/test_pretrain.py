@@ -1,0 +1,159 @@
+"""The stage on a two-layer model: what it writes, that it learns, that it is the same twice, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from data_folder import write_corpus
+from models import TEXTS, model, tokenizer
+
+from pipelines import pretrain
+from pipelines.core import artifacts, language_models, training
+from pipelines.core.context import StageContext
+from pipelines.core.errors import ArtifactError, ParamsError
+from pipelines.core.params.pretrain import PretrainParams
+
+TINY: dict[str, Any] = {
+    "seed": 1, "base": None, "architecture": "llama", "depth": 1, "tokens_per_parameter": 1.0, "method": "full",
+    "lora_rank": 4, "tokens": 4096, "sequence_length": 32, "batch_tokens": 256, "micro_batch": 4, "lr": 3e-3,
+    "warmup_share": 0.1, "weight_decay": 0.01, "clip_norm": 1.0, "eval_bytes": 2048, "checkpoint_steps": 100,
+    "checkpoint_seconds": 1e9, "samples": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("inputs")
+    known = tokenizer()
+    known.save_pretrained(root / "tokenizer")
+    model(known, depth=1).save_pretrained(root / "base")
+    known.save_pretrained(root / "base")
+    return {"data": write_corpus(root / "data", TEXTS), "tokenizer": root / "tokenizer", "base": root / "base"}
+
+
+def run(inputs: dict[str, Path], root: Path, **changes: Any) -> tuple[dict[str, float], Path, StageContext]:
+    out = root / "out"
+    out.mkdir(parents=True)
+    context = StageContext(stage="pretrain", root=root, fingerprint="f" * 64)
+    params = PretrainParams(**TINY | changes)
+    return pretrain.run(params, {key: inputs[key] for key in ("data", "tokenizer")}, out, context), out, context
+
+
+def test_files_metrics_and_learning(inputs: dict[str, Path], tmp_path: Path) -> None:
+    metrics, out, context = run(inputs, tmp_path)
+    assert set(metrics) == pretrain.METRICS
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == {
+        "evaluation.parquet", "history.csv", "samples.md", "model/README.md",
+        "model/config.json", "model/generation_config.json", "model/model.safetensors", "model/tokenizer.json",
+        "model/tokenizer_config.json",
+    }  # fmt: skip
+    assert metrics["gain_bits_per_byte_low"] > 0, "training lowers the bits of text it has not seen"
+    assert metrics["bits_per_byte_low"] < metrics["bits_per_byte"] < metrics["bits_per_byte_high"]
+    rows = pd.read_parquet(out / "evaluation.parquet")
+    assert set(rows.columns) == {"id", "group"} | pretrain.SCORES
+    assert rows["bits"].sum() / rows["bytes"].sum() == pytest.approx(metrics["bits_per_byte"])
+    history = pd.read_csv(out / "history.csv")
+    assert list(history["step"]) == list(range(1, 17)) and history["loss"].iloc[-1] < history["loss"].iloc[0]
+    assert {"tokens_per_second", "matmul_share"} <= set(context.measured)
+    text = "".join(path.read_text() for path in out.rglob("*") if path.suffix in (".md", ".json", ".csv"))
+    assert "tokens_per_second" not in text and str(tmp_path) not in text, "nothing that varies goes into the output"
+    assert "first training row" in context.samples[0] and "all supervised" in context.samples[0]
+
+
+def test_the_saved_model_is_what_was_measured(inputs: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    _, out, context = run(inputs, tmp_path)
+    AutoModelForCausalLM.from_pretrained(out / "model")
+    params = PretrainParams(**TINY)
+    pretrain.measure(params, {"data": inputs["data"]}, context, out / "model", tmp_path / "again.parquet")
+    first, again = pd.read_parquet(out / "evaluation.parquet"), pd.read_parquet(tmp_path / "again.parquet")
+    assert first["bits"].tolist() == again["bits"].tolist() and first["id"].tolist() == again["id"].tolist()
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(inputs: dict[str, Path], tmp_path: Path) -> None:
+    hashes = [artifacts.content_hash(run(inputs, tmp_path / str(n), seed=seed)[1]) for n, seed in enumerate((1, 1, 2))]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_accumulation_changes_nothing_but_memory(inputs: dict[str, Path], tmp_path: Path) -> None:
+    losses = [
+        pd.read_csv(run(inputs, tmp_path / str(size), micro_batch=size)[1] / "history.csv")["loss"] for size in (2, 8)
+    ]
+    assert losses[0].tolist() == pytest.approx(losses[1].tolist(), rel=1e-4)
+
+
+def test_lora_trains_the_adapters_alone(inputs: dict[str, Path], tmp_path: Path) -> None:
+    metrics, out, _ = run(inputs, tmp_path, base=str(inputs["base"]), method="lora", lr=1e-2)
+    assert 0 < metrics["trained_parameters"] < metrics["parameters"] / 4
+    assert metrics["gain_bits_per_byte_low"] > 0
+    config = json.loads((out / "model/config.json").read_text())
+    assert config["model_type"] == "llama" and not (out / "model/adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3", "mistral", "gpt_neox"])
+def test_other_architectures(inputs: dict[str, Path], tmp_path: Path, architecture: str) -> None:
+    metrics, _, _ = run(inputs, tmp_path, architecture=architecture, depth=2, tokens=512)
+    assert metrics["bits_per_byte"] < metrics["bits_per_byte_before"]
+
+
+def test_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
+    for number, (changes, error, told) in enumerate(
+        [
+            ({"architecture": "resnet"}, ParamsError, "no causal language model"),
+            ({"base": str(tmp_path / "nowhere"), "method": "lora"}, ParamsError, "nor an existing directory"),
+            ({"sequence_length": 8192, "batch_tokens": 8192, "micro_batch": 1}, Exception, "less than one row"),
+        ]
+    ):
+        with pytest.raises(error, match=told):
+            run(inputs, tmp_path / str(number), **changes)
+
+
+def test_a_foreign_tokenizer_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
+    other = tokenizer(340)
+    other.add_tokens([f"word{n}" for n in range(900)])
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ArtifactError, match="do not belong together"):
+        run({**inputs, "tokenizer": tmp_path / "other"}, tmp_path, base=str(inputs["base"]), method="full")
+
+
+def test_divergence_is_told() -> None:
+    with pytest.raises(ArtifactError, match=r"diverged in step 3.*loss"):
+        training.refuse_nan(2, loss=float("nan"), grad_norm=1.0)
+
+
+def test_schedule() -> None:
+    rates = [training.cosine_with_warmup(step, 100, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) == max(rates)
+    assert rates[55] == pytest.approx(0.55, abs=0.01) and rates[-1] == pytest.approx(0.1, abs=0.01)
+    assert training.cosine_with_warmup(0, 100, 0.0) == 1.0
+
+
+def test_depth_is_the_one_dial() -> None:
+    known = tokenizer()
+    config = model(known, "gpt2", depth=3).config
+    assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (192, 3, 3)
+    assert language_models.learning_rate(768) == 2.5e-4 == language_models.learning_rate(384) / 2
+
+
+def test_flops_against_a_counter() -> None:
+    """The formula against what torch counts of a forward and a backward pass (attention over all keys there)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    known = tokenizer()
+    lm = model(known, attention="eager")
+    ids = torch.randint(0, 300, (2, 64))
+    with FlopCounterMode(display=False) as counter:
+        lm(input_ids=ids, labels=ids).loss.backward()
+    config = lm.config
+    half = 3 * 2 * 2 * config.num_hidden_layers * config.hidden_size * 32
+    assert training.flops_per_token(lm, 64).model + half == pytest.approx(counter.get_total_flops() / 128, rel=0.02)
+    frozen = copy.deepcopy(lm).requires_grad_(False)
+    flops = training.flops_per_token(frozen, 64)
+    assert flops.executed < flops.model == training.flops_per_token(lm, 64).model

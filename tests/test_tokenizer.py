@@ -1,0 +1,89 @@
+"""The tokenizer gives every text back, stops nowhere by padding, and loads as any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_folder import write_corpus
+from models import TEXTS, model, tokenizer
+
+from pipelines import tokenizer as stage
+from pipelines.core import artifacts, packing
+from pipelines.core.context import StageContext
+from pipelines.core.errors import ArtifactError
+from pipelines.core.params.tokenizer import TokenizerParams
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_corpus(tmp_path / "data", TEXTS)
+
+
+def run(data: Path, place: Path, context: StageContext, base: str | None = None) -> dict[str, float]:
+    place.mkdir(exist_ok=True)
+    return stage.run(TokenizerParams(base=base, vocab_size=400), {"data": data}, place, context)
+
+
+def loaded(place: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(place)
+
+
+def test_trained(data: Path, tmp_path: Path, context: StageContext) -> None:
+    metrics = run(data, tmp_path / "a", context)
+    assert set(metrics) == stage.METRICS and metrics["round_trip"] == 1.0 and metrics["bytes_per_token"] > 1.5
+    known = loaded(tmp_path / "a")
+    assert len(known) <= 400
+    assert known.pad_token == "<|pad|>" and known.pad_token_id != known.eos_token_id
+    chat = [{"role": "user", "content": "안녕 🙂"}, {"role": "assistant", "content": "hi"}]
+    text = known.apply_chat_template(chat, tokenize=False)
+    assert text == "<|im_start|>user\n안녕 🙂<|im_end|>\n<|im_start|>assistant\nhi<|im_end|>\n"
+    assert known(text)["input_ids"].count(known.eos_token_id) == 2
+    files = {path.name for path in (tmp_path / "a").iterdir()}
+    assert files == {
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md", "evaluation.parquet",
+    }  # fmt: skip
+
+
+def test_same_bytes_twice(data: Path, tmp_path: Path, context: StageContext) -> None:
+    for name in "ab":
+        run(data, tmp_path / name, context)
+    assert artifacts.content_hash(tmp_path / "a") == artifacts.content_hash(tmp_path / "b")
+
+
+def test_a_base_models_own(data: Path, tmp_path: Path, context: StageContext) -> None:
+    """Its padding was EOS: a spare special token takes over, and the vocabulary does not grow."""
+    base = tokenizer()
+    base.add_special_tokens({"additional_special_tokens": ["<spare>"]})
+    base.pad_token = base.eos_token
+    base.save_pretrained(tmp_path / "base")
+    model(base).save_pretrained(tmp_path / "base")
+    run(data, tmp_path / "a", context, str(tmp_path / "base"))
+    known = loaded(tmp_path / "a")
+    assert known.pad_token not in (known.eos_token, None) and len(known) == len(base)
+
+
+def test_one_that_loses_text_is_refused(data: Path, tmp_path: Path, context: StageContext) -> None:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[UNK]").save_pretrained(
+        tmp_path / "b"
+    )
+    (tmp_path / "b" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ArtifactError, match="loses text"):
+        run(data, tmp_path / "a", context, str(tmp_path / "b"))
+
+
+def test_the_packaged_base_model(data: Path, tmp_path: Path, context: StageContext) -> None:
+    metrics = run(data, tmp_path / "a", context, "smollm2-135m")
+    known = loaded(tmp_path / "a")
+    assert metrics["vocabulary"] == 49152 == len(known)
+    assert known.pad_token_id != known.eos_token_id
+    assert known.convert_ids_to_tokens(packing.separator_id(known)) == "<|endoftext|>"
+    assert "<|im_start|>" in known.chat_template
