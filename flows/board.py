@@ -49,9 +49,11 @@ class Row:
         return min(1.0, self.live.get("step", 0) / total) if total else None
 
     def remaining(self) -> float | None:
-        """Seconds to go at the pace so far; None when it cannot be told yet."""
-        share, elapsed = self.share(), self.elapsed()
-        return elapsed * (1 - share) / share if share and elapsed is not None else None
+        """Seconds to go in the present part of the stage, at its pace; None when it cannot be told yet."""
+        total, step, first = (self.live.get(key) for key in ("total", "step", "first"))
+        if not total or first is None or step <= first or self.elapsed() is None:
+            return None
+        return float((self.live["updated"] - self.live["since"]) / (step - first) * (total - step))
 
     def shown(self) -> str:
         """The figures that the stage shows, such as `loss 2.31`."""

@@ -96,6 +96,8 @@ class StageContext:
 
     def progress(self, step: int, total: int | None = None, **shown: float | str) -> None:
         """Tell whoever watches how far the stage is. Cheap: the live file is written twice a second."""
+        if total != self._live.get("total") or step < self._live.get("step", 0):
+            self._live.update(since=time.time(), first=step)  # another part of the stage, at another pace
         self._live.update(step=step, total=total, shown=shown)
         if time.monotonic() - self._written >= LIVE_SECONDS or step == total:
             self.live("running")
