@@ -1,6 +1,6 @@
 """Stage `report`: one page that says what the other stages made and whether it is any better.
 
-In: the artifacts and metrics of every stage before, `mlflow/registry.yaml`, `params.yaml`, `constraints.txt`. Out:
+In: the artifacts and metrics of every stage before, `mlflow/registry.yaml`, `constraints.txt`. Out:
 `report.html` (one file that works offline), `report.md`, and their `plots/` as SVG.
 
 The page is made from what the inputs hold, so a stage that is added to the graph appears in it; what is missing
@@ -11,9 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from pipelines.core import artifacts, policy, report_gates, report_html, report_inputs, report_plots
 from pipelines.core.context import StageContext
@@ -21,7 +18,7 @@ from pipelines.core.gates import Row
 from pipelines.core.params.report import ReportParams
 from pipelines.core.report_html import Section
 from pipelines.core.report_inputs import Change, Stage
-from pipelines.core.report_text import code, embedded, fenced, figure, interval, number, table, visible, words
+from pipelines.core.report_text import code, embedded, figure, interval, number, table, visible, words
 
 METRICS = frozenset({"stages", "plots", "samples", "gate_rules", "gate_rules_judged", "gate_rules_passed"})
 SCORES: frozenset[str] = frozenset()
@@ -63,7 +60,7 @@ def run(params: ReportParams, inputs: dict[str, Path], outputs: Path, context: S
         ),
         *(Section(f"Checks of {stage.name}", text) for stage in stages if (text := _checks(stage))),
         Section("All metrics", _metrics(stages), folded=True),
-        *_environment(inputs, stages),
+        *_environment(inputs),
     ]
 
     # 3. The same sections twice: a page to read anywhere, and one for whoever reads Markdown.
@@ -196,14 +193,9 @@ def _metrics(stages: Sequence[Stage]) -> str:
     return table(["stage", "metric", "value"], rows, right=(2,)) if rows else "No stage wrote metrics."
 
 
-def _environment(inputs: Mapping[str, Path], stages: Sequence[Stage]) -> list[Section]:
-    """The params of the stages, and every package version that is pinned."""
+def _environment(inputs: Mapping[str, Path]) -> list[Section]:
+    """Every package version that is pinned."""
     sections = []
-    if "params.yaml" in inputs:
-        raw: dict[str, Any] = yaml.safe_load(report_inputs.text_of(inputs["params.yaml"]))
-        used = {stage.name: raw[stage.name] for stage in stages if stage.name in raw}
-        text = yaml.safe_dump(used, sort_keys=False, allow_unicode=True, width=100)
-        sections.append(Section("Params", fenced(text, "yaml"), folded=True))
     if "constraints.txt" in inputs:
         lines = report_inputs.text_of(inputs["constraints.txt"]).splitlines()
         pins = [line for line in lines if "==" in line and not line.startswith("#")]

@@ -155,8 +155,10 @@ def test_progress_and_time_to_go() -> None:
     assert (row.share(), row.remaining(), row.elapsed()) == (None, None, None)
     row.begin()
     row.seconds = 30.0
-    row.live = {"step": 25, "total": 100, "shown": {"loss": 2.34567, "phase": "warm-up"}}
-    assert (row.share(), row.remaining()) == (0.25, 90.0)
+    # Scoring took 20 s of the 30; training began at step 0 ten seconds ago and is a quarter done.
+    row.live = {"step": 25, "total": 100, "first": 0, "since": 1020.0, "updated": 1030.0, "shown": {"loss": 2.34567}}
+    assert (row.share(), row.remaining()) == (0.25, 30.0)
+    row.live |= {"shown": {"loss": 2.34567, "phase": "warm-up"}}
     assert row.shown() == "loss 2.346  phase warm-up"
 
 

@@ -87,11 +87,18 @@ def changes(found: Sequence[Stage]) -> list[Change]:
     every: list[Change] = []
     for stage in found:
         for key in sorted(stage.metrics):
-            names = [f"{key}_before", key, f"{key}_low", f"{key}_high"]
-            names += [f"gain_{key}", f"gain_{key}_low", f"gain_{key}_high"]
-            if all(name in stage.metrics for name in names):
-                values = [stage.metrics[name] for name in names]
-                every.append(Change(stage.name, key, *values, stage.metrics.get(f"{key}_classical")))
+            names = {
+                "before": f"{key}_before",
+                "after": key,
+                "after_low": f"{key}_low",
+                "after_high": f"{key}_high",
+                "gain": f"gain_{key}",
+                "gain_low": f"gain_{key}_low",
+                "gain_high": f"gain_{key}_high",
+            }
+            if all(name in stage.metrics for name in names.values()):
+                values = {field: stage.metrics[name] for field, name in names.items()}
+                every.append(Change(stage.name, key, classical=stage.metrics.get(f"{key}_classical"), **values))
     return every
 
 

@@ -36,12 +36,6 @@ def code(text: str) -> str:
     return f"{fence}{padding}{line}{padding}{fence}"
 
 
-def fenced(text: str, language: str) -> str:
-    """A text of several lines as a code block, its fence longer than any run of backticks inside."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{visible(text).rstrip()}\n{fence}"
-
-
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """A table. Cells are Markdown; those of the columns `right` (from 0) are aligned to the right."""
     marks = ["---:" if column in right else "---" for column in range(len(head))]

@@ -1,0 +1,95 @@
+"""The page: same bytes twice, nothing from outside, hostile text shown as text, gates as the registry judges them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import report
+from pipelines.core import artifacts
+from pipelines.core.context import StageContext
+from pipelines.core.errors import ArtifactError
+from pipelines.core.params.report import ReportParams
+
+HOSTILE = "<script>alert(1)</script> | `a` **b** [x](http://evil.example) \x07 한국어 🙂 &amp; <img src=x onerror=y>"
+METRICS = {
+    "bits_per_byte": 1.0, "bits_per_byte_low": 0.9, "bits_per_byte_high": 1.1, "bits_per_byte_before": 1.2,
+    "bits_per_byte_classical": 2.5, "gain_bits_per_byte": 0.2, "gain_bits_per_byte_low": 0.1,
+    "gain_bits_per_byte_high": 0.3, "tokens_per_second": 200.0, "matmul_share": 0.6,
+}  # fmt: skip
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, Path]:
+    place = tmp_path / "pretrain"
+    (place / "model").mkdir(parents=True)
+    (place / "history.csv").write_text("step,loss,lr\n1,3.0,0.1\n2,2.0,0.05\n")
+    (place / "samples.md").write_text(f"# Samples\n\n**Prompt:** {HOSTILE}\n\n- *after:* {HOSTILE}\n")
+    (place / "model/README.md").write_text(f"---\nlicense: x\n---\n\n# Card\n\n{HOSTILE}\n")
+    rows = {"id": ["a", "b", "c"], "group": ["a", "b", "c"], "bytes": [100, 100, 100]}
+    bits = {"bits": [90.0, 100.0, 110.0], "bits_before": [110.0, 121.0, 130.0], "bits_classical": [250.0, 240.0, 260.0]}
+    pq.write_table(pa.table(rows | bits), place / "evaluation.parquet")
+    (tmp_path / "pretrain.json").write_text(json.dumps(METRICS))
+    registry = Path(__file__).parents[1] / "mlflow/registry.yaml"
+    return {"pretrain": place, "metrics/pretrain.json": tmp_path / "pretrain.json", "mlflow/registry.yaml": registry}
+
+
+def make(inputs: dict[str, Path], place: Path, context: StageContext) -> tuple[dict[str, float], str]:
+    place.mkdir()
+    metrics = report.run(ReportParams(title="Sluice", samples=4), inputs, place, context)
+    return metrics, (place / "report.html").read_text()
+
+
+def test_answer_gates_and_file_set(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
+    metrics, page = make(inputs, tmp_path / "out", context)
+    assert set(metrics) == report.METRICS
+    assert (metrics["gate_rules"], metrics["gate_rules_judged"], metrics["gate_rules_passed"]) == (3.0, 2.0, 2.0)
+    assert "Yes." in page and "1.2" in page and "sluice-base" in page
+    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert {"report.html", "report.md"} < files
+    assert all(name.startswith("plots/") and name.endswith(".svg") for name in files - {"report.html", "report.md"})
+    assert metrics["plots"] == len(files) - 2 > 0
+
+
+def test_a_model_that_got_worse_fails_its_rule(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
+    rows = pq.read_table(inputs["pretrain"] / "evaluation.parquet").to_pydict()
+    rows["bits"], rows["bits_before"] = rows["bits_before"], rows["bits"]
+    pq.write_table(pa.table(rows), inputs["pretrain"] / "evaluation.parquet")
+    metrics, page = make(inputs, tmp_path / "out", context)
+    assert metrics["gate_rules_passed"] == 1.0 and "FAILED" in page
+
+
+def test_same_bytes_twice(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
+    for name in "ab":
+        make(inputs, tmp_path / name, context)
+    assert artifacts.content_hash(tmp_path / "a") == artifacts.content_hash(tmp_path / "b")
+
+
+def test_nothing_comes_from_outside_and_hostile_text_is_text(
+    inputs: dict[str, Path], tmp_path: Path, context: StageContext
+) -> None:
+    _, page = make(inputs, tmp_path / "out", context)
+    assert not re.findall(r"<(?:script|link|iframe|object|img)\b[^>]*", page)
+    assert not re.findall(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", page)
+    assert "@import" not in page and "onerror=y>" not in page.replace("&gt;", "")
+    assert "&lt;script&gt;alert(1)" in page and "한국어 🙂" in page and "\x07" not in page
+
+
+def test_works_with_what_there_is(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
+    metrics, page = make({}, tmp_path / "none", context)
+    assert metrics["stages"] == 0.0 and "No stage has run" in page
+    later = tmp_path / "sft.json"
+    later.write_text('{"rouge_l": 0.25}')
+    _, page = make({**inputs, "metrics/sft.json": later}, tmp_path / "more", context)
+    assert "rouge_l" in page, "a stage that the report has never heard of appears in it"
+
+
+def test_a_damaged_metrics_file_is_named(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
+    inputs["metrics/pretrain.json"].write_text("[1, 2")
+    with pytest.raises(ArtifactError, match=r"metrics/pretrain\.json is no JSON object"):
+        make(inputs, tmp_path / "out", context)
