@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines.core import artifacts, context, environment, graph, hardware, language_models
-from pipelines.core.errors import ArtifactError, DataError, StoreUnavailable, UserError
+from pipelines.core.errors import ArtifactError, DataError, ParamsError, StoreUnavailable, UserError
 from pipelines.core.params import whole
-from pipelines.core.params.data import HubSource
+from pipelines.core.params.data import DataParams, HubSource
 from pipelines.core.params.section import Section
 
 UNEXPECTED = 70  # EX_SOFTWARE: our mistake, not the user's
@@ -66,6 +66,8 @@ def execute(name: str, root: Path) -> dict[str, float]:
     registry.check(root)
     section: Section = getattr(every, name)
     inputs = _inputs(root, spec)
+    if name == "data":
+        _check_sources(root, spec, every.data)
     environment.allow_hub(_names_hub(every))
     with _thin_imports():
         module = importlib.import_module(f"pipelines.{name}")
@@ -127,6 +129,20 @@ def _settle(root: Path, name: str) -> None:
         return
     if registered is not None:
         print(registered.summary(), flush=True)
+
+
+def _check_sources(root: Path, spec: graph.StageSpec, data: DataParams) -> None:
+    """DVC must know every local file the sources read, or it would not notice that one has changed."""
+    from pipelines.core import sources
+
+    deps = [(root / path).resolve() for path in spec.inputs.values()]
+    for path in sources.local_paths(data, root):
+        if not any(path.resolve().is_relative_to(dep) for dep in deps):
+            told = os.path.relpath(path, root)
+            raise ParamsError(
+                f"data.sources reads {told}, which is not among the deps of stage data in dvc.yaml: DVC would not "
+                f"notice a change of it. Type `sluice run` (or `make run`), which adds it, or add the line `- {told}`."
+            )
 
 
 def _names_hub(every: whole.Params) -> bool:

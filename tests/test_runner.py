@@ -1,0 +1,162 @@
+"""The runner: one clear message for a user's mistake, an exit code that says what it was, nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import own_environment, run_stage
+
+from pipelines.core import artifacts, runner
+
+
+def refused(root: Path, stage: str, *told: str, code: int = 2, reached: bool = False) -> str:
+    """Run a stage that must fail: message, exit code, no traceback, nothing published or registered."""
+    run = run_stage(root, stage, check=False)
+    assert run.returncode == code, run.stdout + run.stderr
+    assert "Traceback" not in run.stderr, run.stderr
+    for part in told:
+        assert part in run.stderr, run.stderr
+    assert not (root / "artifacts" / stage).exists() and not (root / "metrics" / f"{stage}.json").exists()
+    assert not list((root / "artifacts").glob(".*")) if (root / "artifacts").exists() else True
+    live = json.loads((root / f".sluice/live/{stage}.json").read_text())
+    assert live["state"] == "failed" and live["exit_code"] == code and told[0] in live["message"]
+    return run.stderr
+
+
+@pytest.fixture
+def workspace(make_workspace: Callable[[], Path]) -> Path:
+    return make_workspace()
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_a_typo_in_params(workspace: Path) -> None:
+    edit(workspace / "params.yaml", "weight_decay:", "wieght_decay:")
+    refused(workspace, "data", "pretrain.wieght_decay: no such key", "weight_decay")
+
+
+def test_a_negative_rate(workspace: Path) -> None:
+    edit(workspace / "params.yaml", "lr: 0.001", "lr: -1")
+    refused(workspace, "pretrain", "pretrain.lr: Input should be greater than 0 (found -1)")
+
+
+def test_a_gate_on_a_metric_that_does_not_exist(workspace: Path) -> None:
+    edit(workspace / "mlflow/registry.yaml", "metric: bits_per_byte,", "metric: bits_per_bite,")
+    refused(workspace, "data", "no metric 'bits_per_bite'", "bits_per_byte", code=3)
+
+
+def test_an_input_that_is_not_there(workspace: Path) -> None:
+    refused(workspace, "pretrain", "its input data is missing", "dvc repro pretrain")
+
+
+def test_a_file_that_does_not_exist(workspace: Path) -> None:
+    sources = "  sources:\n  - {path: nowhere.jsonl, table: corpus}\n"
+    text = (workspace / "params.yaml").read_text()
+    start, end = text.index("  sources:"), text.index("  validation_share:")
+    (workspace / "params.yaml").write_text(text[:start] + sources + text[end:])
+    refused(workspace, "data", "nowhere.jsonl")
+
+
+def test_a_file_dvc_would_not_notice(workspace: Path) -> None:
+    """A local source that is no dep of the stage: DVC would never run it again when the file changes."""
+    rows = [json.dumps({"text": f"Sentence number {n} about nothing in particular."}) for n in range(200)]
+    (workspace / "mine.jsonl").write_text("\n".join(rows))
+    text = (workspace / "params.yaml").read_text()
+    start, end = text.index("  sources:"), text.index("  validation_share:")
+    source = "  sources:\n  - {path: mine.jsonl, table: corpus}\n"
+    (workspace / "params.yaml").write_text(text[:start] + source + text[end:])
+    refused(workspace, "data", "mine.jsonl", "deps", "sluice run")
+    edit(workspace / "dvc.yaml", "    - pipelines/data.py\n", "    - pipelines/data.py\n    - mine.jsonl\n")
+    run_stage(workspace, "data")
+
+
+def test_no_such_stage_and_no_stage(workspace: Path) -> None:
+    run = run_stage(workspace, "nosuch", check=False)
+    assert run.returncode == 2 and "no stage 'nosuch' in dvc.yaml; there are: data" in run.stderr
+    bare = subprocess.run([sys.executable, "-m", "pipelines"], cwd=workspace, capture_output=True, text=True)
+    assert bare.returncode == 64 and bare.stderr.startswith("usage:")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "model.safetensors"), "the disk is full (model.safetensors)"),
+        (PermissionError(errno.EACCES, "Permission denied", "artifacts"), "no permission to write or read artifacts"),
+        (OSError(errno.EROFS, "Read-only file system", "artifacts"), "no permission"),
+        (MemoryError(), "not enough memory"),
+    ],
+)
+def test_the_machines_fault_is_told_as_one(
+    error: Exception, told: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Raised in the middle of a stage that has written half its output."""
+    from pipelines import tokenizer
+
+    def fail(params: Any, inputs: Any, outputs: Path, context: Any) -> dict[str, float]:
+        (outputs / "half").write_text("x")
+        raise error
+
+    (workspace / "artifacts/data").mkdir(parents=True)
+    monkeypatch.setattr(tokenizer, "run", fail)
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", dict(own_environment()))
+    assert runner.main("tokenizer", workspace) == 2
+    shown = capsys.readouterr().err
+    assert told in shown and "Traceback" not in shown
+    assert [path.name for path in (workspace / "artifacts").iterdir()] == ["data"]
+
+
+def test_a_real_full_disk(workspace: Path) -> None:
+    """On a file system of one megabyte, where this machine lets us mount one."""
+    disk = workspace / "artifacts"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting needs root: test_the_machines_fault_is_told_as_one covers the message")
+    try:
+        run = run_stage(workspace, "data", check=False)
+        assert run.returncode == 2 and "the disk is full" in run.stderr and "Traceback" not in run.stderr, run.stderr
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_the_store_is_away(prepared: Path, tmp_path: Path) -> None:
+    """Training goes on; the record waits in the spool, nothing is registered."""
+    root = Path(shutil.copytree(prepared, tmp_path / "w", symlinks=True))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    run = subprocess.run(
+        [sys.executable, "-m", "pipelines", "pretrain"], cwd=root, capture_output=True, text=True,
+        env=own_environment() | {"MLFLOW_TRACKING_URI": address},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert address in run.stderr and "warning" in run.stderr and "Traceback" not in run.stderr
+    assert (root / "artifacts/pretrain/model/model.safetensors").exists()
+    assert list((root / ".sluice/spool").glob("pretrain-*")), "the record is kept"
+
+
+def test_metrics_of_a_speed_do_not_change_on_a_second_run(prepared: Path, tmp_path: Path) -> None:
+    """`dvc repro --force` of an unchanged stage leaves dvc.lock unchanged: same output, same metrics file."""
+    root = Path(shutil.copytree(prepared, tmp_path / "w", symlinks=True))
+    files = [root / "artifacts/tokenizer", root / "metrics/tokenizer.json"]
+    before = [artifacts.content_hash(file) for file in files]
+    shutil.rmtree(files[0])
+    run_stage(root, "tokenizer")
+    assert [artifacts.content_hash(file) for file in files] == before
