@@ -50,7 +50,7 @@ def test_a_typo_in_params(workspace: Path) -> None:
 
 
 def test_a_negative_rate(workspace: Path) -> None:
-    edit(workspace / "params.yaml", "lr: 0.001", "lr: -1")
+    edit(workspace / "params.yaml", "lr: 1.0e-3", "lr: -1")
     refused(workspace, "pretrain", "pretrain.lr: Input should be greater than 0 (found -1)")
 
 
@@ -122,10 +122,10 @@ def test_the_machines_fault_is_told_as_one(
 
 
 def test_a_real_full_disk(workspace: Path) -> None:
-    """On a file system of one megabyte, where this machine lets us mount one."""
+    """On a file system of 96 kB, where this machine lets us mount one."""
     disk = workspace / "artifacts"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting needs root: test_the_machines_fault_is_told_as_one covers the message")
     try:

@@ -30,6 +30,7 @@ def prepare(root: Path) -> None:
         "DVC_GLOBAL_CONFIG_DIR": f"{state}/dvc/config",
         "DVC_SITE_CACHE_DIR": f"{state}/dvc/site",
         "HF_HOME": f"{state}/huggingface",
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{state}/mlflow/mlflow.db",  # what `mlflow ui` shows
         "MLFLOW_TRACKING_URI": f"sqlite:///{state}/mlflow/mlflow.db",
         "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
         "MPLCONFIGDIR": f"{state}/matplotlib",
