@@ -61,7 +61,7 @@ def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
         verdict.version,
         who=getpass.getuser(),
         why=f"passed its gate; {policy.FILE} says promote: auto",
-        expected_champion=champion,
+        expected_champion=verdict.champion,  # the one it was compared with: it must still be in office
     )
     return f"{verdict.model} {verdict.version} is the champion now" + (f", after {champion}" if champion else "")
 

@@ -51,7 +51,7 @@ def _catch_up(root: Path, state: stages.State, needed: list[str], console: Conso
         GateError: a model that stands did not pass.
         StoreUnavailable: the registry's store is away.
     """
-    from pipelines.core import registry
+    from pipelines.core import registry, runner
 
     board = Board(root, {name: Row(name, "cached") for name in needed})
     trouble: list[GateError | StoreUnavailable] = []
@@ -69,7 +69,7 @@ def _catch_up(root: Path, state: stages.State, needed: list[str], console: Conso
         except (GateError, StoreUnavailable) as error:
             trouble.append(error)
     try:
-        registry.reconcile(root)
+        registry.reconcile(root, lambda stage: runner.measure_for(root, stage))
     except StoreUnavailable as error:
         trouble.append(error)
     console.print("nothing has changed, no stage runs")

@@ -77,7 +77,7 @@ def settle(root: Path, stage: str, measure: Measure | None = None) -> Registered
     return registered
 
 
-def reconcile(root: Path, measures: Callable[[str], Measure] | None = None) -> list[Registered]:
+def reconcile(root: Path, measures: Callable[[str], Measure | None] | None = None) -> list[Registered]:
     """Deliver what is spooled and settle every output that stands and is not registered.
 
     Imports no MLflow when there is nothing to do.
@@ -145,10 +145,15 @@ def _register(candidate: Candidate, client: Any, experiment: str) -> Any:
         folder=str(candidate.output / candidate.policy.model),
         output=str(candidate.output),
         evaluation=str(candidate.evaluation) if candidate.evaluation else None,
-        description=card.read_text(encoding="utf-8") if card.exists() else "",
+        description=_prose(card.read_text(encoding="utf-8")) if card.exists() else "",
         tags=tags,
     )
     return versions.ensure(root, client, experiment, intent)
+
+
+def _prose(card: str) -> str:
+    """A model card without the front matter, which only hubs read."""
+    return card.split("\n---\n", 1)[-1].lstrip() if card.startswith("---\n") else card
 
 
 def _parents(candidate: Candidate, client: Any, inputs: dict[str, str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import ssl
 import urllib.error
 import urllib.request
@@ -131,8 +132,7 @@ def answering(root: Path) -> Iterator[None]:
 
 def unavailable(root: Path, why: str) -> StoreUnavailable:
     """The error that says which store is away, what is kept meanwhile and how it gets there later."""
-    parts = urlsplit(address(root))
-    shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # no password on a terminal
+    shown = re.sub(r"//[^/@]*@", "//", address(root))  # no password on a terminal
     return StoreUnavailable(
         f"the MLflow store {shown} does not answer ({why}). Nothing is lost: records wait in "
         f"{STATE}/spool, finished models in artifacts/; `sluice run` delivers and registers them once it is back."

@@ -66,7 +66,11 @@ def load(path: Path) -> Params:
 def _explain(name: str, error: ValidationError) -> str:
     """One line a mistake: the key as one would type it, what was found, what is accepted."""
     lines = []
-    for item in error.errors(include_url=False):
+    mistakes = error.errors(include_url=False)
+    inner = {item["loc"][:length] for item in mistakes for length in range(len(item["loc"]))}
+    for item in mistakes:
+        if item["loc"] in inner:  # a list that is refused because of what is wrong in it: told there
+            continue
         key = ".".join(str(part) for part in item["loc"] if part not in _SOURCES) or "(top level)"
         accepted = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
