@@ -126,7 +126,7 @@ def _stages(stages: Sequence[Stage]) -> str:
     for stage in stages:
         seconds = stage.metrics.get("seconds")
         told = ", ".join(f"{code(key)} {figure(key, value)}" for key, value in stage.key_metrics)
-        rows.append([words(stage.name), "" if seconds is None else number(round(seconds, 1)), told])
+        rows.append([words(stage.name), "" if seconds is None else f"{seconds:,.1f}", told])
     return table(["stage", "seconds", "metrics"], rows, right=(1,)) if rows else "No stage has run."
 
 
@@ -139,8 +139,8 @@ def _gates(gates: Sequence[report_gates.ModelGate]) -> str:
         title = f"### {words(gate.model)} (stage {words(gate.stage)})"
         if gate.rows:
             passed, judged = sum(row.passed for row in gate.judged), len(gate.judged)
-            head = ["rule", "value", "baseline", "difference, 95 %", "bound", "verdict"]
-            grid = table(head, [_rule(row) for row in gate.rows], right=(1, 3, 4))
+            head = ["rule", "verdict", "value", "baseline", "difference, 95 %", "bound"]
+            grid = table(head, [_rule(row) for row in gate.rows], right=(2, 4, 5))
             parts.append(f"{title}\n\n{passed} of the {judged} rules that are judged here passed.\n\n{grid}")
         else:
             parts.append(f"{title}\n\nIts stage is not part of this report.")
@@ -155,7 +155,7 @@ def _rule(row: Row) -> list[str]:
     difference = "" if row.low is None or row.high is None else f"{row.low:+.4g} to {row.high:+.4g}"
     verdict = ("passed" if row.passed else "**FAILED**") if report_gates.is_judged(row) else row.note
     value, bound = ("" if number_ is None else number(number_) for number_ in (row.value, row.bound))
-    return [code(row.rule), value, words(row.baseline or ""), difference, bound, verdict]
+    return [code(row.rule), verdict, value, words(row.baseline or ""), difference, bound]
 
 
 def _samples(samples: Mapping[str, list[str]]) -> str:

@@ -265,7 +265,9 @@ def test_model_loads_and_generates_from_any_folder(repository, tmp_path):
     registry.settle(root, "pretrain")
     drain(root)
     code = """
-import sys, mlflow, pandas as pd
+import sys
+there = set(sys.modules)  # the virtual environment sets its stores' addresses when Python starts
+import mlflow, pandas as pd
 model = mlflow.pyfunc.load_model("models:/sluice-base/1")
 ask = pd.DataFrame({"prompt": ["def f(", "", "x" * 500]})
 greedy = model.predict(ask, params={"max_new_tokens": 8})
@@ -274,7 +276,7 @@ assert greedy.equals(model.predict(ask, params={"max_new_tokens": 8, "seed": 5})
 warm = {"max_new_tokens": 8, "temperature": 1.5}
 assert model.predict(ask, params={**warm, "seed": 1}).equals(model.predict(ask, params={**warm, "seed": 1}))
 assert not model.predict(ask, params={**warm, "seed": 1}).equals(model.predict(ask, params={**warm, "seed": 2}))
-assert not [name for name in sys.modules if name.partition(".")[0] == "pipelines"], "not self-contained"
+assert not [name for name in set(sys.modules) - there if name.partition(".")[0] == "pipelines"], "not self-contained"
 from transformers import AutoModelForCausalLM
 place = mlflow.artifacts.download_artifacts("models:/sluice-base/1/artifacts/model")
 AutoModelForCausalLM.from_pretrained(place)

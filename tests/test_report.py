@@ -9,12 +9,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from markdown_it import MarkdownIt
 
 from pipelines import report
-from pipelines.core import artifacts
+from pipelines.core import artifacts, report_html, report_text
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
 from pipelines.core.params.report import ReportParams
+from pipelines.core.report_html import Section
 
 HOSTILE = "<script>alert(1)</script> | `a` **b** [x](http://evil.example) \x07 한국어 🙂 &amp; <img src=x onerror=y>"
 METRICS = {
@@ -93,3 +95,12 @@ def test_a_damaged_metrics_file_is_named(inputs: dict[str, Path], tmp_path: Path
     inputs["metrics/pretrain.json"].write_text("[1, 2")
     with pytest.raises(ArtifactError, match=r"metrics/pretrain\.json is no JSON object"):
         make(inputs, tmp_path / "out", context)
+
+
+def test_each_layer_of_escaping_holds_alone() -> None:
+    page = report_html.html(HOSTILE, [Section("Data", HOSTILE)])
+    assert not re.findall(r"<(?:script|a|img)\b", page), "Markdown that nobody escaped, and a title, bring no tags"
+    for text in (report_text.words(HOSTILE), report_text.code(HOSTILE), report_text.embedded(HOSTILE, 0)):
+        shown = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+        assert not re.findall(r"<(?:script|a|img)\b", shown), "report.md is safe with any reader of Markdown"
+    assert report_text.table(["a", "b"], [["x|y", "z"]]).splitlines()[-1] == r"| x\|y | z |"

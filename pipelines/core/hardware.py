@@ -24,7 +24,7 @@ class Hardware:
 
 
 def choose(compute: ComputeParams, root: Path) -> Hardware:
-    """Resolve `auto` and 0 of the `compute` section on this machine, and set torch's thread count.
+    """Resolve `auto` and 0 of the `compute` section on this machine, and set the threads of what is imported later.
 
     The choice between bf16 and fp32 is measured once for each kind of processor and kept in `.sluice/`, so that
     a stage that is run again, or resumed, computes with the same numbers.
@@ -32,16 +32,23 @@ def choose(compute: ComputeParams, root: Path) -> Hardware:
     Raises:
         ParamsError: a device was asked for that this machine has not.
     """
-    import torch
-
-    if compute.device == "cuda" and not torch.cuda.is_available():
+    has_cuda = compute.device != "cpu" and _cuda()
+    if compute.device == "cuda" and not has_cuda:
         raise ParamsError("compute.device: cuda was asked for, but torch finds no CUDA device here (auto or cpu)")
-    has_cuda = torch.cuda.is_available() and compute.device != "cpu"
     threads = compute.threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch or numpy is imported, by the stages that do
     device = "cuda" if has_cuda else "cpu"
     precision = compute.precision if compute.precision != "auto" else _measured_precision(root, device)
     return Hardware(device, precision, threads)
+
+
+def _cuda() -> bool:
+    """Whether torch can use a GPU; it is asked, and imported, only where there is a driver."""
+    if not Path("/dev/nvidiactl").exists():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def matmul_rate(device: str, precision: str, size: int = 2048, repeats: int = 8) -> float:

@@ -64,7 +64,8 @@ h4, h5, h6 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 table { display: block; max-width: 100%; overflow-x: auto; border-collapse: collapse; margin: .8rem 0; }
 th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { font-weight: 600; color: var(--soft); font-size: .88rem; white-space: nowrap; }
-td { overflow-wrap: normal; min-width: 5rem; }
+td { overflow-wrap: normal; }
+td[style] { white-space: nowrap; }
 td, li { font-variant-numeric: tabular-nums; }
 code, pre { font: .86em/1.5 ui-monospace, monospace; background: var(--shade); border-radius: 4px; }
 code { padding: .1em .3em; white-space: pre-wrap; }

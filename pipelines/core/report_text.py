@@ -67,7 +67,9 @@ def number(value: float) -> str:
     """Four significant digits; whole numbers and large ones in full."""
     if value == int(value) or abs(value) >= 10_000:
         return f"{value:,.0f}"
-    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:#.4g}"
+    if abs(value) >= 1000:
+        return f"{value:,.1f}"
+    return f"{value:#.4g}" if abs(value) >= 0.01 else f"{value:.3g}"
 
 
 def figure(key: str, value: float) -> str:
