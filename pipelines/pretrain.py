@@ -82,9 +82,8 @@ def run(params: PretrainParams, inputs: dict[str, Path], outputs: Path, context:
     # 3. Train; then save, load what was saved, and measure that.
     _train(params, plan, model, rows, state, checkpoints, context)
     _save(model, tokenizer, outputs / "model", context)
-    model = language_models.load(
-        str(outputs / "model"), context.dtype, attention.choose(context.device, scoring.WINDOW)
-    )
+    kind = attention.choose(context.device, scoring.WINDOW)
+    model = language_models.load(str(outputs / "model"), context.dtype, kind).to(context.device)
     scores = {
         "bits": held_out.bits(model, tokenizer, context, "after training"),
         "bits_before": state["bits_before"],
@@ -140,12 +139,6 @@ def _model(params: PretrainParams, tokenizer: Any, context: StageContext) -> Any
     if params.method == "lora":
         model = training.with_lora(model, params.lora_rank)
     return model.to(context.device)
-
-
-def _saved(place: Path, context: StageContext) -> Any:
-    """The model as others will load it."""
-    kind = attention.choose(context.device, scoring.WINDOW)
-    return language_models.load(str(place), context.dtype, kind).to(context.device)
 
 
 def _plan(params: PretrainParams, model: Any) -> Plan:

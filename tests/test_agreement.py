@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,28 @@ def test_stage_modules_import_fast_and_light() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_readme_names_what_exists() -> None:
+    """Its make targets, sluice commands, params keys and the paths of its tree."""
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    commands = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    targets = {line.split()[1] for line in commands if line.startswith("make ")}
+    declared = {name for line in re.findall(r"^([a-z -]+):(?!=)", makefile, re.MULTILINE) for name in line.split()}
+    assert {"run", "ui", "check"} <= targets <= declared
+    from flows.cli import app
+
+    known = {(command.name or command.callback.__name__) for command in app.registered_commands if command.callback}
+    used = {line.split()[1] for line in commands if line.startswith("sluice ")}
+    assert used and used <= known
+    tree = next(block for block in blocks if block.startswith("params.yaml "))
+    made_by_runs = {"artifacts/", "reports/", ".sluice/", ".work/"}
+    for line in tree.splitlines():
+        for path in line.split("   ")[0].split():
+            assert path in made_by_runs or (ROOT / path).exists(), f"README's tree names {path}"
+    sources = yaml.safe_load(next(block for block in blocks if block.startswith("data:\n")))
+    every = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for section, keys in sources.items():
+        every[section] |= keys
+    whole.Params.model_validate(every)

@@ -24,14 +24,15 @@ def greedy(model: Any, tokenizer: Any, prompts: list[str], tokens: int) -> list[
     padded = torch.tensor([[pad] * (longest - len(one)) + one for one in ids], device=model.device)
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids], device=model.device)
     new = max(1, min(tokens, room - longest))
+    kept = min(longest, room - new)  # the end of a prompt that is longer than the context
     stops = sorted({separator, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])})
     with torch.inference_mode():
         out = model.generate(
-            input_ids=padded[:, -(room - new) :],
-            attention_mask=mask[:, -(room - new) :],
+            input_ids=padded[:, -kept:],
+            attention_mask=mask[:, -kept:],
             max_new_tokens=new,
             do_sample=False,
             pad_token_id=pad,
             eos_token_id=stops,
         )
-    return [tokenizer.decode(row[-new:], skip_special_tokens=True) for row in out[:, -new:]]
+    return [tokenizer.decode(row[kept:], skip_special_tokens=True) for row in out]

@@ -23,7 +23,7 @@ from pathlib import Path
 from pipelines.core import artifacts, context, environment, graph, hardware, language_models
 from pipelines.core.errors import ArtifactError, DataError, ParamsError, StoreUnavailable, UserError
 from pipelines.core.params import whole
-from pipelines.core.params.data import DataParams, HubSource
+from pipelines.core.params.data import DataParams
 from pipelines.core.params.section import Section
 
 UNEXPECTED = 70  # EX_SOFTWARE: our mistake, not the user's
@@ -147,9 +147,10 @@ def _check_sources(root: Path, spec: graph.StageSpec, data: DataParams) -> None:
 
 def _names_hub(every: whole.Params) -> bool:
     """Whether anything in the file is to come from a hub; nothing else may reach for one."""
+    from pipelines.core import sources
+
     bases = {base for base in (every.tokenizer.base, every.pretrain.base) if base is not None}
-    sources = any(isinstance(source, HubSource) for source in every.data.sources)
-    return sources or any(language_models.find(base).kind == "hub" for base in bases)
+    return sources.names_hub(every.data) or any(language_models.find(base).kind == "hub" for base in bases)
 
 
 def _inputs(root: Path, spec: graph.StageSpec) -> dict[str, Path]:
