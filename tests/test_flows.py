@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -194,8 +195,9 @@ def test_what_passed_is_promoted_but_never_over_a_persons_rollback(
     calls: list[Any] = []
     monkeypatch.setattr(registry, "champions", lambda _: {"sluice-base": champion})
     monkeypatch.setattr(promotion, "promote", lambda *args, **kwargs: calls.append(kwargs["expected_champion"]))
-    done = outcome.promote(root, verdict(True), fresh_output)
-    assert (done is not None, calls) == (expected, [champion] if expected else [])
+    judged = replace(verdict(True), champion="the one it was compared with")
+    done = outcome.promote(root, judged, fresh_output)
+    assert (done is not None, calls) == (expected, [judged.champion] if expected else [])
     entry["promote"] = "manual"
     (root / "mlflow" / "registry.yaml").write_text(json.dumps({"models": {"sluice-base": entry}}))
     assert outcome.promote(root, verdict(True), fresh_output) is None
