@@ -62,7 +62,7 @@ def test_record_of_a_run_arrives_whole(repository):
     assert tags["sluice.data_hash"] == tags["sluice.input.data"]
     files = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert files == {"evaluation.parquet", "mark.txt", "samples.txt"}
-    assert "/root/.sluice/mlflow/artifacts/" in run.info.artifact_uri
+    assert f"{root}/.sluice/mlflow/artifacts/" in run.info.artifact_uri
 
 
 def test_delivering_twice_changes_nothing_even_when_the_state_is_lost(repository):
