@@ -41,14 +41,14 @@ def apply(root: Path, name: str) -> list[str]:
     target = root / "params.yaml"
     whole.load(target)
     merged = yaml.load(target.read_text(encoding="utf-8"))
-    before = flatten(merged)
+    before = whole.flatten(merged)
     profiles = {each: _read(root, each) for each in names(root)}
-    flat = {each: flatten(values) for each, values in profiles.items()}
+    flat = {each: whole.flatten(values) for each, values in profiles.items()}
     _all_have_defaults(flat)
     stale = {key for each in flat.values() for key, value in each.items() if key in before and before[key] == value}
     _merge(merged, profiles[DEFAULT], only=stale)
     _merge(merged, profiles[name])
-    after = flatten(merged)
+    after = whole.flatten(merged)
     if after == before:
         return []
     text = io.StringIO()
@@ -58,17 +58,6 @@ def apply(root: Path, name: str) -> list[str]:
     return [
         f"{key}: {_short(before.get(key))} -> {_short(after[key])}" for key in after if before.get(key) != after[key]
     ]
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as `section.key` -> value; a list is one value."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _round_trip() -> Any:

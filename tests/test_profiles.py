@@ -29,10 +29,10 @@ def edit(root: Path, old: str, new: str) -> None:
 
 
 def test_default_holds_the_committed_value_of_every_key_that_a_profile_sets() -> None:
-    flat = {p.stem: profiles.flatten(yaml.safe_load(p.read_text())) for p in (ROOT / "profiles").glob("*.yaml")}
+    flat = {p.stem: whole.flatten(yaml.safe_load(p.read_text())) for p in (ROOT / "profiles").glob("*.yaml")}
     default = flat.pop("default")
     others = {key for values in flat.values() for key in values}
-    committed = profiles.flatten(yaml.safe_load((ROOT / "params.yaml").read_text()))
+    committed = whole.flatten(yaml.safe_load((ROOT / "params.yaml").read_text()))
     assert set(default) == others
     assert default == {key: committed[key] for key in default}
 

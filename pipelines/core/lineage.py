@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 from pipelines.core import artifacts, graph
 from pipelines.core.context import StageContext
+from pipelines.core.params import whole
 from pipelines.core.tracking import Record
 
 PACKAGES = ("torch", "transformers", "peft", "mlflow")
@@ -47,7 +48,7 @@ def record(
         "sluice.wall_seconds": str(metrics.get("seconds", "unknown")),
     }
     texts = {"samples.txt": "\n".join(run.samples) + "\n"} if run.samples else {}
-    return _record(root, spec, flatten(section.model_dump(mode="json")), metrics, tags, texts)
+    return _record(root, spec, as_texts(section.model_dump(mode="json")), metrics, tags, texts)
 
 
 def restored(root: Path, stage: str) -> Record:
@@ -56,7 +57,7 @@ def restored(root: Path, stage: str) -> Record:
     lock = root / "dvc.lock"
     stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
     entry = stages.get(stage, {})
-    params = flatten({key: value for file in entry.get("params", {}).values() for key, value in file.items()})
+    params = as_texts({key: value for file in entry.get("params", {}).values() for key, value in file.items()})
     params = {key.removeprefix(f"{stage}."): value for key, value in params.items()}
     tags = {f"dvc.{dep['path']}": str(dep["md5"]) for dep in entry.get("deps", []) if "md5" in dep}
     tags["sluice.restored"] = "from DVC's cache" if entry else "output without an entry in dvc.lock"
@@ -70,16 +71,12 @@ def read_metrics(root: Path, spec: graph.StageSpec) -> dict[str, float]:
     return metrics
 
 
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """`{"a": {"b": 1}}` -> `{"a.b": "1"}`; lists are JSON."""
-    flat: dict[str, str] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-            flat[f"{prefix}{key}"] = text[:VALUE_LIMIT]
-    return flat
+def as_texts(nested: Mapping[str, Any]) -> dict[str, str]:
+    """`{"a": {"b": 1}}` -> `{"a.b": "1"}`, as MLflow keeps params; lists are JSON."""
+    return {
+        key: (value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False))[:VALUE_LIMIT]
+        for key, value in whole.flatten(nested).items()
+    }
 
 
 def package_versions() -> dict[str, str]:

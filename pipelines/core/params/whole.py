@@ -6,6 +6,7 @@ found, what is accepted. Nothing is written back at run time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,17 @@ def load(path: Path) -> Params:
         return Params.model_validate(raw)
     except ValidationError as error:
         raise ParamsError(_explain(path.name, error)) from None
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as `section.key` -> value; a list is one value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _explain(name: str, error: ValidationError) -> str:
