@@ -20,7 +20,17 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipelines.core import artifacts, attention, cards, generation, language_models, packing, reading, scoring
+from pipelines.core import (
+    artifacts,
+    attention,
+    cards,
+    distributed,
+    generation,
+    language_models,
+    packing,
+    reading,
+    scoring,
+)
 from pipelines.core.checkpoint import Checkpoints
 from pipelines.core.context import StageContext
 from pipelines.core.held_out import HeldOut
@@ -58,29 +68,42 @@ def run(params: PretrainParams, inputs: dict[str, Path], outputs: Path, context:
     """
     from transformers import AutoTokenizer
 
+    from pipelines.core import training
+
     tokenizer = AutoTokenizer.from_pretrained(inputs["tokenizer"])
     held_out = HeldOut.of(inputs["data"], params.eval_bytes)
 
     # 1. The model, what of it is trained, for how long, and on which rows.
     model = _model(params, tokenizer, context)
     plan = _plan(params, model)
+    context.world.check_split(plan.micro_batches, "pretrain.micro_batch")
     rows = _rows(params, plan, inputs["data"], tokenizer, context)
 
     # 2. What it knows before training, or where a killed run had got to.
     checkpoints = Checkpoints(
         context.work / "checkpoints", context.fingerprint, params.checkpoint_steps, params.checkpoint_seconds
     )
-    state = checkpoints.newest()
-    if state is None:
+
+    def start() -> dict[str, Any]:
+        if (state := checkpoints.newest()) is not None:
+            context.say(f"resuming after step {state['step']} of {plan.steps}")
+            return state
         _show_example(rows, tokenizer, context)
         bits_before = held_out.bits(model, tokenizer, context, "before training")
         before = generation.greedy(model, tokenizer, held_out.prompts(params.samples), SAMPLE_TOKENS)
-        state = {"step": 0, "bits_before": bits_before, "before": before}
-    else:
-        context.say(f"resuming after step {state['step']} of {plan.steps}")
+        return {"step": 0, "bits_before": bits_before, "before": before}
+
+    state = distributed.from_leader(context.world, start)
 
     # 3. Train; then save, load what was saved, and measure that.
+    distributed.shard(model, context.world)
     _train(params, plan, model, rows, state, checkpoints, context)
+    trained = training.trained_state(model)
+    if not context.world.leads:
+        return {}
+    if context.world.sharding == "full":  # a model that was split cannot be saved whole: another takes its weights
+        model = _model(params, tokenizer, context)
+        training.load_trained_state(model, trained)
     _save(model, tokenizer, outputs / "model", context)
     kind = attention.choose(context.device, scoring.WINDOW)
     model = language_models.load(str(outputs / "model"), context.dtype, kind).to(context.device)
@@ -157,12 +180,13 @@ def _plan(params: PretrainParams, model: Any) -> Plan:
 def _rows(params: PretrainParams, plan: Plan, data: Path, tokenizer: Any, context: StageContext) -> packing.PackedRows:
     """The packed training rows; no more text is tokenized than the run can use."""
     place = context.work / "tokens.bin"
-    if not place.exists():
-        wanted = plan.steps * params.batch_tokens * LONGEST_TOKEN
-        share = wanted / max(1, reading.corpus_bytes(data, "train"))
-        draft = place.with_suffix(".partial")
-        packing.write_stream(tokenizer, reading.sample(data, "train", share, params.seed), draft)
-        draft.rename(place)
+    with distributed.leader_first(context.world):
+        if not place.exists():
+            wanted = plan.steps * params.batch_tokens * LONGEST_TOKEN
+            share = wanted / max(1, reading.corpus_bytes(data, "train"))
+            draft = place.with_suffix(".partial")
+            packing.write_stream(tokenizer, reading.sample(data, "train", share, params.seed), draft)
+            draft.rename(place)
     return packing.PackedRows(place, params.sequence_length, packing.separator_id(tokenizer), params.seed)
 
 
@@ -176,59 +200,53 @@ def _train(
     context: StageContext,
 ) -> None:
     """The loop. `state` is where to start: what a checkpoint holds, or step 0 and what was measured before it."""
-    import torch
-
     from pipelines.core import training
 
     optimizer = training.adamw(model, plan.lr, params.weight_decay)
     if state["step"]:
         training.load_trained_state(model, state["trained"])
-        optimizer.load_state_dict(state["optimizer"])
+        training.load_optimizer_state(optimizer, state["optimizer"])
         training.set_random_state(state["random"])
         context.resume(state["history"])
     pace = training.Pace(context, plan.steps, state.get("seconds", 0.0))
     model.train()
     for step in range(state["step"], plan.steps):
         pace.start(step)
-        # 1. The rate of this step.
-        lr = plan.lr * training.cosine_with_warmup(step, plan.steps, params.warmup_share)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-        # 2. Gradients, accumulated over micro-batches; every token of a packed row is supervised.
+        # 1. Gradients, accumulated over this process's micro-batches; every token of a packed row is supervised.
         loss = 0.0
-        for number in range(plan.micro_batches):
+        for number in range(context.world.rank, plan.micro_batches, context.world.size):
             batch = rows.batch((step * plan.micro_batches + number) * params.micro_batch, params.micro_batch)
-            part = training.language_model_loss(model, batch, context) / plan.micro_batches
+            part = training.language_model_loss(model, batch, context) * context.world.size / plan.micro_batches
             part.backward()  # type: ignore[no-untyped-call]
             loss += float(part.detach())
 
-        # 3. Clip, update.
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), params.clip_norm))
-        training.refuse_nan(step, loss=loss, grad_norm=norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        # 2. Average, clip, update at the rate of this step.
+        lr = plan.lr * training.cosine_with_warmup(step, plan.steps, params.warmup_share)
+        loss, norm = training.update(model, optimizer, lr, params.clip_norm, loss, step, context.world)
 
-        # 4. Tell, and keep what has been learned.
+        # 3. Tell, and keep what has been learned.
         pace.stop()
         speed = (step + 1) * params.batch_tokens / pace.seconds
         context.log(step + 1, loss=loss, lr=lr, grad_norm=norm)
         context.progress(step + 1, plan.steps, loss=loss, tokens_per_second=speed)
-        if context.signal_number or checkpoints.due(step + 1) or step + 1 == plan.steps:
-            checkpoints.save(
-                step + 1,
-                {
-                    "step": step + 1,
-                    "bits_before": state["bits_before"],
-                    "before": state["before"],
-                    "trained": training.trained_state(model),
-                    "optimizer": optimizer.state_dict(),
-                    "random": training.random_state(),
-                    "history": context.history,
-                    "seconds": pace.seconds,
-                },
-            )
-        context.stop_if_asked()
+        due, stop = context.after_step(checkpoints.due(step + 1) or step + 1 == plan.steps)
+        if due:
+            learned = {"trained": training.trained_state(model), "optimizer": training.optimizer_state(optimizer)}
+            if context.world.leads:
+                checkpoints.save(
+                    step + 1,
+                    {
+                        **learned,
+                        "step": step + 1,
+                        "bits_before": state["bits_before"],
+                        "before": state["before"],
+                        "random": training.random_state(),
+                        "history": context.history,
+                        "seconds": pace.seconds,
+                    },
+                )
+        if stop:
+            context.stop_if_asked()
     pace.report(plan.steps * params.batch_tokens, training.flops_per_token(model, params.sequence_length))
 
 

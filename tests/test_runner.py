@@ -160,3 +160,8 @@ def test_metrics_of_a_speed_do_not_change_on_a_second_run(prepared: Path, tmp_pa
     shutil.rmtree(files[0])
     run_stage(root, "tokenizer")
     assert [artifacts.content_hash(file) for file in files] == before
+
+
+def test_a_stopped_stage_is_told_what_comes_next(prepared: Path) -> None:
+    assert "resumes from its checkpoint" in runner._what_next("pretrain", prepared)
+    assert "starts over" in runner._what_next("data", prepared)

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pipelines.core import artifacts, environment
+from pipelines.core.distributed import World, any_of
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,7 @@ class StageContext:
     device: str = "cpu"
     precision: str = "fp32"
     threads: int = 1
+    world: World = World()
     curve: Curve = lambda step, metrics: None
     history: list[dict[str, float]] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)
@@ -91,11 +93,14 @@ class StageContext:
 
     def say(self, text: str) -> None:
         """Show a person what the stage works on or has made: printed, and kept with the run's record."""
-        self.samples.append(text)
-        print(text, flush=True)
+        if self.world.leads:
+            self.samples.append(text)
+            print(text, flush=True)
 
     def progress(self, step: int, total: int | None = None, **shown: float | str) -> None:
         """Tell whoever watches how far the stage is. Cheap: the live file is written twice a second."""
+        if not self.world.leads:
+            return
         if total != self._live.get("total") or step < self._live.get("step", 0):
             self._live.update(since=time.time(), first=step)  # another part of the stage, at another pace
         self._live.update(step=step, total=total, shown=shown)
@@ -136,6 +141,16 @@ class StageContext:
         """Raise `Stopped` when a signal has come. Stages call it where nothing would be lost."""
         if self.signal_number:
             raise Stopped(self.signal_number)
+
+    def after_step(self, checkpoint_is_due: bool) -> tuple[bool, bool]:
+        """Whether to write a checkpoint now and whether to stop: the same answers in every process.
+
+        A signal reaches the processes at different moments, and what they exchange in a step must match.
+        """
+        stop, due = any_of(self.world, bool(self.signal_number), checkpoint_is_due)
+        if stop and not self.signal_number:
+            self.signal_number = signal.SIGTERM
+        return stop or due, stop
 
 
 def live_file(root: Path, stage: str) -> Path:

@@ -23,8 +23,10 @@ class Hardware:
     threads: int
 
 
-def choose(compute: ComputeParams, root: Path) -> Hardware:
+def choose(compute: ComputeParams, root: Path, processes: int = 1) -> Hardware:
     """Resolve `auto` and 0 of the `compute` section on this machine, and set the threads of what is imported later.
+
+    `processes` is how many of the stage run on this machine; they share its cores.
 
     The choice between bf16 and fp32 is measured once for each kind of processor and kept in `.sluice/`, so that
     a stage that is run again, or resumed, computes with the same numbers.
@@ -35,7 +37,7 @@ def choose(compute: ComputeParams, root: Path) -> Hardware:
     has_cuda = compute.device != "cpu" and _cuda()
     if compute.device == "cuda" and not has_cuda:
         raise ParamsError("compute.device: cuda was asked for, but torch finds no CUDA device here (auto or cpu)")
-    threads = compute.threads or len(os.sched_getaffinity(0))
+    threads = compute.threads or max(1, len(os.sched_getaffinity(0)) // processes)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch or numpy is imported, by the stages that do
     device = "cuda" if has_cuda else "cpu"
     precision = compute.precision if compute.precision != "auto" else _measured_precision(root, device)

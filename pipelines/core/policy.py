@@ -23,23 +23,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipelines.core import graph
 from pipelines.core.errors import GateError
+from pipelines.core.params.section import Location, Section, explain
 
 FILE = "mlflow/registry.yaml"
 CHAMPION = "champion"
 STAGE = "stage:"
 
 
-class Section(BaseModel):
-    """A frozen section in which an unknown key is an error and a string is not a number."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Budget(Section):
+class Budget(Section, strict=True):
     """A bound on a metric of the stage."""
 
     metric: str
@@ -53,7 +48,7 @@ class Budget(Section):
         return self
 
 
-class Comparison(Section):
+class Comparison(Section, strict=True):
     """Pair by pair against a baseline, on sum(score) / sum(per), or on the mean score without `per`.
 
     `better_than` asks that the 95 % interval of the difference excludes zero. `not_worse_than` asks that no
@@ -97,7 +92,7 @@ Rule = Annotated[
 ]
 
 
-class ModelPolicy(Section):
+class ModelPolicy(Section, strict=True):
     """One registered model."""
 
     stage: str
@@ -111,7 +106,7 @@ class ModelPolicy(Section):
         return [rule for rule in self.gate if isinstance(rule, Comparison)]
 
 
-class Policy(Section):
+class Policy(Section, strict=True):
     """The whole file."""
 
     models: dict[str, ModelPolicy]
@@ -144,7 +139,7 @@ def load(root: Path) -> Policy:
     try:
         return Policy.model_validate(raw)
     except ValidationError as error:
-        raise GateError(_explain(error)) from None
+        raise GateError(explain(FILE, error, _KINDS, _known_keys)) from None
 
 
 def check(root: Path) -> None:
@@ -209,17 +204,7 @@ def _declared(stage: str, what: str) -> frozenset[str]:
 _KINDS: dict[str | int, type[Section]] = {"budget": Budget, "comparison": Comparison}
 
 
-def _explain(error: ValidationError) -> str:
-    """One line a mistake: the key as one would type it, what was found, what is accepted."""
-    lines = []
-    for item in error.errors(include_url=False):
-        location = item["loc"]
-        key = ".".join(str(part) for part in location if part not in _KINDS) or "(top level)"
-        accepted = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            kind = next((_KINDS[part] for part in location if part in _KINDS), None)
-            model = kind or (ModelPolicy if len(location) == 3 else Policy)
-            accepted = f"no such key; accepted here: {', '.join(sorted(model.model_fields))}"
-        found = "" if isinstance(item["input"], (dict, BaseModel)) else f" (found {item['input']!r})"
-        lines.append(f"{FILE}: {key}: {accepted}{found}")
-    return "\n".join(dict.fromkeys(lines))
+def _known_keys(location: Location) -> list[str]:
+    """Keys that are accepted at a location of the file."""
+    kind = next((_KINDS[part] for part in location if part in _KINDS), None)
+    return sorted((kind or (ModelPolicy if len(location) == 2 else Policy)).model_fields)

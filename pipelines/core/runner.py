@@ -13,16 +13,19 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
-from pipelines.core import artifacts, context, environment, graph, hardware, language_models
+from pipelines.core import artifacts, context, distributed, environment, graph, hardware, language_models
 from pipelines.core.errors import ArtifactError, DataError, ParamsError, StoreUnavailable, UserError
 from pipelines.core.params import whole
+from pipelines.core.params.compute import ComputeParams
 from pipelines.core.params.data import DataParams
 from pipelines.core.params.section import Section
 
@@ -34,13 +37,15 @@ def main(name: str, root: Path) -> int:
     environment.prepare(root)
     _quiet_libraries()
     live = context.StageContext(stage=name, root=root, fingerprint="")
-    live.live("running")
+    if os.environ.get("RANK", "0") == "0":  # of several processes, the first one tells
+        live.live("running")
     try:
+        processes = _processes(name, root)
+        if processes is not None:
+            return distributed.launch(name, processes)
         execute(name, root)
     except context.Stopped as stopped:
-        return _failed(
-            live, "stopped", f"{name}: {stopped}; the next run resumes from its checkpoint", stopped.exit_code
-        )
+        return _failed(live, "stopped", f"{name}: {stopped}; {_what_next(name, root)}", stopped.exit_code)
     except UserError as error:
         return _failed(live, "failed", str(error), error.exit_code)
     except Exception as error:  # the last line of defence: say whose mistake it is, keep the traceback
@@ -71,14 +76,19 @@ def execute(name: str, root: Path) -> dict[str, float]:
     environment.allow_hub(_names_hub(every))
     with _thin_imports():
         module = importlib.import_module(f"pipelines.{name}")
-    machine = hardware.choose(every.compute, root)
-    fingerprint = _fingerprint(root, spec, section, machine)
-    recorder = tracking.Recorder(root, name, fingerprint)
+    trains = _trains(section)
+    machine = hardware.choose(every.compute, root, every.compute.processes if trains else 1)
+    world = distributed.join(every.compute) if trains else distributed.World()
+    fingerprint = _fingerprint(root, spec, section, machine, world)
     run = context.StageContext(
-        stage=name, root=root, fingerprint=fingerprint, curve=recorder.log,
+        stage=name, root=root, fingerprint=fingerprint, world=world,
         device=machine.device, precision=machine.precision, threads=machine.threads,
     )  # fmt: skip
     run.catch_signals()
+    if not world.leads:
+        return _follow(module, section, inputs, run)
+    recorder = tracking.Recorder(root, name, fingerprint)
+    run.curve = recorder.log
     start = time.perf_counter()
     try:
         with artifacts.published(root / spec.output) as outputs:
@@ -91,6 +101,7 @@ def execute(name: str, root: Path) -> dict[str, float]:
         recorder.finish("FAILED", None)
         raise
     run.measure(seconds=round(time.perf_counter() - start, 3))
+    distributed.leave(world)
     figures = context.remember_measured(root, name, fingerprint, run.measured)
     artifacts.write_json(root / spec.metrics, metrics | figures)
     recorder.finish("FINISHED", lineage.record(root, spec, section, metrics | figures, run))
@@ -98,6 +109,34 @@ def execute(name: str, root: Path) -> dict[str, float]:
     shutil.rmtree(run.work, ignore_errors=True)
     run.live("done")
     return metrics | figures
+
+
+def _trains(section: Section) -> bool:
+    """Whether a stage trains: it keeps checkpoints, and several processes can share its work."""
+    return hasattr(section, "checkpoint_steps")
+
+
+def _processes(name: str, root: Path) -> ComputeParams | None:
+    """The `compute` section where it asks for several processes and nobody has started them yet."""
+    graph.stage(root, name)
+    every = whole.load(root / "params.yaml")
+    return every.compute if _trains(getattr(every, name)) and distributed.must_launch(every.compute) else None
+
+
+def _what_next(name: str, root: Path) -> str:
+    """What a run after a stopped one does."""
+    trains = _trains(getattr(whole.load(root / "params.yaml"), name))
+    return "the next run resumes from its checkpoint" if trains else "nothing was published; the next run starts over"
+
+
+def _follow(
+    module: ModuleType, section: Section, inputs: dict[str, Path], run: context.StageContext
+) -> dict[str, float]:
+    """What a process does that does not lead: its share of the training. What it writes is thrown away."""
+    with tempfile.TemporaryDirectory(dir=run.work) as scratch:
+        module.run(section, inputs, Path(scratch), run)
+    distributed.leave(run.world)
+    return {}
 
 
 def measure_for(root: Path, name: str) -> Callable[[Path, Path], None] | None:
@@ -164,14 +203,23 @@ def _inputs(root: Path, spec: graph.StageSpec) -> dict[str, Path]:
     return inputs
 
 
-def _fingerprint(root: Path, spec: graph.StageSpec, section: Section, machine: hardware.Hardware) -> str:
-    """Hash of everything the output depends on: params, inputs, code, kind of machine and thread count."""
+def _fingerprint(
+    root: Path, spec: graph.StageSpec, section: Section, machine: hardware.Hardware, world: distributed.World
+) -> str:
+    """Hash of everything the output depends on: params, inputs, code, kind of machine, threads and processes."""
     parts = {
         "stage": spec.name,
         "params": section.model_dump(mode="json"),
         "inputs": {name: artifacts.content_hash(root / path) for name, path in spec.inputs.items()},
         "code": {path: artifacts.content_hash(root / path) for path in spec.code},
-        "machine": [machine.device, machine.precision, machine.threads, hardware.processor()],
+        "machine": [
+            machine.device,
+            machine.precision,
+            machine.threads,
+            hardware.processor(),
+            world.size,
+            world.sharding,
+        ],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -202,9 +250,11 @@ def _environment_problem(error: Exception) -> str | None:
 
 
 def _failed(live: context.StageContext, state: str, message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {message}" if rank == "0" else f"process {rank}: {message}", file=sys.stderr, flush=True)
     try:
-        live.live(state, message, code)
+        if rank == "0":
+            live.live(state, message, code)
     except OSError as error:  # a full disk must not hide the message above
         print(f"warning: {context.live_file(live.root, live.stage)} could not be written: {error}", file=sys.stderr)
     return code

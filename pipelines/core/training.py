@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipelines.core import hardware, losses, packing
+from pipelines.core import distributed, hardware, losses, packing
 from pipelines.core.context import StageContext
+from pipelines.core.distributed import World
 from pipelines.core.errors import ArtifactError
 from pipelines.core.language_models import body_and_head
 
@@ -32,10 +33,40 @@ def adamw(model: Any, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over what is trained; matrices decay, gains and biases do not (GPT-1, section 4.1)."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
+        {"params": same, "weight_decay": decay}
+        for decay, chosen in (
+            (weight_decay, [parameter for parameter in trained if parameter.dim() >= 2]),
+            (0.0, [parameter for parameter in trained if parameter.dim() < 2]),
+        )
+        for same in distributed.by_kind(chosen)
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=BETAS, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
+
+
+def update(
+    model: Any, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float, loss: float, step: int, world: World
+) -> tuple[float, float]:
+    """One optimizer step from the gradients that are there: averaged over the processes, clipped, then cleared.
+
+    Returns the loss, as the mean over the processes, and the gradient's norm before clipping.
+
+    Raises:
+        ArtifactError: the loss or the gradient is not finite; nothing was updated.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    distributed.average_gradients(trained, world)
+    kinds = distributed.by_kind(trained)
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in same if p.grad is not None]) for same in kinds]
+    norm = torch.stack([distributed.whole(part) for part in norms]).norm()
+    loss = distributed.mean_of(world, loss)
+    refuse_nan(step, loss=loss, grad_norm=float(norm))
+    for same in kinds:
+        torch.nn.utils.clip_grads_with_norm_(same, clip_norm, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, float(norm)
 
 
 def with_lora(model: Any, rank: int) -> Any:
@@ -95,8 +126,8 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def trained_state(model: Any) -> dict[str, torch.Tensor]:
-    """What is trained, by name: all a checkpoint needs of the weights."""
-    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    """What is trained, by name, whole: all a checkpoint needs of the weights. Every process must ask."""
+    return {name: distributed.whole(value.detach()) for name, value in model.named_parameters() if value.requires_grad}
 
 
 def load_trained_state(model: Any, state: dict[str, torch.Tensor]) -> None:
@@ -108,7 +139,26 @@ def load_trained_state(model: Any, state: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, value in model.named_parameters():
             if value.requires_grad:
-                value.copy_(state[name])
+                value.copy_(distributed.like(state[name], value))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state, whole. Every process must ask."""
+    state = optimizer.state_dict()
+    moments = {
+        number: {key: distributed.whole(value) for key, value in one.items()} for number, one in state["state"].items()
+    }
+    return {**state, "state": moments}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put back what `optimizer_state` gave."""
+    every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        number: {key: distributed.like(value, every[number]) for key, value in one.items()}
+        for number, one in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": moments})
 
 
 class Flops(NamedTuple):

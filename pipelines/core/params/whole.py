@@ -18,7 +18,7 @@ from pipelines.core.params.compute import ComputeParams
 from pipelines.core.params.data import DataParams, FileSource, HubSource, PydocsSource
 from pipelines.core.params.pretrain import PretrainParams
 from pipelines.core.params.report import ReportParams
-from pipelines.core.params.section import Section
+from pipelines.core.params.section import Location, Section, explain
 from pipelines.core.params.tokenizer import TokenizerParams
 
 
@@ -61,7 +61,7 @@ def load(path: Path) -> Params:
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
-        raise ParamsError(_explain(path.name, error)) from None
+        raise ParamsError(explain(path.name, error, _SOURCES, _known_keys)) from None
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -75,27 +75,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _explain(name: str, error: ValidationError) -> str:
-    """One line a mistake: the key as one would type it, what was found, what is accepted."""
-    lines = []
-    mistakes = error.errors(include_url=False)
-    inner = {item["loc"][:length] for item in mistakes for length in range(len(item["loc"]))}
-    for item in mistakes:
-        if item["loc"] in inner:  # a list that is refused because of what is wrong in it: told there
-            continue
-        key = ".".join(str(part) for part in item["loc"] if part not in _SOURCES) or "(top level)"
-        accepted = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            accepted = f"no such key; accepted here: {', '.join(_known_keys(item['loc'][:-1]))}"
-        found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r})"
-        lines.append(f"{name}: {key}: {accepted}{found}")
-    return "\n".join(dict.fromkeys(lines))
-
-
 _SOURCES: dict[str | int, type[Section]] = {"pydocs": PydocsSource, "file": FileSource, "hub": HubSource}
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+def _known_keys(location: Location) -> list[str]:
     """Keys that are accepted at a location of the file."""
     model: Any = Params
     for part in location:
