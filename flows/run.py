@@ -54,6 +54,7 @@ def _catch_up(root: Path, state: stages.State, needed: list[str], console: Conso
     from pipelines.core import registry, runner
 
     board = Board(root, {name: Row(name, "cached") for name in needed})
+    stops = whole.load(root / "params.yaml").flow.failed_gate == "stop"
     trouble: list[GateError | StoreUnavailable] = []
     for name, row in board.rows.items():
         row.metric = outcome.key_metric(root, name, state.shows.get(name))
@@ -63,6 +64,9 @@ def _catch_up(root: Path, state: stages.State, needed: list[str], console: Conso
                 continue
             row.verdict = outcome.cell(judged)
             if not judged.passed:
+                if not stops:
+                    console.print(judged.table(), markup=False, highlight=False, soft_wrap=True)
+                    continue
                 raise GateError(judged.table())
             if done := outcome.promote(root, judged, fresh_output=False):
                 console.print(done)

@@ -31,6 +31,7 @@ from flows.board import Board, Row, StageState
 from flows.supervise import Crew, child_environment
 from pipelines.core.environment import STATE
 from pipelines.core.errors import GateError, StoreUnavailable, UserError
+from pipelines.core.params import whole
 
 RETRY_SECONDS = (2.0, 10.0)
 POLL_SECONDS = 0.25
@@ -46,6 +47,7 @@ class Job:
     graph: stages.State
     crew: Crew
     seats: threading.Semaphore  # how many stages may compute at once
+    stops_at_gate: bool = True
     store_trouble: list[StoreUnavailable] = field(default_factory=list)
     progress: dict[str, UUID] = field(default_factory=dict)
     registry: threading.Lock = field(default_factory=threading.Lock)
@@ -108,6 +110,9 @@ class Job:
                     return
                 row.verdict = outcome.cell(judged)
                 records.verdict(judged)
+                if not judged.passed and not self.stops_at_gate:
+                    row.notes.append(f"goes on (flow.failed_gate) although\n{judged.table()}")
+                    return
                 if not judged.passed:
                     raise GateError(f"what depends on stage {row.stage} does not run\n{judged.table()}")
                 if done := outcome.promote(self.root, judged, fresh_output):
@@ -132,6 +137,7 @@ def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False)
         board = Board(place, {name: Row(name, log=logs / f"{name}.log") for name in needed})
         board.title = f"{flow_run.name}   output: {logs.relative_to(place)}/"
         job = Job(place, board, graph, Crew(), threading.Semaphore(stages.side_by_side(place)))
+        job.stops_at_gate = whole.load(place / "params.yaml").flow.failed_gate == "stop"
         console = Console()
         try:
             futures = _submit(job, needed, suspects)

@@ -172,6 +172,16 @@ def test_a_failed_gate_fails_the_stage_with_its_table(job: Job, monkeypatch: pyt
     assert not job.may_retry("data")
 
 
+def test_a_failed_gate_only_notes_its_table_where_the_params_say_so(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outcome, "judge", lambda *_: verdict(False))
+    monkeypatch.setattr(outcome, "promote", lambda *_: pytest.fail("promoted what did not pass"))
+    job.stops_at_gate = False
+    job.stage("data", suspect=True)
+    row = job.board.rows["data"]
+    assert (row.state, row.verdict) == ("run", "sluice-base 2 FAILED")
+    assert "loss at most 1" in row.notes[-1]
+
+
 def test_a_store_that_is_away_stops_no_stage(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: Any) -> None:
         raise StoreUnavailable("away")
@@ -222,10 +232,8 @@ def test_a_run_from_nothing_and_then_nothing_to_do(root: Path) -> None:
     assert "will be tried again: stage left: bad thing in left" in first.stdout
     assert "data       | hello from data" in first.stdout
     assert len(list((root / ".sluice" / "logs").glob("*/left.log"))) == 1
-    start = time.monotonic()
     second = sluice(root, "run")
     assert second.returncode == 0, second.stdout + second.stderr
-    assert time.monotonic() - start < 15.0
     assert fake.ran(root) == []
     assert "nothing has changed, no stage runs" in second.stdout
 

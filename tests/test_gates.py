@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -65,6 +66,48 @@ def test_better_needs_an_interval_that_excludes_zero(tmp_path):
     table.to_parquet(tmp_path / "lucky.parquet")
     verdict = evaluate("m", gate(BETTER), {}, tmp_path / "lucky.parquet", {})
     assert not verdict.passed and verdict.rows[0].low < 0 == verdict.rows[0].high
+
+
+def unseen(tmp_path: Path, weights: list[float]) -> Path:
+    """Rows of which only those with a weight have a part; the others would turn the result around."""
+    right = [3.0 if weight else -100.0 for weight in weights]
+    table = pd.DataFrame({"id": [str(n) for n in range(len(weights))], "right": right, "chance": 2.0, "pairs": weights})
+    table.to_parquet(tmp_path / "unseen.parquet")
+    return tmp_path / "unseen.parquet"
+
+
+def test_examples_without_weight_have_no_part(tmp_path):
+    rule = {"score": "right", "per": "pairs", "lower_is_better": False, "better_than": "chance"}
+    verdict = evaluate("m", gate(rule), {}, unseen(tmp_path, [4.0] * 20 + [0.0] * 20), {})
+    assert verdict.passed and verdict.rows[0].value == pytest.approx(0.75)
+    nothing = unseen(tmp_path, [0.0] * 20)
+    with pytest.raises(GateError, match="no example has a weight in pairs"):
+        evaluate("m", gate(rule), {}, nothing, {})
+    verdict = evaluate("m", gate({**rule, "where_measured": True}), {}, nothing, {})
+    assert verdict.passed and verdict.rows[0].value is None and verdict.rows[0].note == gates.NOT_MEASURED
+
+
+def test_a_metric_that_only_some_data_give():
+    rule = {"metric": "accuracy_unseen", "at_least": 0.5, "where_measured": True}
+    assert evaluate("m", gate(rule), {}, None, {}).rows[0].note == gates.NOT_MEASURED
+    assert not evaluate("m", gate(rule), {"accuracy_unseen": 0.4}, None, {}).passed
+
+
+def test_where_measured_belongs_to_optional_metrics(tmp_path, monkeypatch):
+    declare_stages(monkeypatch)
+    monkeypatch.setattr(sys.modules["pipelines.pretrain"], "OPTIONAL", frozenset({"unseen"}), raising=False)
+    root = make_root(tmp_path, None)
+
+    def told(rule: dict[str, object]) -> str:
+        entry = {"stage": "pretrain", "model": "model", "gate": [rule], "promote": "auto"}
+        (root / "mlflow/registry.yaml").write_text(yaml.safe_dump({"models": {"sluice-base": entry}}))
+        with pytest.raises(GateError) as caught:
+            policy.check(root)
+        return str(caught.value)
+
+    assert "gate.0.where_measured: unseen is not given by all data" in told({"metric": "unseen", "at_least": 0.5})
+    always = {"metric": "bits_per_byte", "at_most": 4.0, "where_measured": True}
+    assert "gate.0.where_measured: bits_per_byte is always measured" in told(always)
 
 
 def test_higher_is_better_turns_every_comparison_around(rows):

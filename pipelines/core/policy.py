@@ -40,6 +40,7 @@ class Budget(Section, strict=True):
     metric: str
     at_most: float | None = None
     at_least: float | None = None
+    where_measured: bool = Field(False, description="true, and only then, for a metric that not all data give")
 
     @model_validator(mode="after")
     def _one_bound(self) -> Budget:
@@ -51,9 +52,9 @@ class Budget(Section, strict=True):
 class Comparison(Section, strict=True):
     """Pair by pair against a baseline, on sum(score) / sum(per), or on the mean score without `per`.
 
-    `better_than` asks that the 95 % interval of the difference excludes zero. `not_worse_than` asks that no
-    point of the interval is worse by more than `margin`, a share of the baseline's value: 0.01 is one per cent,
-    whatever the unit of the score.
+    Examples whose `per` is 0 have no part in it. `better_than` asks that the 95 % interval of the difference excludes
+    zero. `not_worse_than` asks that no point of the interval is worse by more than `margin`, a share of the
+    baseline's value: 0.01 is one per cent, whatever the unit of the score.
     """
 
     score: str
@@ -62,6 +63,7 @@ class Comparison(Section, strict=True):
     better_than: str | None = None
     not_worse_than: str | None = None
     margin: float | None = Field(None, ge=0.0, lt=1.0)
+    where_measured: bool = Field(False, description="true: not judged where no example has a weight in `per`")
 
     @model_validator(mode="after")
     def _one_baseline(self) -> Comparison:
@@ -166,10 +168,17 @@ def check(root: Path) -> None:
 def _unknown(rule: Budget | Comparison, stage: str, stages: dict[str, graph.StageSpec]) -> list[str]:
     """What a rule names that nothing writes."""
     if isinstance(rule, Budget):
-        known = _declared(stage, "METRICS")
-        if any(fnmatchcase(rule.metric, pattern) for pattern in known):
-            return []
-        return [f"metric: {stage} has no metric {rule.metric!r}; known: {', '.join(sorted(known))}"]
+        always, sometimes = _declared(stage, "METRICS"), declared_optional(stage)
+        if not any(fnmatchcase(rule.metric, pattern) for pattern in always | sometimes):
+            return [f"metric: {stage} has no metric {rule.metric!r}; known: {', '.join(sorted(always | sometimes))}"]
+        if rule.where_measured != (rule.metric in sometimes):
+            told = (
+                "is always measured: leave it out"
+                if rule.where_measured
+                else "is not given by all data: set it to true"
+            )
+            return [f"where_measured: {rule.metric} {told}"]
+        return []
     columns = _declared(stage, "SCORES")
     wanted = {"score": rule.score, "per": rule.per}
     key = "better_than" if rule.better_than else "not_worse_than"
@@ -191,6 +200,12 @@ def _unknown(rule: Budget | Comparison, stage: str, stages: dict[str, graph.Stag
 def declared_scores(stage: str) -> frozenset[str]:
     """Columns of the stage's `evaluation.parquet` that are results, not what the example is."""
     return _declared(stage, "SCORES")
+
+
+def declared_optional(stage: str) -> frozenset[str]:
+    """Metrics of a stage that only some data give, such as what needs the names of labelers."""
+    found: frozenset[str] = getattr(importlib.import_module(f"pipelines.{stage}"), "OPTIONAL", frozenset())
+    return found
 
 
 def _declared(stage: str, what: str) -> frozenset[str]:

@@ -34,7 +34,7 @@ class ModelGate:
 
 def is_judged(row: gates.Row) -> bool:
     """Whether a rule was decided here."""
-    return row.note not in (AT_REGISTRATION, NOT_HERE)
+    return row.note not in (AT_REGISTRATION, NOT_HERE, gates.NOT_MEASURED)
 
 
 def judge(found: Sequence[Stage], registry: Path) -> list[ModelGate]:

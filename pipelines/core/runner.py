@@ -93,7 +93,7 @@ def execute(name: str, root: Path) -> dict[str, float]:
     try:
         with artifacts.published(root / spec.output) as outputs:
             metrics: dict[str, float] = module.run(section, inputs, outputs, run)
-            _check_metrics(name, metrics, module.METRICS)
+            _check_metrics(name, metrics, module.METRICS, getattr(module, "OPTIONAL", frozenset()))
     except context.Stopped:
         recorder.finish("KILLED", None)
         raise
@@ -224,10 +224,10 @@ def _fingerprint(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _check_metrics(name: str, metrics: dict[str, float], declared: frozenset[str]) -> None:
+def _check_metrics(name: str, metrics: dict[str, float], declared: frozenset[str], optional: frozenset[str]) -> None:
     """A stage returns the keys it declares, each a finite number: gates and the report rely on them."""
-    if set(metrics) != declared:
-        missing, extra = sorted(declared - set(metrics)), sorted(set(metrics) - declared)
+    missing, extra = sorted(declared - set(metrics)), sorted(set(metrics) - declared - optional)
+    if missing or extra:
         raise AssertionError(f"{name}: metrics differ from METRICS (missing {missing}, not declared {extra})")
     wrong = {key: value for key, value in metrics.items() if value != value or value in (float("inf"), -float("inf"))}
     if wrong:

@@ -16,6 +16,7 @@ from pydantic import ValidationError, model_validator
 from pipelines.core.errors import ParamsError
 from pipelines.core.params.compute import ComputeParams
 from pipelines.core.params.data import DataParams, FileSource, HubSource, PydocsSource
+from pipelines.core.params.flow import FlowParams
 from pipelines.core.params.pretrain import PretrainParams
 from pipelines.core.params.report import ReportParams
 from pipelines.core.params.section import Location, Section, explain
@@ -26,6 +27,7 @@ class Params(Section):
     """The whole file."""
 
     compute: ComputeParams
+    flow: FlowParams
     data: DataParams
     tokenizer: TokenizerParams
     pretrain: PretrainParams
