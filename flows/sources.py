@@ -1,4 +1,4 @@
-"""Keeps the deps of stage `data` in `dvc.yaml` in step with the files that `data.sources` names.
+"""Keeps deps in `dvc.yaml` in step with the files that `params.yaml` names: `data.sources`, `feedback.rankings`.
 
 DVC runs a stage again when a dep changes, but deps cannot be written in `params.yaml`. So the lines below a
 marker comment in `dvc.yaml` belong to `sluice run`; every other line of the file is left as it is.
@@ -14,7 +14,10 @@ from pipelines.core import artifacts
 from pipelines.core.errors import UserError
 from pipelines.core.params import whole
 
-MARKER = "# files named in params.yaml data.sources, kept by sluice run"
+MARKERS = {
+    "data": "# files named in params.yaml data.sources, kept by sluice run",
+    "feedback": "# file named in params.yaml feedback.rankings, kept by sluice run",
+}
 _PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./+@-]*")
 
 
@@ -22,17 +25,23 @@ def keep(root: Path) -> list[str]:
     """Bring `dvc.yaml` in step. Returns one line for each dep that was added or removed.
 
     Raises:
-        UserError: `dvc.yaml` lacks the marker although there are files to list.
+        UserError: `dvc.yaml` lacks a marker although there are files to list.
         DataError: a source names a file that does not exist.
     """
     from pipelines.core.sources import local_paths
 
-    paths = local_paths(whole.load(root / "params.yaml").data, root)
-    return write(root / "dvc.yaml", sorted({_name(path, root) for path in paths}))
+    params = whole.load(root / "params.yaml")
+    # Rankings need not be there yet: the first run of the stage writes what is to be ranked.
+    rankings = [root / path for path in [params.feedback.rankings] if path and (root / path).exists()]
+    named = {"data": local_paths(params.data, root), "feedback": rankings}
+    changes = []
+    for stage, paths in named.items():
+        changes += write(root / "dvc.yaml", stage, sorted({_name(path, root) for path in paths}))
+    return changes
 
 
-def write(place: Path, wanted: list[str]) -> list[str]:
-    """Make the entries below the marker in `place` exactly `wanted`. Returns what changed, a line each.
+def write(place: Path, stage: str, wanted: list[str]) -> list[str]:
+    """Make the entries below a stage's marker in `place` exactly `wanted`. Returns what changed, a line each.
 
     Raises:
         UserError: no `place`, or no marker in it although there is something to list.
@@ -40,10 +49,12 @@ def write(place: Path, wanted: list[str]) -> list[str]:
     if not place.exists():
         raise UserError(f"{place.name}: no such file in {place.parent}. Run from the repository's root.")
     lines = place.read_text(encoding="utf-8").splitlines(keepends=True)
-    start = next((n for n, line in enumerate(lines) if line.strip() == MARKER), None)
+    start = next((n for n, line in enumerate(lines) if line.strip() == MARKERS[stage]), None)
     if start is None:
         if wanted:
-            raise UserError(f"{place.name}: the deps of stage data need the line `{MARKER}` below their last entry")
+            raise UserError(
+                f"{place.name}: the deps of stage {stage} need the line `{MARKERS[stage]}` below their last entry"
+            )
         return []
     indent = lines[start][: len(lines[start]) - len(lines[start].lstrip())]
     end = start + 1
@@ -54,8 +65,8 @@ def write(place: Path, wanted: list[str]) -> list[str]:
         return []
     lines[start + 1 : end] = [f"{indent}- {_quote(path)}\n" for path in wanted]
     artifacts.write_text(place, "".join(lines))
-    added = [f"dvc.yaml: stage data now depends on {path}" for path in wanted if path not in there]
-    removed = [f"dvc.yaml: stage data no longer depends on {path}" for path in there if path not in wanted]
+    added = [f"dvc.yaml: stage {stage} now depends on {path}" for path in wanted if path not in there]
+    removed = [f"dvc.yaml: stage {stage} no longer depends on {path}" for path in there if path not in wanted]
     return added + removed
 
 

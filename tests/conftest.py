@@ -69,6 +69,15 @@ def prepared(make_workspace: Callable[[], Path]) -> Path:
     return place
 
 
+@pytest.fixture(scope="session")
+def chain(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which every tiny stage has run that makes or needs a model. Copy it before you change it."""
+    place = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("chain") / "w", symlinks=True))
+    for stage in ("pretrain", "sft", "feedback", "reward"):
+        run_stage(place, stage)
+    return place
+
+
 _WHO = ("-c", "user.name=test", "-c", "user.email=test@example.org")
 
 

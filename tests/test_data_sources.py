@@ -18,6 +18,7 @@ from pipelines.core import sources
 from pipelines.core.errors import DataError
 from pipelines.core.faults import BadRow, Ledger
 from pipelines.core.params.data import FileSource, HubSource
+from pipelines.core.readers import Cells
 from pipelines.core.rows import canonical, cut
 
 RECORDS = [{"prompt": 'Zwei, "drei"\nvier', "completion": "fünf"}, {"prompt": "여섯", "completion": "7 🙂"}]
@@ -200,6 +201,7 @@ MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "
             "found null",
         ),
         ("prompts", {"prompt": MESSAGES}, "prompt", "last is not the user's"),
+        ("prompts", {"prompt": "a", "reference": " "}, "reference", "blank text"),
         ("comparisons", {"prompt": "a", "responses": ["b", "c"], "ranks": [1]}, "ranks", "1 values .* 2 responses"),
         ("comparisons", {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 3]}, "ranks", "accepted: a ranking"),
         ("comparisons", {"prompt": "a", "responses": ["b", "c"], "ranks": [0, 1]}, "ranks", "accepted: a ranking"),
@@ -218,6 +220,13 @@ def test_bad_rows(table: str, record: dict[str, Any], column: str, told: str) ->
     with pytest.raises(BadRow, match=told) as caught:
         canonical(table, record, {})
     assert caught.value.column.startswith(column)
+
+
+def test_a_prompt_may_have_a_reference() -> None:
+    assert canonical("prompts", {"prompt": "a", "reference": "b"}, {}) == [{"prompt": "a", "reference": "b"}]
+    assert canonical("prompts", {"prompt": "a", "gold": "b"}, {"reference": "gold"})[0]["reference"] == "b"
+    for record in ({"prompt": "a"}, {"prompt": "a", "reference": None}, Cells({"prompt": "a", "reference": ""})):
+        assert canonical("prompts", record, {}) == [{"prompt": "a", "reference": None}]
 
 
 def test_mapped_columns_are_named_as_the_file_names_them() -> None:

@@ -28,7 +28,8 @@ def every_table(root: Path) -> tuple[dict[str, Any], ...]:
     many = range(60)
     jsonl(root / "corpus.jsonl", [{"text": sentence(n)} for n in many])
     jsonl(root / "demos.jsonl", [{"prompt": sentence(n), "completion": sentence(n + 500)} for n in many])
-    jsonl(root / "prompts.jsonl", [{"question": sentence(n)} for n in many])
+    asked = [{"question": sentence(n)} | ({"reference": "an answer"} if n % 2 else {}) for n in many]
+    jsonl(root / "prompts.jsonl", asked)
     ranked = [{"prompt": sentence(n), "responses": [f"r{n}", f"s{n}", f"t{n}"], "scores": [n, 3, 3]} for n in many]
     jsonl(root / "ranked.jsonl", ranked)
     jsonl(root / "facts.jsonl", [{"id": n, "title": f"Title {n}", "text": sentence(n)} for n in many])
@@ -72,6 +73,8 @@ def test_every_table_is_written_and_the_same_bytes_come_twice(tmp_path: Path) ->
         assert own == {row["prompt"] for row in table(outputs, "comparisons")[name]}
         sides[name] = own
     assert all(sides.values())
+    references = [row["reference"] for rows in table(outputs, "prompts").values() for row in rows]
+    assert sorted(references, key=str) == [None] * 30 + ["an answer"] * 30
     labels = {(r["label"], r["label_text"]) for rows in table(outputs, "tasks/topic").values() for r in rows}
     assert labels == {(0, "a"), (1, "b")}
 
@@ -114,6 +117,43 @@ def test_a_leak_between_named_sides_is_refused_with_both_rows(tmp_path: Path, ta
     told = str(caught.value)
     assert "2 held-out rows have the same example as a training row" in told
     assert "test.jsonl, row 1 (held out) is in train.jsonl, row 19" in told
+
+
+def conversations(count: int, first: int = 0) -> tuple[list[dict[str, Any]], list[str]]:
+    """Three turns each, as messages that end with an answer, and as transcripts that wait for it."""
+    messages, transcripts = [], []
+    for n in range(first, first + count):
+        texts = [sentence(n * 10 + turn) for turn in range(4)]
+        turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(texts)]
+        messages.append({"messages": turns})
+        transcripts.append("\n\nHuman: {}\n\nAssistant: {}\n\nHuman: {}\n\nAssistant:".format(*texts))
+    return messages, transcripts
+
+
+def test_a_conversation_is_one_prompt_in_messages_and_in_transcripts(tmp_path: Path) -> None:
+    messages, transcripts = conversations(40)
+    jsonl(tmp_path / "demos.jsonl", messages)
+    jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in transcripts])
+    pairs = [{"chosen": f"{text} yes", "rejected": f"{text} no"} for text in transcripts]
+    jsonl(tmp_path / "pairs.jsonl", pairs)
+    tables = {"demos": "demonstrations", "prompts": "prompts", "pairs": "comparisons"}
+    sources = [{"path": f"{name}.jsonl", "table": of} for name, of in tables.items()]
+    outputs, metrics = run(tmp_path, params(*sources))
+    assert metrics["duplicates_prompt"] == 0, "the hash alone puts them on one side"
+    for name in SPLITS:
+        first = {row["messages"][0]["content"] for row in table(outputs, "demonstrations")[name]}
+        for other in ("prompts", "comparisons"):
+            assert {row["prompt"].split("\n\n")[1][7:] for row in table(outputs, other)[name]} == first
+
+    # Sides that were named, against that: the leak check knows them too.
+    jsonl(tmp_path / "held.jsonl", [{"prompt": transcripts[3]}, *({"prompt": sentence(n)} for n in range(9))])
+    named = [
+        {"path": "demos.jsonl", "table": "demonstrations", "split": "train"},
+        {"path": "held.jsonl", "table": "prompts", "split": "test"},
+    ]
+    with pytest.raises(DataError, match="prompts of all tables: 1 held-out rows have the same prompt") as caught:
+        run(tmp_path, params(*named), "leak")
+    assert "held.jsonl, row 1 (held out) is in demos.jsonl, row 4" in str(caught.value)
 
 
 def test_named_sides_are_obeyed(tmp_path: Path) -> None:

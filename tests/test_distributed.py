@@ -30,7 +30,7 @@ def workspace(prepared: Path, place: Path, sharding: str | None, **pretrain: Any
     params["compute"] |= {"precision": "fp32", "threads": 1}
     if sharding is not None:
         params["compute"] |= {"processes": 2, "sharding": sharding}
-    params["pretrain"] |= {"micro_batch": 4, "tokens": 4096, **pretrain}
+    params["pretrain"] |= {"micro_batch": 2, "tokens": 8192, **pretrain}
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     return root
 
@@ -95,7 +95,7 @@ def _left(root: Path) -> list[str]:
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(prepared: Path, tmp_path: Path) -> None:
-    root = workspace(prepared, tmp_path / "w", "none", micro_batch=8, batch_tokens=512)
+    root = workspace(prepared, tmp_path / "w", "none", micro_batch=4)
     run = run_stage(root, "pretrain", check=False)
     assert run.returncode == ParamsError.exit_code
     assert "pretrain.micro_batch: a step has 1 micro-batches, which 2 processes" in run.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -15,7 +14,7 @@ from data_folder import write_corpus
 from models import TEXTS, model, tokenizer
 
 from pipelines import pretrain
-from pipelines.core import artifacts, generation, language_models, training
+from pipelines.core import artifacts, language_models, training
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError, ParamsError
 from pipelines.core.params.pretrain import PretrainParams
@@ -158,21 +157,3 @@ def test_flops_against_a_counter() -> None:
     frozen = copy.deepcopy(lm).requires_grad_(False)
     flops = training.flops_per_token(frozen, 64)
     assert flops.executed < flops.model == training.flops_per_token(lm, 64).model
-
-
-@pytest.mark.parametrize("context_length", [64, 20])
-def test_a_continuation_holds_nothing_of_the_prompt(context_length: int) -> None:
-    """Also where every row ends early, and where the prompt is longer than the context."""
-    known = tokenizer()
-
-    class EndsAtOnce:
-        config = SimpleNamespace(max_position_embeddings=context_length)
-        device = "cpu"
-
-        def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **_: Any) -> torch.Tensor:
-            assert input_ids.shape[1] + max_new_tokens <= context_length
-            ends = torch.tensor([[known.convert_tokens_to_ids("h"), known.eos_token_id]]).expand(len(input_ids), 2)
-            return torch.cat([input_ids, ends], dim=1)
-
-    prompts = ["Return the area of a shape.", "w"]
-    assert generation.greedy(EndsAtOnce(), known, prompts, 8) == ["h", "h"]

@@ -73,7 +73,7 @@ def test_own_data_survives_a_profile_that_does_not_name_data(root: Path) -> None
 
 
 def test_an_unknown_profile_names_those_there_are(root: Path) -> None:
-    with pytest.raises(UserError, match=r"no profile 'huge'.*default, scratch, tiny"):
+    with pytest.raises(UserError, match=r"no profile 'huge'.*default, e2e, scratch, tiny"):
         profiles.apply(root, "huge")
 
 
@@ -95,7 +95,7 @@ GRAPH = f"""stages:
   data:
     deps:
     - pipelines/data.py   # code
-    {sources.MARKER}
+    {sources.MARKERS["data"]}
     outs:
     - artifacts/data
 """
@@ -105,21 +105,21 @@ def test_deps_of_user_files_come_and_go_below_the_marker(tmp_path: Path) -> None
     place = tmp_path / "dvc.yaml"
     place.write_text(GRAPH)
     wanted = ["/data/a b.jsonl", "mine/ü: #1.txt", "mine/x.csv"]
-    said = sources.write(place, wanted)
+    said = sources.write(place, "data", wanted)
     assert said == [f"dvc.yaml: stage data now depends on {path}" for path in wanted]
     assert yaml.safe_load(place.read_text())["stages"]["data"]["deps"] == ["pipelines/data.py", *wanted]
-    assert sources.write(place, wanted) == []
-    assert sources.write(place, wanted[:1])[-1] == "dvc.yaml: stage data no longer depends on mine/x.csv"
-    sources.write(place, [])
+    assert sources.write(place, "data", wanted) == []
+    assert sources.write(place, "data", wanted[:1])[-1] == "dvc.yaml: stage data no longer depends on mine/x.csv"
+    sources.write(place, "data", [])
     assert place.read_text() == GRAPH
 
 
 def test_without_a_marker_user_files_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     place = tmp_path / "dvc.yaml"
-    bare = GRAPH.replace(sources.MARKER, "# other")
+    bare = GRAPH.replace(sources.MARKERS["data"], "# other")
     place.write_text(bare)
     with pytest.raises(UserError, match="need the line `# files named in params.yaml"):
-        sources.write(place, ["mine.txt"])
+        sources.write(place, "data", ["mine.txt"])
     assert place.read_text() == bare
 
 

@@ -164,4 +164,5 @@ def test_metrics_of_a_speed_do_not_change_on_a_second_run(prepared: Path, tmp_pa
 
 def test_a_stopped_stage_is_told_what_comes_next(prepared: Path) -> None:
     assert "resumes from its checkpoint" in runner._what_next("pretrain", prepared)
+    assert "goes on with what this one has finished" in runner._what_next("feedback", prepared)
     assert "starts over" in runner._what_next("data", prepared)

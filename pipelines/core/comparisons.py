@@ -47,6 +47,15 @@ def _prompt_of_comparison(fields: Fields) -> str:
 def _ranks(fields: Fields, responses: list[str]) -> list[int]:
     ranks, column = fields.items("ranks"), fields.column("ranks")
     _same_length(column, ranks, responses)
+    return dense_ranks(ranks, column)
+
+
+def dense_ranks(ranks: list[Any], column: str) -> list[int]:
+    """Ranks as they are stored: 1 is best, ties share a rank, no rank is left out.
+
+    Raises:
+        BadRow: they are no ranking.
+    """
     dense = _dense(ranks) if all(whole(rank, 1) for rank in ranks) else None
     competition = [1 + sum(other < rank for other in ranks) for rank in ranks] if dense else None
     if dense is None or ranks not in (dense, competition):
@@ -60,6 +69,15 @@ def _ranks(fields: Fields, responses: list[str]) -> list[int]:
 def _scores(fields: Fields, responses: list[str]) -> list[int]:
     scores, column = fields.items("scores"), fields.column("scores")
     _same_length(column, scores, responses)
+    return ranks_of_scores(scores, column)
+
+
+def ranks_of_scores(scores: list[Any], column: str) -> list[int]:
+    """Dense ranks of scores, higher is better, equal scores share a rank.
+
+    Raises:
+        BadRow: one of them is no number.
+    """
     if not all(isinstance(score, int | float) and not isinstance(score, bool) and score == score for score in scores):
         raise BadRow(column, shown(scores), "numbers, higher is better")
     return _dense([-score for score in scores])

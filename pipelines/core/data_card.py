@@ -8,7 +8,7 @@ from pipelines.core.tables import SPLITS
 ABOUT = {
     "corpus": "plain text for the tokenizer and pre-training",
     "demonstrations": "conversations to imitate: `messages` of role and content, the assistant's last",
-    "prompts": "prompts to answer",
+    "prompts": "prompts to answer; `reference` is an answer a person wrote, where there is one",
     "comparisons": "responses to one prompt, ranked: 1 is best, ties share a rank",
     "knowledge": "passages to retrieve; an index, not split",
     "queries": "questions with the passage that answers them (`target`), for measuring retrieval",

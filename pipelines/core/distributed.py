@@ -42,6 +42,16 @@ class World(NamedTuple):
         """Whether this process measures, writes and registers."""
         return self.rank == 0
 
+    def share(self, items: Sequence[T]) -> list[tuple[T, float]]:
+        """This process's part of a step's micro-batches, each with its weight.
+
+        Every process gets as many, since those that split a model must pass through it together: where the numbers do
+        not work out, one is passed through once more with weight 0.
+        """
+        mine = [(item, 1.0) for item in items[self.rank :: self.size]]
+        missing = -(-len(items) // self.size) - len(mine)
+        return mine + [(items[-1], 0.0)] * missing
+
     def check_split(self, micro_batches: int, key: str) -> None:
         """All processes must have the same number of micro-batches in a step.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.core.tables import PROMPT_TABLES, SPLITS, UNSPLIT, flat, row_groups
+from pipelines.core.tables import PROMPT_TABLES, SPEAKER, SPLITS, UNSPLIT, flat, row_groups
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,10 +51,11 @@ def _numbers(key: str, batch: pa.Table, side: int) -> pd.DataFrame:
 
 
 def _prompts(table: pa.Table) -> pa.ChunkedArray:
-    """Prompts; for comparisons without one, their responses in sorted order."""
+    """Prompts without speakers' names; for comparisons without one, their responses in sorted order."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    prompts = table["prompt"]
+    prompts = pc.replace_substring_regex(table["prompt"], SPEAKER, "\n")
     if "responses" not in table.column_names or "" not in prompts.unique().to_pylist():
         return prompts
     pairs = zip(prompts.to_pylist(), table["responses"].to_pylist(), strict=True)

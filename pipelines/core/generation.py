@@ -8,31 +8,27 @@ from typing import Any
 def greedy(model: Any, tokenizer: Any, prompts: list[str], tokens: int) -> list[str]:
     """The most likely continuation of each prompt, `tokens` tokens at most, special tokens left out.
 
-    Prompts are padded on the left, so that each continues at its right end.
+    Where the context has no room for both, a continuation gets up to half of it, and of the prompt the end is read.
     """
     import torch
 
-    from pipelines.core import packing
+    from pipelines.core import packing, sampling
 
-    if not prompts:
-        return []
     separator = packing.separator_id(tokenizer)
+    room = sampling.context_length(model.config)
+    new = min(tokens, room // 2) if room else tokens
     ids = [[separator, *one] for one in packing.encode(tokenizer, prompts)]
-    longest = max(len(one) for one in ids)
-    room = getattr(model.config, "max_position_embeddings", None) or longest + tokens
-    pad = tokenizer.pad_token_id
-    padded = torch.tensor([[pad] * (longest - len(one)) + one for one in ids], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids], device=model.device)
-    new = max(1, min(tokens, room - longest))
-    kept = min(longest, room - new)  # the end of a prompt that is longer than the context
     stops = sorted({separator, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])})
-    with torch.inference_mode():
-        out = model.generate(
-            input_ids=padded[:, -kept:],
-            attention_mask=mask[:, -kept:],
-            max_new_tokens=new,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=stops,
-        )
-    return [tokenizer.decode(row[kept:], skip_special_tokens=True) for row in out]
+    found = sampling.sample(
+        model,
+        [one[-(room - new) :] if room else one for one in ids],
+        count=1,
+        tokens=new,
+        stops=stops,
+        pad=separator,
+        temperature=0,
+        seed=0,
+        precision="bf16" if model.get_input_embeddings().weight.dtype == torch.bfloat16 else "fp32",
+        tell=lambda done, total: None,
+    )
+    return [tokenizer.decode(one, skip_special_tokens=True) for (one,) in found.ids]

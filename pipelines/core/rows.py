@@ -32,7 +32,8 @@ def canonical(table: str, record: Mapping[str, Any], columns: Mapping[str, str |
     if table == "demonstrations":
         return [{"kind": fields.optional("kind") or "demonstration", "messages": _demonstration(fields)}]
     if table == "prompts":
-        return [{"prompt": prompt_of(fields.value("prompt"), fields.column("prompt"))}]
+        prompt = prompt_of(fields.value("prompt"), fields.column("prompt"))
+        return [{"prompt": prompt, "reference": fields.optional("reference")}]
     if table == "comparisons":
         return [comparison(fields)]
     if table == "knowledge":

@@ -26,7 +26,6 @@ from pipelines.core import artifacts, context, distributed, environment, graph, 
 from pipelines.core.errors import ArtifactError, DataError, ParamsError, StoreUnavailable, UserError
 from pipelines.core.params import whole
 from pipelines.core.params.compute import ComputeParams
-from pipelines.core.params.data import DataParams
 from pipelines.core.params.section import Section
 
 UNEXPECTED = 70  # EX_SOFTWARE: our mistake, not the user's
@@ -71,8 +70,7 @@ def execute(name: str, root: Path) -> dict[str, float]:
     registry.check(root)
     section: Section = getattr(every, name)
     inputs = _inputs(root, spec)
-    if name == "data":
-        _check_sources(root, spec, every.data)
+    _check_files(root, spec, every)
     environment.allow_hub(_names_hub(every))
     with _thin_imports():
         module = importlib.import_module(f"pipelines.{name}")
@@ -125,8 +123,11 @@ def _processes(name: str, root: Path) -> ComputeParams | None:
 
 def _what_next(name: str, root: Path) -> str:
     """What a run after a stopped one does."""
-    trains = _trains(getattr(whole.load(root / "params.yaml"), name))
-    return "the next run resumes from its checkpoint" if trains else "nothing was published; the next run starts over"
+    if _trains(getattr(whole.load(root / "params.yaml"), name)):
+        return "the next run resumes from its checkpoint"
+    if getattr(importlib.import_module(f"pipelines.{name}"), "RESUMES", False):
+        return "the next run goes on with what this one has finished"
+    return "nothing was published; the next run starts over"
 
 
 def _follow(
@@ -170,18 +171,25 @@ def _settle(root: Path, name: str) -> None:
         print(registered.summary(), flush=True)
 
 
-def _check_sources(root: Path, spec: graph.StageSpec, data: DataParams) -> None:
-    """DVC must know every local file the sources read, or it would not notice that one has changed."""
+def _check_files(root: Path, spec: graph.StageSpec, every: whole.Params) -> None:
+    """DVC must know every local file that the params name, or it would not notice that one has changed."""
     from pipelines.core import sources
 
+    named: dict[str, list[Path]] = {}
+    if spec.name == "data":
+        named["data.sources"] = sources.local_paths(every.data, root)
+    if spec.name == "feedback":  # rankings need not be there yet: the stage writes what is to be ranked
+        rankings = every.feedback.rankings
+        named["feedback.rankings"] = [root / rankings] if rankings and (root / rankings).exists() else []
     deps = [(root / path).resolve() for path in spec.inputs.values()]
-    for path in sources.local_paths(data, root):
-        if not any(path.resolve().is_relative_to(dep) for dep in deps):
-            told = os.path.relpath(path, root)
-            raise ParamsError(
-                f"data.sources reads {told}, which is not among the deps of stage data in dvc.yaml: DVC would not "
-                f"notice a change of it. Type `sluice run` (or `make run`), which adds it, or add the line `- {told}`."
-            )
+    for key, paths in named.items():
+        for path in paths:
+            if not any(path.resolve().is_relative_to(dep) for dep in deps):
+                told = os.path.relpath(path, root)
+                raise ParamsError(
+                    f"{key} reads {told}, which is not among the deps of stage {spec.name} in dvc.yaml: DVC would not "
+                    f"notice a change of it. Type `sluice run` (or `make run`), which adds it, or add `- {told}`."
+                )
 
 
 def _names_hub(every: whole.Params) -> bool:

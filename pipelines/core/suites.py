@@ -35,6 +35,11 @@ def row_expectations(key: str, columns: list[str]) -> list[Any]:
             gxe.ExpectColumnValueLengthsToBeBetween(column=name, min_value=1, max_value=LONGEST_TEXT),
         ]
     found.append(gxe.ExpectColumnValuesToBeBetween(column="unreadable", max_value=UNREADABLE_SHARE))
+    if table == "prompts":
+        found += [
+            gxe.ExpectColumnValuesToMatchRegex(column="reference", regex=r"\S"),  # null, or an answer
+            gxe.ExpectColumnValueLengthsToBeBetween(column="reference", max_value=LONGEST_TEXT),
+        ]
     if table == "comparisons":
         found.append(ExpectRanksToOrderResponses(column_A="responses", column_B="ranks"))
     if table == "tasks":

@@ -7,6 +7,7 @@ it came from (`source`, `row`).
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ BATCH_ROWS = 16_384
 BATCH_CHARACTERS = 8 << 20  # a batch in memory is this much text and its columns, however large the corpus
 ROW_GROUP = 1024
 COMMON = ("id", "group", "source", "row")
+SPEAKER = r"(?:^|\n\n)(?:System|Human|Assistant):"  # of a transcript in hh-rlhf's form; read by re and by RE2
 
 
 def schema(key: str, columns: tuple[str, ...] = ()) -> pa.Schema:
@@ -32,7 +34,7 @@ def schema(key: str, columns: tuple[str, ...] = ()) -> pa.Schema:
     own = {
         "corpus": [("text", text)],
         "demonstrations": [("kind", text), ("messages", pa.list_(message))],
-        "prompts": [("prompt", text)],
+        "prompts": [("prompt", text), ("reference", text)],
         "comparisons": [
             *(("prompt", text), ("responses", pa.list_(text)), ("ranks", pa.list_(pa.int32()))),
             *(("labeler", text), ("votes", pa.list_(pa.int32()))),
@@ -61,6 +63,8 @@ def whole_text(key: str, row: dict[str, Any]) -> str:
     """Everything of a row that makes two rows the same example, one part a line."""
     if key == "demonstrations":
         return "\n".join(message["content"] for message in row["messages"])
+    if key == "prompts":
+        return str(row["prompt"])  # asked once, whatever answers people wrote to it: the first reference stays
     if key == "comparisons":
         judged = [str(row["ranks"]), row["labeler"] or ""]
         return "\n".join([row["prompt"], *row["responses"], *judged])
@@ -76,13 +80,15 @@ def whole_text(key: str, row: dict[str, Any]) -> str:
 def prompt_text(key: str, row: dict[str, Any]) -> str | None:
     """The prompt that must stay on one side in all tables; None in a table without prompts.
 
-    Where comparisons have no prompt, the responses in any order: A over B and B over A belong together.
+    A conversation is the same prompt whether it came as messages (demonstrations) or as a transcript: speakers'
+    names are left out. Where comparisons have no prompt, the responses in any order: A over B and B over A belong
+    together.
     """
     if key == "demonstrations":
-        return "\n".join(message["content"] for message in row["messages"][:-1])
+        return re.sub(SPEAKER, "\n", "\n".join(message["content"] for message in row["messages"][:-1]))
     if key == "comparisons" and not row["prompt"]:
         return "\n".join(sorted(row["responses"]))
-    return str(row["prompt"]) if key in PROMPT_TABLES else None
+    return re.sub(SPEAKER, "\n", row["prompt"]) if key in PROMPT_TABLES else None
 
 
 def flat(key: str, batch: pa.Table) -> pa.Table:
@@ -109,7 +115,7 @@ def flat(key: str, batch: pa.Table) -> pa.Table:
         return pa.table(columns)
     own = [name for name in batch.column_names if name not in {*COMMON, "votes"}]
     columns |= {name: batch[name] for name in own if name != "text"}
-    judged = {"label", "label_text", "url", "referrer", "labeler", "ranks"}
+    judged = {"label", "label_text", "url", "referrer", "labeler", "ranks", "reference"}
     parts = [batch[name] for name in own if name not in judged]
     texts = [pc.binary_join(part, "\n") if pa.types.is_list(part.type) else part for part in parts]
     columns["text"] = texts[0] if len(texts) == 1 else pc.binary_join_element_wise(*texts, "\n")

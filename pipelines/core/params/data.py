@@ -32,7 +32,7 @@ class PydocsSource(Section):
 FIELDS: dict[TableName, tuple[str, ...]] = {
     "corpus": ("id", "text"),
     "demonstrations": ("id", "kind", "messages", "prompt", "completion"),
-    "prompts": ("id", "prompt"),
+    "prompts": ("id", "prompt", "reference"),
     "comparisons": (
         *("id", "prompt", "responses", "ranks", "scores", "labeler"),
         *("chosen", "rejected", "votes"),

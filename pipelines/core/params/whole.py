@@ -16,10 +16,13 @@ from pydantic import ValidationError, model_validator
 from pipelines.core.errors import ParamsError
 from pipelines.core.params.compute import ComputeParams
 from pipelines.core.params.data import DataParams, FileSource, HubSource, PydocsSource
+from pipelines.core.params.feedback import FeedbackParams
 from pipelines.core.params.flow import FlowParams
 from pipelines.core.params.pretrain import PretrainParams
 from pipelines.core.params.report import ReportParams
+from pipelines.core.params.reward import RewardParams
 from pipelines.core.params.section import Location, Section, explain
+from pipelines.core.params.sft import SftParams
 from pipelines.core.params.tokenizer import TokenizerParams
 
 
@@ -31,6 +34,9 @@ class Params(Section):
     data: DataParams
     tokenizer: TokenizerParams
     pretrain: PretrainParams
+    sft: SftParams
+    feedback: FeedbackParams
+    reward: RewardParams
     report: ReportParams
 
     @model_validator(mode="after")

@@ -67,10 +67,10 @@ def demonstrations(entry: Entry) -> Iterator[Row]:
 
 
 def prompts(entry: Entry) -> Iterator[Row]:
-    """The same questions about the objects that no demonstration is about."""
+    """The same questions about the objects that no demonstration is about, with the answer as the reference."""
     if not number(f"prompt:{entry.name}") % _FRESH_ONE_IN:
-        for _, key, question, _ in _exchanges(entry):
-            yield {"id": key, "group": entry.group, "prompt": question}
+        for _, key, question, answer in _exchanges(entry):
+            yield {"id": key, "group": entry.group, "prompt": question, "reference": answer}
 
 
 def _document(entry: Entry) -> str:

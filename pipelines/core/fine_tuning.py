@@ -1,0 +1,109 @@
+"""The model to fine-tune: all weights, LoRA adapters, or LoRA adapters over a 4-bit base (QLoRA); and its merge.
+
+Papers: Hu et al., "LoRA" (2021); Dettmers et al., "QLoRA" (2023).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipelines.core import attention, language_models, training
+from pipelines.core.context import StageContext
+from pipelines.core.errors import ArtifactError
+
+Method = Literal["full", "lora", "qlora"]
+PAPER_LR, PAPER_WIDTH = 9.65e-6, 2048  # InstructGPT, appendix C.1: its 1.3B model
+LORA_FACTOR = 10.0  # Biderman et al., "LoRA Learns Less and Forgets Less" (2024): the best rate is about ten times
+
+BLOCK_PARTS = ("self_attn", "attn", "attention", "mlp", "feed_forward")  # two of them in each block
+
+
+def load(place: Path, method: Method, rank: int, longest: int, context: StageContext) -> Any:
+    """The model of a Hugging Face directory, ready to be trained: fp32 weights, or frozen ones and fp32 adapters.
+
+    Args:
+        longest: tokens of the longest row it will see.
+
+    Raises:
+        ArtifactError: no causal language model, or one whose logits are more than states x output embedding.
+    """
+    kind = attention.choose(context.device, longest)
+    if method == "qlora":
+        model = _in_4_bits(place, kind, context)
+    else:
+        model = language_models.load(str(place), context.dtype if method == "lora" else torch.float32, kind)
+    language_models.body_and_head(model)
+    if method != "full":
+        model = training.with_lora(model, rank)
+    return model.to(context.device)
+
+
+def merged(model: Any, place: Path, method: Method, rank: int, context: StageContext) -> Any:
+    """A plain model in the context's type, with what was trained in it.
+
+    Adapters over a 4-bit base are merged into the base as it was before it was quantised: rounding the sum to
+    4 bits again would lose most of what was learned, which is smaller than the steps of the grid.
+    """
+    if method == "qlora":
+        state = training.trained_state(model)
+        model = load(place, "lora", rank, attention.LONGEST, context)
+        training.load_trained_state(model, state)
+    plain = model.merge_and_unload() if method != "full" else model
+    return plain.to(context.dtype)
+
+
+def learning_rate(width: int, method: Method) -> float:
+    """Peak rate: the paper's at its width, in inverse proportion to the width; ten times that for adapters."""
+    return PAPER_LR * PAPER_WIDTH / width * (1.0 if method == "full" else LORA_FACTOR)
+
+
+def residual_dropout(model: Any, share: float) -> None:
+    """From now on, in training mode, drop a share of what attention and feed-forward add to the residual stream.
+
+    Raises:
+        ArtifactError: the architecture's blocks hold no attention and feed-forward module that are recognised.
+    """
+    if share == 0.0:
+        return
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = inner.config.num_hidden_layers
+    blocks: Any = next((m for m in inner.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers), [])
+    parts = [part for block in blocks for name, part in block.named_children() if name in BLOCK_PARTS]
+    if len(parts) != 2 * layers:
+        raise ArtifactError(
+            f"architecture {inner.config.model_type}: no residual dropout is known for its blocks. Set sft.dropout: 0"
+        )
+
+    def drop(part: Any, _: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return torch.nn.functional.dropout(output[0], share, part.training), *output[1:]
+        return torch.nn.functional.dropout(output, share, part.training)
+
+    for part in parts:
+        part.register_forward_hook(drop)
+
+
+def _in_4_bits(place: Path, kind: str, context: StageContext) -> Any:
+    """The model with its linear layers in NF4, doubly quantised; the rest in the context's type."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=context.dtype,
+    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            place, quantization_config=config, dtype=context.dtype, attn_implementation=kind, device_map=context.device
+        )
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{place}: no causal language model could be loaded in 4 bits: {error}") from None
+    for module in model.modules():
+        # bitsandbytes 0.50 would repack the weights in the first evaluation and give no gradient from then on.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model

@@ -1,0 +1,43 @@
+"""What of a model is trained, and how fast; residual dropout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import model, tokenizer
+
+from pipelines.core import fine_tuning, training
+from pipelines.core.context import StageContext
+from pipelines.core.errors import ArtifactError
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gpt_neox"])
+def test_residual_dropout(architecture: str) -> None:
+    lm = model(tokenizer(), architecture)
+    ids = torch.arange(1, 40)[None]
+    before = lm(input_ids=ids).logits
+    fine_tuning.residual_dropout(lm, 0.3)
+    assert sum(len(part._forward_hooks) for part in lm.modules()) == 2 * 2, "attention and feed-forward of each block"
+    assert torch.equal(lm(input_ids=ids).logits, before), "none where nothing is trained"
+    assert not torch.allclose(lm.train()(input_ids=ids).logits, before)
+
+
+def test_residual_dropout_of_unknown_blocks_is_refused() -> None:
+    with pytest.raises(ArtifactError, match="Set sft.dropout: 0"):
+        fine_tuning.residual_dropout(model(tokenizer(), "opt"), 0.1)
+
+
+def test_learning_rate_from_the_width() -> None:
+    assert fine_tuning.learning_rate(2048, "full") == 9.65e-6
+    assert fine_tuning.learning_rate(1024, "lora") == pytest.approx(2 * 9.65e-5)
+
+
+def test_adapters_begin_as_the_base(context: StageContext, tmp_path: Path) -> None:
+    model(tokenizer()).save_pretrained(tmp_path)
+    base = fine_tuning.load(tmp_path, "full", 4, 128, context)
+    adapted = fine_tuning.load(tmp_path, "lora", 4, 128, context)
+    ids = torch.arange(1, 40)[None]
+    assert torch.equal(base(input_ids=ids).logits, adapted(input_ids=ids).logits)
+    assert set(training.trained_state(adapted)).isdisjoint(training.trained_state(base))
