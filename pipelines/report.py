@@ -24,7 +24,10 @@ METRICS = frozenset({"stages", "plots", "samples", "gate_rules", "gate_rules_jud
 SCORES: frozenset[str] = frozenset()
 
 PLOTS = "plots"
-NAMES = {"bits_per_byte": "bits per byte of held-out text"}
+NAMES = {
+    "bits_per_byte": "bits per byte of held-out text",
+    "response_bits_per_byte": "bits per byte of people's answers to held-out prompts",
+}
 SPEEDS = {
     "tokens_per_second": "tokens a second",
     "matmul_share": "share of this machine's own matrix-product rate",

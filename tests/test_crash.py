@@ -19,7 +19,8 @@ from conftest import own_environment, run_stage
 
 from pipelines.core import artifacts, environment, graph
 
-STAGES = ("pretrain", "sft", "feedback", "reward")
+TRAINING = ("pretrain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "reward")))
+STAGES = (*TRAINING, pytest.param("feedback", marks=pytest.mark.slow))
 MOMENTS = ("at once", "a first checkpoint", "half the steps", "scoring after training")
 MOMENTS_OF = {"feedback": ("at once", "a first batch")}  # of a stage that does not train
 
@@ -100,7 +101,7 @@ def test_sigterm_saves_first(stage: str, before: Callable[[str], Path], undistur
     assert artifacts.content_hash(root / graph.stage(root, stage).output) == undisturbed(stage)
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in MOMENTS_OF])
+@pytest.mark.parametrize("stage", TRAINING)
 def test_a_damaged_checkpoint_is_not_used(
     stage: str, before: Callable[[str], Path], undisturbed: Callable[[str], str]
 ) -> None:

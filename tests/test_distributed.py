@@ -56,6 +56,22 @@ def test_two_processes_train_what_one_does(sharding: str, prepared: Path, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_later_stages_train_on_two_processes_too(stage: str, sharding: str, chain: Path, tmp_path: Path) -> None:
+    found = []
+    for name, kind in (("one", None), ("two", sharding)):
+        root = workspace(chain, tmp_path / name, kind)
+        shutil.rmtree(root / "artifacts" / stage)
+        run_stage(root, stage)
+        found.append(load_file(root / "artifacts" / stage / "model/model.safetensors"))
+    one, two = found
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "full"])
 def test_killed_together_they_resume_to_the_same_bytes(sharding: str, prepared: Path, tmp_path: Path) -> None:
     still, killed = (workspace(prepared, tmp_path / name, sharding, checkpoint_steps=2) for name in ("still", "killed"))
     run_stage(still, "pretrain")

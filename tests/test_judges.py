@@ -13,7 +13,7 @@ from pipelines.core import agreement, judges, labelers, slots
 from pipelines.core.errors import DataError
 from pipelines.core.text_scores import chrf, rouge_l
 
-E2E = Path("/work/shared/data/e2e_clean_demonstrations.jsonl.gz")
+E2E = Path(__file__).parents[2] / "shared/data/e2e_clean_demonstrations.jsonl.gz"
 PROMPT = (
     "name[The Mill], eatType[pub], food[Indian], priceRange[£20-25], customer rating[high], area[riverside], "
     "familyFriendly[no], near[Raja Indian Cuisine]"

@@ -19,6 +19,9 @@ KEY_METRICS: Mapping[str, tuple[str, ...]] = {
     "data": ("rows_corpus_train", "rows_corpus_test", "rows_demonstrations_train", "expectations_failed", "leaks"),
     "tokenizer": ("vocabulary", "bytes_per_token", "round_trip"),
     "pretrain": ("bits_per_byte", "bits_per_byte_before", "bits_per_byte_classical", "training_tokens", "parameters"),
+    "sft": ("rouge_l", "rouge_l_zero_shot", "rouge_l_few_shot", "response_bits_per_byte", "eos_share"),
+    "feedback": ("comparisons_train", "pairs_train", "agreement", "longer_wins", "gold_mean"),
+    "reward": ("accuracy", "accuracy_length_only", "accuracy_log_probability", "accuracy_held_out_labelers", "ece"),
 }
 _SAMPLE = re.compile(r"^(?=\*\*Prompt:\*\*)", re.MULTILINE)
 
