@@ -7,6 +7,7 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import model, tokenizer
@@ -16,7 +17,6 @@ from pipelines.core.branch_cache import SPARE, Layout, layout
 from pipelines.core.errors import ArtifactError, DataError
 
 ARCHITECTURES = ["llama", "gpt2", "qwen3", "gpt_neox"]
-CPU = torch.device("cpu")
 NEVER = 100_000  # no token: a sample that can only end at its limit
 
 
@@ -114,45 +114,20 @@ def found_layout(prompts: int, count: int) -> Layout:
     return Layout(list(range(prompts)), [[n * count + k for k in range(count)] for n in range(prompts)])
 
 
-def test_frequencies_are_the_softmax() -> None:
-    """Chi-square of 40,000 draws over a small vocabulary, with a token of probability 0 that never comes."""
-    logits = torch.tensor([[1.0, -0.5, 0.3, float("-inf"), 2.0, -1.2]])
-    uniforms = torch.rand(1, 40_000, generator=torch.Generator().manual_seed(3))
-    for temperature in (0.6, 1.0, 1.7):
-        tokens, log_probabilities = sampling.draw(logits, uniforms, temperature, sampling.room_to_draw(1, 6, CPU))
-        wanted = torch.softmax(logits[0] / temperature, dim=0)
-        counts = torch.bincount(tokens[0], minlength=6)
-        assert counts[3] == 0
-        kept = wanted > 0
-        chi_square = ((counts - 40_000 * wanted)[kept] ** 2 / (40_000 * wanted[kept])).sum()
-        assert chi_square < 18.5, (temperature, counts, wanted)  # 0.999 quantile, 4 degrees of freedom: 18.47
-        torch.testing.assert_close(log_probabilities[0].exp(), wanted[tokens[0]])
-
-
-def test_draws_in_a_large_vocabulary_are_the_inverse_of_its_cumulative_distribution() -> None:
-    """Against cumulative sums in fp64; a vocabulary that is not a whole number of blocks, in several types."""
-    generator = torch.Generator().manual_seed(4)
-    logits = 4 * torch.randn(7, 5000, generator=generator)
-    uniforms = torch.rand(7, 300, generator=generator)
-    for dtype in (torch.float32, torch.bfloat16):
-        given = logits.to(dtype)
-        before = given.clone()
-        tokens, log_probabilities = sampling.draw(given, uniforms, 0.8, sampling.room_to_draw(9, 5000, CPU))
-        wanted = torch.log_softmax(given.double() / 0.8, dim=1)
-        ends = wanted.exp().cumsum(dim=1)
-        starts = ends - wanted.exp()
-        assert (starts.gather(1, tokens) < uniforms + 1e-6).all() and (ends.gather(1, tokens) > uniforms - 1e-6).all()
-        torch.testing.assert_close(log_probabilities.double(), wanted.gather(1, tokens), atol=1e-5, rtol=0)
-        assert torch.equal(given, before), "the logits are the caller's"
-
-
-def test_the_ends_of_the_unit_interval_are_tokens() -> None:
-    last = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
-    edge = torch.stack([torch.tensor(0.0), last]).expand(500, 2)
-    logits = torch.randn(500, 1000, generator=torch.Generator().manual_seed(2))
-    logits[:, :300] = logits[:, 255:260] = logits[:, -1] = float("-inf")
-    tokens, log_probabilities = sampling.draw(logits, edge, 1.0, sampling.room_to_draw(500, 1000, CPU))
-    assert (tokens[:, 0] == 300).all() and (tokens[:, 1] > 990).all() and log_probabilities.isfinite().all()
+def test_each_token_is_drawn_with_a_random_number_of_its_own(known: Any) -> None:
+    """A number used twice would tie a token to the one before, and no frequency of single tokens would show it."""
+    lm = wild(known)
+    prompts = some_prompts([9, 2])
+    found = sample(lm, prompts, count=2, tokens=40, seed=5)
+    for number, prompt in enumerate(prompts):
+        for one, new in enumerate(found.ids[number]):
+            numbers = torch.from_numpy(np.random.default_rng([5, number, one]).random(40, dtype=np.float32))[:, None]
+            logits = lm(input_ids=torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
+            shares = torch.softmax(logits.detach().double(), dim=1)
+            ends = shares.cumsum(dim=1)
+            chosen = torch.tensor(new)[:, None]
+            assert ((ends - shares).gather(1, chosen) < numbers + 1e-4).all()
+            assert (ends.gather(1, chosen) > numbers - 1e-4).all()
 
 
 def test_sampled_first_tokens_follow_the_model(known: Any) -> None:

@@ -54,17 +54,15 @@ def layout(samples: list[int], count: int, widest: int) -> Layout:
 def widest(prefix: int, capacity: int) -> int:
     """The most branches a group should have: a branch's query is multiplied with the keys of all of them.
 
-    The bound: twice the keys that a branch would have alone. Measured on a CPU (SmolLM2-135M's shapes): below it
-    sharing is as fast as a copy of the prompt for each or faster, above it slower.
+    The bound, twice the keys that a branch would have alone, is a rule of thumb: near it sharing and a copy of the
+    prompt for each were about as fast on a CPU, and far above it the products with others' keys are wasted.
     """
     return max(1, 2 * (prefix + capacity) // max(1, capacity))
 
 
 class BranchCache(Cache):  # type: ignore[misc]
-    """The cache to pass as `past_key_values`.
-
-    First with prompts, from number `encoding` on; then, after each `next_step`, with one token of every branch as a
-    row of `width` tokens.
+    """The cache to pass as `past_key_values`: with prompts, from number `encoding` on, until the first `next_step`;
+    then, after each `next_step`, with one token of every branch, as rows of `width` tokens.
     """
 
     def __init__(self, first: Layout, lengths: torch.Tensor, prefix: int, capacity: int, dtype: torch.dtype) -> None:
@@ -127,9 +125,8 @@ class BranchCache(Cache):  # type: ignore[misc]
         at[SPARE] = (0, 0)  # whatever stands there: finite numbers, and nobody looks
         device = self.lengths.device
         prompts = torch.tensor([home[owner] for owner in new.owners], device=device)
-        groups, places = torch.tensor([[at[sample] for sample in row] for row in new.branches], device=device).unbind(
-            -1
-        )
+        sources = torch.tensor([[at[sample] for sample in row] for row in new.branches], device=device)
+        groups, places = sources.unbind(-1)
         self._arrange(new, capacity)
         for kept in (self.keys, self.values):
             for layer, states in enumerate(kept):
@@ -151,12 +148,7 @@ class BranchCache(Cache):  # type: ignore[misc]
         of_prompt = torch.arange(self.prefix, device=device) < lengths  # (groups, prefix)
         written = torch.arange(capacity, device=device)[:, None] < self.step
         own = torch.eye(self.width, dtype=torch.bool, device=device)[:, None, :] & written  # (width, capacity, width)
-        seen = torch.cat(
-            [
-                of_prompt[:, None, :].expand(-1, self.width, -1),
-                own.flatten(1).expand(len(lengths), -1, -1),
-            ],
-            dim=2,
-        )
+        halves = of_prompt[:, None, :].expand(-1, self.width, -1), own.flatten(1).expand(len(lengths), -1, -1)
+        seen = torch.cat(halves, dim=2)
         low = torch.finfo(self.dtype).min
         self.mask = torch.zeros(seen.shape, dtype=self.dtype, device=device).masked_fill_(~seen, low)[:, None]
