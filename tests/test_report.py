@@ -85,9 +85,9 @@ def test_nothing_comes_from_outside_and_hostile_text_is_text(
 def test_works_with_what_there_is(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
     metrics, page = make({}, tmp_path / "none", context)
     assert metrics["stages"] == 0.0 and "No stage has run" in page
-    later = tmp_path / "sft.json"
+    later = tmp_path / "later.json"
     later.write_text('{"rouge_l": 0.25}')
-    _, page = make({**inputs, "metrics/sft.json": later}, tmp_path / "more", context)
+    _, page = make({**inputs, "metrics/later.json": later}, tmp_path / "more", context)
     assert "rouge_l" in page, "a stage that the report has never heard of appears in it"
 
 
