@@ -10,6 +10,7 @@ from pathlib import Path
 
 STATE = ".sluice"
 WORK = ".work"
+PREPARED = "SLUICE_STATE"  # the state folder that the variables below were last set for
 
 TELEMETRY_OFF = {
     "DO_NOT_TRACK": "true",  # MLflow takes only this spelling
@@ -44,8 +45,12 @@ def prepare(root: Path) -> None:
         "TOKENIZERS_PARALLELISM": "true",
         "TORCHINDUCTOR_CACHE_DIR": f"{state}/inductor",
     }
+    # Values that another folder's `prepare` has set, as that of the virtual environment's own, are not the user's.
+    before = os.environ.get(PREPARED)
     for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+        if name not in os.environ or (before and os.environ[name] == value.replace(str(state), before)):
+            os.environ[name] = value
+    os.environ[PREPARED] = str(state)
 
 
 def allow_hub(named: bool) -> None:

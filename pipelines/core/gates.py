@@ -123,9 +123,9 @@ def gate_hash(policy: ModelPolicy) -> str:
 
 
 def rows_hash(evaluation: Path, policy: ModelPolicy, scores: frozenset[str]) -> str:
-    """A hash of what the examples are: every column that is no score, and the columns scores are divided by."""
+    """A hash of what the examples are: every column but the scores, with those that a champion's are divided by."""
     table = _read(evaluation, f"stage {policy.stage}")
-    sizes = {rule.per for rule in policy.comparisons if rule.per}
+    sizes = {rule.per for rule in policy.comparisons if rule.per and rule.baseline == CHAMPION}
     names = sorted(name for name in table if name not in scores or name in sizes)
     digest = hashlib.sha256(repr(names).encode())
     for values in zip(*(table[name].tolist() for name in names), strict=True):
