@@ -58,7 +58,7 @@ def ours(sft: Path, train: list[Ranking], held_out: list[Ranking], seed: int) ->
         start = time.perf_counter()  # tokenization counts, as it does in TRL's constructor
         sequences = [k_way.encode(tokenizer, chats.messages_of(one.prompt), one.responses) for one in train]
         seconds = time.perf_counter() - start
-        encoded = reward_examples.Encoded(train, sequences, 0)
+        encoded = reward_examples.by_prompt(reward_examples.Encoded(train, sequences, 0))
         model = reward._model(params, sft, tokenizer, encoded, context)
         start = time.perf_counter()
         state = {"step": 0, "log_probabilities": []}

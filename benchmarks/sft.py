@@ -89,7 +89,7 @@ def ours(model: Any, tokenizer: Any, chosen: list[Any], options: argparse.Namesp
     from pipelines import sft
     from pipelines.core import segments, training
 
-    optimizer = training.adamw(model, LR, 0.0)
+    optimizer = training.adamw(model.parameters(), LR, 0.0)
     model.train()
     start = time.perf_counter()
     for step in range(options.steps):

@@ -1,4 +1,4 @@
-"""Keeps deps in `dvc.yaml` in step with the files that `params.yaml` names: `data.sources`, `feedback.rankings`.
+"""Keeps deps in `dvc.yaml` in step with files that `params.yaml` names in data.sources, feedback.rankings, ppo.rewards.
 
 DVC runs a stage again when a dep changes, but deps cannot be written in `params.yaml`. So the lines below a
 marker comment in `dvc.yaml` belong to `sluice run`; every other line of the file is left as it is.
@@ -17,6 +17,7 @@ from pipelines.core.params import whole
 MARKERS = {
     "data": "# files named in params.yaml data.sources, kept by sluice run",
     "feedback": "# file named in params.yaml feedback.rankings, kept by sluice run",
+    "ppo": "# files named in params.yaml ppo.rewards, kept by sluice run",
 }
 _PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./+@-]*")
 
@@ -27,13 +28,16 @@ def keep(root: Path) -> list[str]:
     Raises:
         UserError: `dvc.yaml` lacks a marker although there are files to list.
         DataError: a source names a file that does not exist.
+        ParamsError: a reward does.
     """
+    from pipelines.core import reward_functions
     from pipelines.core.sources import local_paths
 
     params = whole.load(root / "params.yaml")
     # Rankings need not be there yet: the first run of the stage writes what is to be ranked.
     rankings = [root / path for path in [params.feedback.rankings] if path and (root / path).exists()]
-    named = {"data": local_paths(params.data, root), "feedback": rankings}
+    rewards = reward_functions.local_paths(params.ppo.rewards, root)
+    named = {"data": local_paths(params.data, root), "feedback": rankings, "ppo": rewards}
     changes = []
     for stage, paths in named.items():
         changes += write(root / "dvc.yaml", stage, sorted({_name(path, root) for path in paths}))

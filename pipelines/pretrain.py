@@ -28,7 +28,6 @@ from pipelines.core import (
     generation,
     language_models,
     packing,
-    reading,
     scoring,
 )
 from pipelines.core.checkpoint import Checkpoints
@@ -45,7 +44,6 @@ METRICS = frozenset(
 )  # fmt: skip
 SCORES = frozenset({"bytes", "bits", "bits_before", "bits_classical"})
 
-LONGEST_TOKEN = 6  # bytes a token at most on average: how much text is tokenized for a number of tokens
 SAMPLE_TOKENS = 48
 
 
@@ -179,15 +177,8 @@ def _plan(params: PretrainParams, model: Any) -> Plan:
 
 def _rows(params: PretrainParams, plan: Plan, data: Path, tokenizer: Any, context: StageContext) -> packing.PackedRows:
     """The packed training rows; no more text is tokenized than the run can use."""
-    place = context.work / "tokens.bin"
-    with distributed.leader_first(context.world):
-        if not place.exists():
-            wanted = plan.steps * params.batch_tokens * LONGEST_TOKEN
-            share = wanted / max(1, reading.corpus_bytes(data, "train"))
-            draft = place.with_suffix(".partial")
-            packing.write_stream(tokenizer, reading.sample(data, "train", share, params.seed), draft)
-            draft.rename(place)
-    return packing.PackedRows(place, params.sequence_length, packing.separator_id(tokenizer), params.seed)
+    tokens, length = plan.steps * params.batch_tokens, params.sequence_length
+    return packing.of_corpus(data, tokenizer, tokens, length, "pretrain.sequence_length", params.seed, context)
 
 
 def _train(
@@ -202,7 +193,7 @@ def _train(
     """The loop. `state` is where to start: what a checkpoint holds, or step 0 and what was measured before it."""
     from pipelines.core import training
 
-    optimizer = training.adamw(model, plan.lr, params.weight_decay)
+    optimizer = training.adamw(model.parameters(), plan.lr, params.weight_decay)
     if state["step"]:
         training.load_trained_state(model, state["trained"])
         training.load_optimizer_state(optimizer, state["optimizer"])
@@ -222,7 +213,7 @@ def _train(
 
         # 2. Average, clip, update at the rate of this step.
         lr = plan.lr * training.cosine_with_warmup(step, plan.steps, params.warmup_share)
-        loss, norm = training.update(model, optimizer, lr, params.clip_norm, loss, step, context.world)
+        loss, norm = training.update(model.parameters(), optimizer, lr, params.clip_norm, loss, step, context.world)
 
         # 3. Tell, and keep what has been learned.
         pace.stop()

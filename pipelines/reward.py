@@ -2,7 +2,8 @@
 
 In: `data` (demonstrations, whose mean reward becomes 0), `sft` (where it starts, and whose log-probability it must
 beat), `feedback` (rankings; samples with gold scores where there are any). Out: `model/` (a Hugging Face
-classifier with one label, its tokenizer, its constants in config.json, a card), `history.csv`, `evaluation.parquet`
+classifier with one label, its tokenizer, its constants in config.json, a card), `adapter/` (`method: lora`: what was
+trained, before it was merged: stage `ppo` puts it on the policy's own backbone), `history.csv`, `evaluation.parquet`
 (one row a held-out ranking: its pairs, and how many of them the model and the baselines put in the right order),
 `calibration.csv`, `by_k.csv`, `by_margin.csv` (distance of the ranks), `best_of_n.csv` (where samples have gold
 scores), `samples.md`.
@@ -13,7 +14,8 @@ one epoch, a cosine to a tenth of the peak, demonstrations score 0 on average. D
 
 1. A prompt is encoded once for its K responses (`core/segments.py`), with the same result.
 2. `method: lora`, at ten times the rate of all weights; rates follow the width from the paper's 9e-6 (6B).
-3. A batch is as many rankings as leaves enough steps of a small set; the paper's is 64 prompts.
+3. A batch is as many prompts as leave enough steps of a small set; the paper's is 64. Rankings of the same responses
+   by several labelers are one element, with the pairs of all of them.
 4. Pairs of identical texts are dropped like ties.
 5. A linear warm-up, which the paper does not have: the head starts from random weights.
 """
@@ -83,8 +85,9 @@ def run(params: RewardParams, inputs: dict[str, Path], outputs: Path, context: S
     # 1. What is learned from, what is held out, and the model.
     tokenizer = language_models.load_tokenizer(str(inputs["sft"] / "model"))
     train, held_out, unseen, left_out = reward_examples.gather(params, inputs["feedback"], tokenizer, context)
-    model = _model(params, inputs["sft"] / "model", tokenizer, train, context)
-    plan = _plan(params, model, train)
+    elements = reward_examples.by_prompt(train)
+    model = _model(params, inputs["sft"] / "model", tokenizer, elements, context)
+    plan = _plan(params, model, elements)
 
     # 2. What the SFT model thinks of the held-out responses, or where a killed run had got to.
     checkpoints = Checkpoints(
@@ -104,13 +107,15 @@ def run(params: RewardParams, inputs: dict[str, Path], outputs: Path, context: S
 
     # 3. Train; then save, load what was saved, and shift it so that demonstrations score 0 on average.
     distributed.shard(model, context.world)
-    _train(params, plan, model, train, state, checkpoints, context)
+    _train(params, plan, model, elements, state, checkpoints, context)
     trained = training.trained_state(model)
     if not context.world.leads:
         return {}
     if context.world.sharding == "full":  # a model that was split cannot be saved whole: another takes its weights
-        model = _model(params, inputs["sft"] / "model", tokenizer, train, context)
+        model = _model(params, inputs["sft"] / "model", tokenizer, elements, context)
         training.load_trained_state(model, trained)
+    if params.method == "lora":
+        reward_model.save_adapter(model, inputs["sft"] / "model", outputs / "adapter")
     reward_model.save(model, tokenizer, outputs / "model", context.dtype)
     context.write_history(outputs / "history.csv")
     model, _ = reward_model.load(outputs / "model", context, k_way.kind(context.device, held_out.sequences))
@@ -119,14 +124,17 @@ def run(params: RewardParams, inputs: dict[str, Path], outputs: Path, context: S
     reward_model.save_constants(outputs / "model", model, level)
 
     # 4. Measure that on rankings it has not seen.
-    scores = reward_model.score_sequences(model, held_out.sequences, context, teller("after training"))
+    answers = reward_evaluation.read_samples(inputs["feedback"], tokenizer)  # most of them are ranked too: scored once
+    every = held_out.sequences + (answers.sequences if answers else [])
+    every_score = reward_model.score_sequences(model, every, context, teller("after training"))
+    scores, of_answers = every_score[: len(held_out.sequences)], every_score[len(held_out.sequences) :]
     longer = preference_data.longer_wins(train.rankings)
     rows = reward_evaluation.table(held_out.rankings, scores, state["log_probabilities"], longer, unseen)
     reading.write_evaluation(outputs / "evaluation.parquet", rows)
     metrics = {
         **reward_evaluation.accuracies(rows),
         **reward_evaluation.write_curves(outputs, held_out.rankings, scores, state["log_probabilities"], longer),
-        **reward_evaluation.best_of_n(outputs, model, tokenizer, inputs["feedback"], context),
+        **(reward_evaluation.best_of_n(outputs, answers, of_answers) if answers else {}),
         "prompts_test": float(len({one.task for one in held_out.rankings})),
         "comparisons_train": float(len(train.rankings)),
         "pairs_train": float(sum(len(one.pairs) for one in train.rankings)),
@@ -167,7 +175,7 @@ def measure(
 
 
 def _model(
-    params: RewardParams, place: Path, tokenizer: Any, train: reward_examples.Encoded, context: StageContext
+    params: RewardParams, place: Path, tokenizer: Any, train: reward_examples.Elements, context: StageContext
 ) -> Any:
     """The model to train, on its device. Weights that are trained are fp32; frozen ones are in the compute type."""
     import torch
@@ -186,12 +194,12 @@ def _model(
     return model.to(context.device)
 
 
-def _plan(params: RewardParams, model: Any, train: reward_examples.Encoded) -> Plan:
+def _plan(params: RewardParams, model: Any, train: reward_examples.Elements) -> Plan:
     """How long, how fast: from the params where they say so, else from the model's size."""
     from pipelines.core import reward_model
 
     return Plan(
-        steps=params.epochs * -(-len(train.rankings) // params.batch_prompts),
+        steps=params.epochs * -(-len(train.sequences) // params.batch_prompts),
         lr=params.lr or reward_model.learning_rate(model.config.hidden_size, params.method),
         tokens=params.epochs * sum(len(one.ids) for one in train.sequences),
         trained=sum(value.numel() for value in model.parameters() if value.requires_grad),
@@ -199,7 +207,7 @@ def _plan(params: RewardParams, model: Any, train: reward_examples.Encoded) -> P
 
 
 def drawn(seed: int, step: int, steps: int, count: int) -> list[int]:
-    """Numbers of the rankings of a step: in `steps` steps each of `count` once, in an order of the epoch's own.
+    """Numbers of the prompts of a step: in `steps` steps each of `count` once, in an order of the epoch's own.
 
     No step is more than one larger than another: a small last one would be a noisy one.
     """
@@ -215,7 +223,7 @@ def _train(
     params: RewardParams,
     plan: Plan,
     model: Any,
-    train: reward_examples.Encoded,
+    train: reward_examples.Elements,
     state: dict[str, Any],
     checkpoints: Checkpoints,
     context: StageContext,
@@ -223,7 +231,7 @@ def _train(
     """The loop. `state` is where to start: what a checkpoint holds, or step 0 and what was measured before it."""
     from pipelines.core import hardware, k_way, preferences, reward_model, training
 
-    optimizer = training.adamw(model, plan.lr, params.weight_decay)
+    optimizer = training.adamw(model.parameters(), plan.lr, params.weight_decay)
     if state["step"]:
         training.load_trained_state(model, state["trained"])
         training.load_optimizer_state(optimizer, state["optimizer"])
@@ -232,12 +240,12 @@ def _train(
     began = time.perf_counter() - state.get("seconds", 0.0)
     model.train()
     for step in range(state["step"], plan.steps):
-        # 1. The rankings of this step.
-        numbers = drawn(params.seed, step, plan.steps // params.epochs, len(train.rankings))
-        decided = [train.rankings[number].pairs for number in numbers]
+        # 1. The prompts of this step.
+        numbers = drawn(params.seed, step, plan.steps // params.epochs, len(train.sequences))
+        decided = [train.pairs[number] for number in numbers]
         sequences = [train.sequences[number] for number in numbers]
 
-        # 2. Gradients, accumulated over forward passes; each ranking of the step weighs the same.
+        # 2. Gradients, accumulated over forward passes; each prompt of the step weighs the same.
         loss = correct = 0.0
         batches = list(k_way.batches(sequences, params.micro_tokens, model.config.pad_token_id))
         for batch, weight in context.world.share(batches):
@@ -251,7 +259,7 @@ def _train(
 
         # 3. Clip, update at the rate of this step.
         lr = plan.lr * training.cosine_with_warmup(step, plan.steps, params.warmup_share)
-        loss, norm = training.update(model, optimizer, lr, params.clip_norm, loss, step, context.world)
+        loss, norm = training.update(model.parameters(), optimizer, lr, params.clip_norm, loss, step, context.world)
 
         # 4. Tell, and keep what has been learned. The accuracy is of the step's pairs, before the update.
         correct = distributed.mean_of(context.world, correct * context.world.size)

@@ -199,7 +199,7 @@ def _train(
     """The loop. `state` is where to start. Returns the best state: `step`, `loss` (validation) and `trained`."""
     from pipelines.core import answers, training
 
-    optimizer = training.adamw(model, plan.lr, params.weight_decay)
+    optimizer = training.adamw(model.parameters(), plan.lr, params.weight_decay)
     best: dict[str, Any] | None = state["best"]
     if state["step"]:
         training.load_trained_state(model, state["trained"])
@@ -221,7 +221,7 @@ def _train(
 
         # 3. Clip, update at the rate of this step.
         lr = plan.lr * training.cosine_with_warmup(step, plan.steps, params.warmup_share)
-        loss, norm = training.update(model, optimizer, lr, params.clip_norm, loss, step, context.world)
+        loss, norm = training.update(model.parameters(), optimizer, lr, params.clip_norm, loss, step, context.world)
         pace.stop()
 
         # 4. Validate now and then; remember the best state.

@@ -135,3 +135,24 @@ def test_paths_inside_the_repository_are_relative_and_others_absolute(root: Path
     sources.keep(root)
     deps = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]["data"]["deps"]
     assert deps[1:] == sorted([str(outside), "mine.jsonl"])
+
+
+def test_rewards_become_deps_of_ppo_and_leave_again(root: Path) -> None:
+    place, before = root / "dvc.yaml", text(root)
+    stage = GRAPH.removeprefix("stages:\n").replace(sources.MARKERS["data"], sources.MARKERS["ppo"])
+    marked = GRAPH + stage.replace("  data:", "  ppo:").replace("data.py", "ppo.py").replace("/data", "/ppo")
+    place.write_text(marked)
+    (root / "mine").mkdir()
+    (root / "mine/r.py").write_text("")
+    (root / "a judge").mkdir()
+    edit(root, "rewards: []", "rewards: [a judge, 'mine/r.py:f', 'mine/r.py:g']")
+    assert sources.keep(root) == [f"dvc.yaml: stage ppo now depends on {name}" for name in ("a judge", "mine/r.py")]
+    deps = {name: stage["deps"] for name, stage in yaml.safe_load(place.read_text())["stages"].items()}
+    assert deps == {"data": ["pipelines/data.py"], "ppo": ["pipelines/ppo.py", "a judge", "mine/r.py"]}
+    assert sources.keep(root) == []
+    (root / "mine/r.py").unlink()
+    with pytest.raises(ParamsError, match="ppo.rewards: mine/r.py:f: no such file"):
+        sources.keep(root)
+    (root / "params.yaml").write_text(before)
+    sources.keep(root)
+    assert place.read_text() == marked

@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 from conftest import own_environment, run_stage
 
-from pipelines.core import artifacts, runner
+from pipelines.core import artifacts, graph, runner
+from pipelines.core.errors import ParamsError
+from pipelines.core.params import whole
+from pipelines.core.params.ppo import PpoParams
 
 
 def refused(root: Path, stage: str, *told: str, code: int = 2, reached: bool = False) -> str:
@@ -82,6 +85,30 @@ def test_a_file_dvc_would_not_notice(workspace: Path) -> None:
     refused(workspace, "data", "mine.jsonl", "deps", "sluice run")
     edit(workspace / "dvc.yaml", "    - pipelines/data.py\n", "    - pipelines/data.py\n    - mine.jsonl\n")
     run_stage(workspace, "data")
+
+
+def test_a_reward_dvc_would_not_notice(tmp_path: Path) -> None:
+    """A file or directory that ppo.rewards names and that is no dep, nor inside one."""
+    section = PpoParams.model_construct(rewards=("mine/r.py:f", "artifacts/reward/model", "judge"))
+    every = whole.Params.model_construct(ppo=section)
+    code, inputs = ("pipelines/ppo.py",), {"reward": "artifacts/reward"}
+
+    def told() -> str:
+        spec = graph.StageSpec("ppo", code, inputs, "artifacts/ppo", "metrics/ppo.json", ("reward",))
+        with pytest.raises(ParamsError) as error:
+            runner._check_files(tmp_path, spec, every)
+        return str(error.value)
+
+    assert told().startswith(f"ppo.rewards: mine/r.py:f: no such file ({tmp_path}/mine/r.py)")
+    for name in ("mine", "artifacts/reward/model", "judge"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "mine/r.py").write_text("")
+    assert "ppo.rewards reads mine/r.py, which is not among the deps of stage ppo" in told()
+    code = (*code, "mine/r.py")
+    assert "ppo.rewards reads judge, which is not among the deps of stage ppo" in told() and "- judge" in told()
+    inputs["judge"] = "judge"
+    spec = graph.StageSpec("ppo", code, inputs, "artifacts/ppo", "metrics/ppo.json", ("reward",))
+    runner._check_files(tmp_path, spec, every)
 
 
 def test_no_such_stage_and_no_stage(workspace: Path) -> None:

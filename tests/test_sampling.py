@@ -155,6 +155,23 @@ def test_samples_share_the_encoding_of_their_prompt(known: Any) -> None:
     assert seen == [40] + [10] * 7, "prompts once, then one token a sample; the last token drawn is not read"
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_all_prompts_begin_with_is_encoded_once(known: Any, architecture: str) -> None:
+    lm = wild(known, architecture)
+    beginning = some_prompts([9])[0]
+    prompts = [beginning + more for more in ([40, 41, 42], [50], [40, 60, 61, 62, 63])]
+    seen: list[int] = []
+    handle = lm.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    found = sample(lm, prompts, count=2, tokens=6)
+    handle.remove()
+    assert seen[:2] == [9, 3 * 5], "the beginning once, then what is left, padded to the longest"
+    for prompt, ids, logs in zip(prompts, found.ids, found.log_probabilities, strict=True):
+        for new, said in zip(ids, logs, strict=True):
+            torch.testing.assert_close(torch.tensor(said), scores(lm, prompt, new, 1.0), atol=2e-4, rtol=1e-4)
+
+
 def test_a_stop_ends_a_sample(known: Any) -> None:
     lm = wild(known)
     prompts = some_prompts([5, 8])

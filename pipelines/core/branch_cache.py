@@ -18,6 +18,7 @@ import torch
 from transformers.cache_utils import Cache
 
 SPARE = -1  # in a layout: a branch that nobody uses
+ALL = -1  # in place of a prompt's number: what all prompts begin with
 BLOCK = 32  # steps that room is made for at a time
 SPARE_SHARE = 0.2  # of all branches, that may be unused for the sake of wider groups
 
@@ -61,8 +62,9 @@ def widest(prefix: int, capacity: int) -> int:
 
 
 class BranchCache(Cache):  # type: ignore[misc]
-    """The cache to pass as `past_key_values`: with prompts, from number `encoding` on, until the first `next_step`;
-    then, after each `next_step`, with one token of every branch, as rows of `width` tokens.
+    """The cache to pass as `past_key_values`: with what all prompts begin with, as one row (`encoding` is ALL), then
+    with what is left of the prompts, from number `encoding` on; and after each `next_step` with one token of every
+    branch, as rows of `width` tokens.
     """
 
     def __init__(self, first: Layout, lengths: torch.Tensor, prefix: int, capacity: int, dtype: torch.dtype) -> None:
@@ -76,7 +78,8 @@ class BranchCache(Cache):  # type: ignore[misc]
             torch.Tensor
         ] = []  # of each layer: (groups, key heads, prefix + capacity x width, width of a head)
         self.values: list[torch.Tensor] = []
-        self.encoding = 0  # the first of the prompts that are being encoded
+        self.encoding = ALL  # the first of the prompts that are being encoded
+        self.shared = 0  # tokens that all of them begin with, encoded before
         self.step = 0  # tokens that each branch has, the one being added included
         self._arrange(first, capacity)
 
@@ -94,9 +97,21 @@ class BranchCache(Cache):  # type: ignore[misc]
                 shape = (len(self.lengths), key_states.shape[1], self.prefix + self.capacity * self.width)
                 self.keys.append(key_states.new_zeros((*shape, key_states.shape[3]), dtype=self.dtype))
                 self.values.append(value_states.new_zeros((*shape, value_states.shape[3]), dtype=self.dtype))
-            for kept, new in ((self.keys, key_states), (self.values, value_states)):
-                kept[layer_idx][self.encoding : self.encoding + len(new), :, : new.shape[2]] = new
-            return key_states, value_states
+            kept, new = (self.keys[layer_idx], self.values[layer_idx]), (key_states, value_states)
+            length = new[0].shape[2]
+            if self.encoding == ALL:
+                for states, more in zip(kept, new, strict=True):
+                    states[:, :, :length] = more
+                return new
+            some = slice(self.encoding, self.encoding + len(key_states))
+            for states, more in zip(kept, new, strict=True):
+                states[some, :, self.shared : self.shared + length] = more
+            if not self.shared:
+                return new
+            seen = [
+                torch.cat([states[some, :, : self.shared], more], 2) for states, more in zip(kept, new, strict=True)
+            ]
+            return seen[0], seen[1]
         place = self.prefix + (self.step - 1) * self.width
         self.keys[layer_idx][:, :, place : place + self.width] = key_states
         self.values[layer_idx][:, :, place : place + self.width] = value_states

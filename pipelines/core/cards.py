@@ -18,8 +18,8 @@ def continuations(prompts: list[str], columns: dict[str, list[str]]) -> str:
     """Prompts and what models made of them, as a Markdown list."""
     parts = []
     for number, prompt in enumerate(prompts):
-        parts.append(f"**Prompt:** {_inline(prompt)}\n")
-        parts += [f"- *{name}:* {_inline(texts[number])}" for name, texts in columns.items()]
+        parts.append(f"**Prompt:** {inline(prompt)}\n")
+        parts += [f"- *{name}:* {inline(texts[number])}" for name, texts in columns.items()]
         parts.append("")
     return "\n".join(["# Samples (greedy, held-out prompts)", "", *parts])
 
@@ -46,6 +46,6 @@ def base_model(params: PretrainParams, model: Any, metrics: dict[str, float]) ->
     )
 
 
-def _inline(text: str) -> str:
+def inline(text: str) -> str:
     """A text on one line, as code."""
     return "`" + text.replace("\n", "⏎").replace("`", "'") + "`"

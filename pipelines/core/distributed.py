@@ -196,6 +196,28 @@ def mean_of(world: World, value: float) -> float:
     return float(total) / world.size
 
 
+def from_all(world: World, value: T) -> list[T]:
+    """The value of every process, in their order, in every process."""
+    if world.size == 1:
+        return [value]
+    import torch
+
+    found: list[Any] = [None] * world.size
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def add_up(world: World, value: torch.Tensor) -> None:
+    """Make a tensor on the CPU the sum of those of all processes, in place."""
+    if world.size == 1:
+        return
+    import torch
+
+    total = value.to(_device())
+    torch.distributed.all_reduce(total)
+    value.copy_(total)
+
+
 def shard(model: Any, world: World) -> None:
     """Split the weights of the model's blocks among the processes, in place (FSDP2); nothing under `sharding: none`."""
     if world.size == 1 or world.sharding == "none":

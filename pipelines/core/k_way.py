@@ -58,17 +58,21 @@ def kind(device: str, sequences: Sequence[segments.Sequence]) -> str:
 
 
 def batches(sequences: Sequence[segments.Sequence], tokens: int, pad: int) -> list[Responses]:
-    """The sequences in forward passes of at most `tokens` tokens, padding included; a longer one stands alone."""
-    lengths = [len(one.ids) for one in sequences]
-    bins = segments.bins(lengths, min(ROW_TOKENS, tokens))
-    filled = [sum(lengths[number] for number in one) for one in bins]
-    passes: list[list[list[int]]] = []
+    """The sequences in forward passes of at most `tokens` tokens, padding included; a longer one stands alone.
+
+    What they all begin with opens each row, once.
+    """
+    shared = segments.shared_prefix(sequences) if len(sequences) > 1 else 0
+    lengths = [len(one.ids) - shared for one in sequences]
+    bins = segments.bins(lengths, max(1, min(ROW_TOKENS, tokens) - shared))
+    filled = [shared + sum(lengths[number] for number in one) for one in bins]
+    passes: list[list[int]] = []
     for place in sorted(range(len(bins)), key=lambda place: (-filled[place], place)):
-        if passes and (len(passes[-1]) + 1) * sum(lengths[number] for number in passes[-1][0]) <= tokens:
-            passes[-1].append(bins[place])
+        if passes and (len(passes[-1]) + 1) * filled[passes[-1][0]] <= tokens:
+            passes[-1].append(place)
         else:
-            passes.append([bins[place]])
-    return [_responses(sequences, one, pad) for one in passes]
+            passes.append([place])
+    return [of_bins(sequences, [bins[place] for place in one], pad, shared) for one in passes]
 
 
 def by_sequence(values: torch.Tensor, batch: Responses) -> list[list[float]]:
@@ -83,17 +87,19 @@ def over_all(
 ) -> list[list[float]]:
     """`values`, one for each response of a forward pass (N,), over all sequences and in their order.
 
-    `tell(done, total)` is called after each pass, in sequences.
+    Equal sequences, such as one task that several labelers ranked, are computed once. `tell(done, total)` is called
+    after each pass, in different sequences.
     """
-    found: list[list[float]] = [[] for _ in sequences]
-    done = 0
+    known: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    first = [known.setdefault((tuple(one.ids), tuple(one.branches)), number) for number, one in enumerate(sequences)]
+    asked = sorted(set(first))
+    found: dict[int, list[float]] = {}
     with torch.inference_mode():
-        for batch in batches(sequences, SCORED_TOKENS, pad):
-            for number, part in zip(batch.numbers, by_sequence(values(batch), batch), strict=True):
-                found[number] = part
-            done += len(batch.numbers)
-            tell(done, len(sequences))
-    return found
+        for batch in batches([sequences[number] for number in asked], SCORED_TOKENS, pad):
+            for place, part in zip(batch.numbers, by_sequence(values(batch), batch), strict=True):
+                found[asked[place]] = part
+            tell(len(found), len(asked))
+    return [list(found[number]) for number in first]
 
 
 def mean_log_probabilities(
@@ -121,8 +127,10 @@ def mean_log_probabilities(
     return over_all(sequences, pad, tell, values)
 
 
-def _responses(sequences: Sequence[segments.Sequence], bins: Sequence[Sequence[int]], pad: int) -> Responses:
-    """One forward pass of these bins, one row each."""
+def of_bins(
+    sequences: Sequence[segments.Sequence], bins: Sequence[Sequence[int]], pad: int, shared: int = 0
+) -> Responses:
+    """One forward pass of these bins, one row each, after the first `shared` tokens of all."""
     numbers, sizes, rows, columns = [], [], [], []
     for row, one in enumerate(bins):
         start = 0
@@ -133,5 +141,7 @@ def _responses(sequences: Sequence[segments.Sequence], bins: Sequence[Sequence[i
             sizes.append(len(last))
             rows += [row] * len(last)
             columns += [start + last[branch] for branch in sorted(last)]
-            start += len(branches)
-    return Responses(segments.rows(sequences, bins, pad), numbers, sizes, torch.tensor(rows), torch.tensor(columns))
+            start += len(branches) - shared
+    return Responses(
+        segments.rows(sequences, bins, pad, shared), numbers, sizes, torch.tensor(rows), torch.tensor(columns)
+    )

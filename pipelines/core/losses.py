@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,10 +49,14 @@ def _buffer(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     return hidden.new_empty(min(CHUNK, len(hidden)), len(head))
 
 
-def _log_probabilities(hidden: torch.Tensor, head: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """Log-softmax in fp32 (N, V) of logits in the model's type; N is at most the buffer's rows."""
+def _log_probabilities(
+    hidden: torch.Tensor, head: torch.Tensor, buffer: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """Log-softmax in fp32 (N, V) of logits / temperature in the model's type; N is at most the buffer's rows."""
     logits = buffer[: len(hidden)]
     torch.mm(hidden, head.t(), out=logits)
+    if temperature != 1.0:
+        return torch.log_softmax(logits.float() / temperature, dim=1)
     return torch.log_softmax(logits, dim=1, dtype=torch.float32)
 
 
@@ -89,3 +93,65 @@ def label_log_probabilities(hidden: torch.Tensor, weight: torch.Tensor, labels: 
         gold = scores.gather(1, labels[part].clamp(min=0)[:, None])[:, 0]
         parts.append(gold * (labels[part] != IGNORE))
     return torch.cat(parts)
+
+
+class TokenScores(NamedTuple):
+    """Of each token, (N,) fp32."""
+
+    log_probabilities: torch.Tensor  # in nats, with a gradient
+    entropies: torch.Tensor  # of the distribution the token was drawn from, in nats; without one
+
+
+class _TokenScores(torch.autograd.Function):
+    """Log-probability of each label, and the entropy; the backward pass computes the logits once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        head = weight.to(hidden.dtype)
+        buffer = _buffer(hidden, head)
+        chosen, entropies = [], []
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            scores = _log_probabilities(hidden[part], head, buffer, temperature)
+            chosen.append(scores.gather(1, labels[part, None])[:, 0])
+            entropies.append(-(scores.exp() * scores).sum(dim=1))
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.temperature = temperature
+        found, spread = torch.cat(chosen), torch.cat(entropies)
+        ctx.mark_non_differentiable(spread)
+        return found, spread
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
+        hidden, weight, labels = ctx.saved_tensors
+        head = weight.to(hidden.dtype)
+        buffer = _buffer(hidden, head)
+        hidden_grad = torch.empty_like(hidden)
+        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            target = labels[part, None]
+            # d log p(label) / d logits = (one-hot of the label - softmax) / temperature
+            gradient = _log_probabilities(hidden[part], head, buffer, ctx.temperature).exp_().neg_()
+            gradient.scatter_add_(1, target, gradient.new_ones(target.shape))
+            gradient *= grads[0][part, None] / ctx.temperature
+            logits_grad = buffer[: len(target)].copy_(gradient)
+            torch.mm(logits_grad, head, out=hidden_grad[part])
+            if weight_grad is not None:
+                weight_grad += (logits_grad.t() @ hidden[part]).to(weight.dtype)
+        return hidden_grad, weight_grad, None, None
+
+
+def token_log_probabilities(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0
+) -> TokenScores:
+    """Log-probabilities of the labels under softmax(logits / temperature), and its entropies, chunk by chunk.
+
+    Args:
+        hidden: (N, D), in the type to compute in; gets a gradient.
+        weight: (V, D), the output embedding; gets a gradient if it asks for one.
+        labels: (N,) int64, each a token.
+    """
+    return TokenScores(*_TokenScores.apply(hidden, weight, labels, temperature))  # type: ignore[no-untyped-call]

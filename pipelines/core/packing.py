@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pipelines.core import distributed, reading
+from pipelines.core.context import StageContext
 from pipelines.core.errors import DataError
 
 if TYPE_CHECKING:
     import torch
 
 DOCUMENT = "<|endoftext|>"  # the separator, where the vocabulary has it
+LONGEST_TOKEN = 6  # bytes a token at most on average: how much text is tokenized for a number of tokens
 
 
 class Batch(NamedTuple):
@@ -74,9 +77,11 @@ def write_stream(tokenizer: Any, texts: Iterable[str], place: Path, batch: int =
 
 
 class PackedRows:
-    """Rows of a token stream, drawn in a new seeded order in each epoch."""
+    """Rows of a token stream, drawn in a new seeded order in each epoch. `key` is the dial that sets `length`."""
 
-    def __init__(self, place: Path, length: int, separator: int, seed: int) -> None:
+    def __init__(
+        self, place: Path, length: int, separator: int, seed: int, key: str = "pretrain.sequence_length"
+    ) -> None:
         self.stream = np.memmap(place, dtype=np.uint32, mode="r")
         self.length, self.separator, self.seed = length, separator, seed
         self.rows = (len(self.stream) - 1) // length
@@ -84,7 +89,7 @@ class PackedRows:
         if self.rows < 1:
             raise DataError(
                 f"the training corpus has {len(self.stream)} tokens, less than one row of "
-                f"pretrain.sequence_length = {length}: add text or shorten the rows"
+                f"{key} = {length}: add text or shorten the rows"
             )
 
     def batch(self, first: int, count: int) -> Batch:
@@ -108,6 +113,30 @@ class PackedRows:
         index = torch.arange(self.length).expand_as(ids)
         starts = torch.where(opens, index, torch.zeros_like(index)).cummax(dim=1).values
         return Batch(ids, labels, index - starts, documents)
+
+
+def of_corpus(
+    data: Path, tokenizer: Any, tokens: int, length: int, key: str, seed: int, context: StageContext
+) -> PackedRows:
+    """Rows of the training corpus for a run that sees `tokens` tokens; no more text is tokenized than it can use.
+
+    The stream is kept in `context.work`, for the other processes and for a run that goes on after a kill.
+
+    Args:
+        key: the dial that sets `length`.
+
+    Raises:
+        ArtifactError: the data have no corpus.
+        DataError: it has less text than one row.
+    """
+    place = context.work / "tokens.bin"
+    with distributed.leader_first(context.world):
+        if not place.exists():
+            share = tokens * LONGEST_TOKEN / max(1, reading.corpus_bytes(data, "train"))
+            draft = place.with_suffix(".partial")
+            write_stream(tokenizer, reading.sample(data, "train", share, seed), draft)
+            draft.rename(place)
+    return PackedRows(place, length, separator_id(tokenizer), seed, key)
 
 
 def attention_mask(documents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

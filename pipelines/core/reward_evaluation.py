@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipelines.core import best_of_n_curve, calibration, k_way, reward_model, statistics
-from pipelines.core.context import StageContext
+from pipelines.core import best_of_n_curve, calibration, chats, k_way, segments, statistics
 from pipelines.core.errors import DataError
 from pipelines.core.preference_data import Ranking, shown_first
 from pipelines.core.preferences import pairs, right
@@ -25,6 +24,7 @@ class Samples(NamedTuple):
     prompts: list[str]
     responses: list[list[str]]
     gold: list[list[float]]
+    sequences: list[segments.Sequence]
 
 
 def counts(rankings: Sequence[Ranking], scores: Scores) -> dict[str, list[Any]]:
@@ -119,7 +119,7 @@ def reliability(rankings: Sequence[Ranking], scores: Scores) -> list[calibration
     return calibration.reliability(calibration.probabilities(first, second), np.array(won))
 
 
-def read_samples(feedback: Path) -> Samples | None:
+def read_samples(feedback: Path, tokenizer: Any) -> Samples | None:
     """Samples with gold scores, where the feedback has them.
 
     Raises:
@@ -135,7 +135,9 @@ def read_samples(feedback: Path) -> Samples | None:
     if wrong or not rows:
         told = f"row {wrong[0]!r} has not one gold score for each response" if wrong else "no rows"
         raise DataError(f"samples/{place.name}: {told}. Make it again with: dvc repro feedback")
-    return Samples(*([row[name] for row in rows] for name in ("group", "prompt", "responses", "gold")))
+    columns: list[list[Any]] = [[row[name] for row in rows] for name in ("group", "prompt", "responses", "gold")]
+    encoded = [k_way.encode(tokenizer, chats.messages_of(row["prompt"]), row["responses"]) for row in rows]
+    return Samples(*columns, encoded)
 
 
 def write_curves(
@@ -156,14 +158,9 @@ def write_curves(
     return {"ece": calibration.expected_calibration_error(bins)}
 
 
-def best_of_n(outputs: Path, model: Any, tokenizer: Any, feedback: Path, context: StageContext) -> dict[str, float]:
-    """Write `best_of_n.csv` where the feedback has samples with gold scores, and give its ends; else nothing."""
-    samples = read_samples(feedback)
-    if samples is None:
-        return {}
-    items = list(zip(samples.prompts, samples.responses, strict=True))
-    tell = k_way.teller(context, "best of n after training")
-    rows, found = best(samples, reward_model.score(model, tokenizer, items, context, tell))
+def best_of_n(outputs: Path, samples: Samples, scores: Scores) -> dict[str, float]:
+    """Write `best_of_n.csv`, and give its ends."""
+    rows, found = best(samples, scores)
     write_csv(outputs / "best_of_n.csv", rows)
     return found
 

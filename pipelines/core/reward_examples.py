@@ -16,6 +16,7 @@ from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError, DataError
 from pipelines.core.params.reward import RewardParams
 from pipelines.core.preference_data import Ranking
+from pipelines.core.preferences import Pair
 
 if TYPE_CHECKING:
     from pipelines.core.segments import Sequence
@@ -27,6 +28,13 @@ class Encoded(NamedTuple):
     rankings: list[Ranking]
     sequences: list[Sequence]
     dropped: int  # rankings left out because they are too long
+
+
+class Elements(NamedTuple):
+    """What a batch is made of: a prompt with its responses, and the pairs that all who ranked them decided."""
+
+    sequences: list[Sequence]
+    pairs: list[list[Pair]]
 
 
 class Examples(NamedTuple):
@@ -64,6 +72,14 @@ def gather(params: RewardParams, feedback: Path, tokenizer: Any, context: StageC
         sides.unseen,
         sides.left_out,
     )
+
+
+def by_prompt(train: Encoded) -> Elements:
+    """One element for each prompt and its responses, however many labelers ranked them: one forward pass for all."""
+    found: dict[tuple[int, ...], tuple[Sequence, list[Pair]]] = {}
+    for one, sequence in zip(train.rankings, train.sequences, strict=True):
+        found.setdefault((*sequence.ids, *sequence.branches), (sequence, []))[1].extend(one.pairs)
+    return Elements([sequence for sequence, _ in found.values()], [pairs for _, pairs in found.values()])
 
 
 def demonstrations(params: RewardParams, data: Path, tokenizer: Any) -> list[Sequence]:

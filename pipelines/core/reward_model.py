@@ -7,6 +7,7 @@ of the demonstrations (InstructGPT, section 3.5); plain transformers does not.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from pipelines.core import chats, fine_tuning, k_way, segments
+from pipelines.core import artifacts, chats, fine_tuning, k_way, segments
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
 
 PAPER_LR, PAPER_WIDTH = 9e-6, 4096  # InstructGPT, appendix C.2: its 6B model
 HEAD = "score"  # what transformers' decoder-only classifiers call their head
+ADAPTER = "adapter_model.safetensors"  # peft's name
 Item = tuple[str, Sequence[str]]  # a prompt as stored by `data`, and responses to it
 
 
@@ -128,6 +130,57 @@ def save(model: Any, tokenizer: Any, place: Path, dtype: torch.dtype) -> None:
     merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     merged.to(dtype).save_pretrained(place)
     tokenizer.save_pretrained(place)
+
+
+def save_adapter(model: Any, sft: Path, place: Path) -> None:
+    """What LoRA trained on the SFT model in the directory `sft`, before it is merged: so that another model on the
+    same backbone can take it up. peft's format, the head beside it, and the hash of the weights it belongs to.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    place.mkdir(parents=True)
+    config = copy.deepcopy(model.peft_config["default"])
+    config.base_model_name_or_path, config.inference_mode = "sluice-sft", True
+    config.target_modules = sorted(config.target_modules)  # a set would be written in an order of its own
+    config.save_pretrained(place)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, place / ADAPTER)
+    head = getattr(model.get_base_model(), HEAD).weight.detach().float().cpu()
+    save_file({f"{HEAD}.weight": head.clone()}, place / "head.safetensors")
+    artifacts.write_json(place / "base.json", _weights(sft))
+
+
+def load_adapter(model: Any, place: Path, sft: Path, name: str) -> torch.Tensor:
+    """Give a causal language model on the SFT backbone the adapter that `save_adapter` wrote, under a name.
+
+    Returns the head's weight, (1, width) fp32.
+
+    Raises:
+        ArtifactError: the adapter was trained on another SFT model, or does not fit this one.
+    """
+    from peft import PeftConfig, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    if json.loads((place / "base.json").read_text(encoding="utf-8")) != _weights(sft):
+        raise ArtifactError(
+            f"{place}: the reward model was trained on another SFT model than {sft}. Make it again: dvc repro reward"
+        )
+    model.add_adapter(name, PeftConfig.from_pretrained(place))
+    state = load_file(place / ADAPTER)
+    told = set_peft_model_state_dict(model, state, adapter_name=name)
+    strange = [key for key in told.unexpected_keys] + [
+        key for key in told.missing_keys if f".{name}." in key and "lora_" in key
+    ]
+    if strange:
+        raise ArtifactError(f"{place}: the adapter does not fit {sft}: {len(strange)} weights, e.g. {strange[0]}")
+    head: torch.Tensor = load_file(place / "head.safetensors")[f"{HEAD}.weight"]
+    return head
+
+
+def _weights(place: Path) -> dict[str, str]:
+    """Content hash of each file of a model's weights."""
+    return {file.name: artifacts.content_hash(file) for file in sorted(place.glob("*.safetensors"))}
 
 
 def level(model: Any, demonstrations: Sequence[segments.Sequence], context: StageContext, tell: k_way.Tell) -> Level:

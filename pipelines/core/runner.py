@@ -173,7 +173,7 @@ def _settle(root: Path, name: str) -> None:
 
 def _check_files(root: Path, spec: graph.StageSpec, every: whole.Params) -> None:
     """DVC must know every local file that the params name, or it would not notice that one has changed."""
-    from pipelines.core import sources
+    from pipelines.core import reward_functions, sources
 
     named: dict[str, list[Path]] = {}
     if spec.name == "data":
@@ -181,7 +181,9 @@ def _check_files(root: Path, spec: graph.StageSpec, every: whole.Params) -> None
     if spec.name == "feedback":  # rankings need not be there yet: the stage writes what is to be ranked
         rankings = every.feedback.rankings
         named["feedback.rankings"] = [root / rankings] if rankings and (root / rankings).exists() else []
-    deps = [(root / path).resolve() for path in spec.inputs.values()]
+    if spec.name == "ppo":
+        named["ppo.rewards"] = reward_functions.local_paths(every.ppo.rewards, root)
+    deps = [(root / path).resolve() for path in (*spec.inputs.values(), *spec.code)]
     for key, paths in named.items():
         for path in paths:
             if not any(path.resolve().is_relative_to(dep) for dep in deps):

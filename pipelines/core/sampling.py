@@ -160,24 +160,41 @@ def _encode(
 ) -> tuple[BranchCache, torch.Tensor]:
     """The prompts' keys and values, with room for their samples; last hidden states (prompts, width) of each.
 
-    The longest prompt comes first; prompts are encoded a few at a time, each few padded to the longest of them.
+    The longest prompt comes first. What all of them begin with, such as a system's message, is encoded once; the rest
+    a few prompts at a time, each few padded to the longest of them.
     """
     device, dtype = decoder.head.device, decoder.head.dtype
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     first = Layout(list(range(len(prompts))), [list(range(n * count, (n + 1) * count)) for n in range(len(prompts))])
     cache = BranchCache(first, lengths, len(prompts[0]), min(BLOCK, tokens - 1), dtype)
+    shared = _common(prompts)
+    if shared:
+        ids = torch.tensor([prompts[0][:shared]], device=device)
+        mask = packing.attention_mask(torch.zeros_like(ids), dtype)
+        _states(decoder, ids, torch.arange(shared, device=device)[None], mask, cache)
+        cache.shared = shared
     last: list[torch.Tensor] = []
     while len(last) < len(prompts):
-        longest = len(prompts[len(last)])
-        some = prompts[len(last) :][: max(1, PROMPT_TOKENS // longest)]
+        longest = len(prompts[len(last)]) - shared
+        some = [prompt[shared:] for prompt in prompts[len(last) :][: max(1, PROMPT_TOKENS // longest)]]
         # Padded on the right: no token of a prompt sees what comes after it.
         ids = torch.tensor([prompt + [pad] * (longest - len(prompt)) for prompt in some], device=device)
-        positions = torch.arange(longest, device=device).expand_as(ids)
+        positions = torch.arange(shared, shared + longest, device=device).expand_as(ids)
         mask = packing.attention_mask(torch.zeros_like(ids), dtype)
+        mask = torch.cat([mask.new_zeros(*mask.shape[:3], shared), mask], dim=3)
         cache.encoding = len(last)
         hidden = _states(decoder, ids, positions, mask, cache)
         last += [hidden[place, len(prompt) - 1] for place, prompt in enumerate(some)]
     return cache, torch.stack(last)
+
+
+def _common(prompts: list[list[int]]) -> int:
+    """How many tokens all the prompts begin with; of each at least one is left."""
+    if len(prompts) == 1:
+        return 0
+    low, high = min(prompts), max(prompts)  # what these two begin with, all between them begin with
+    most = min(len(prompt) for prompt in prompts) - 1
+    return next((place for place in range(most) if low[place] != high[place]), most)
 
 
 def _states(

@@ -3,7 +3,8 @@
 A row holds several sequences (documents), side by side. A sequence is a plain text, or a prefix with K branches
 that continue it: a branch sees the prefix and itself, never another branch, and its positions go on where the
 prefix ends. So a row gives each text the result it would have alone, without padding between texts and with
-a shared prompt computed once.
+a shared prompt computed once. What all sequences begin with, such as a system's message, can open the row, for
+all of them to see.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pipelines.core.context import StageContext
 
 PADDING = -1  # the document number of what fills a row
+COMMON = -2  # and of what all sequences of a row begin with
 ROW = 256  # tokens of a packed row where no text needs more: attention's cost grows with it, what is shared is saved
 UNSUPERVISED = -100  # `losses.IGNORE`, without its import of torch
 
@@ -85,14 +87,17 @@ def rows(
     sequences: collections.abc.Sequence[Sequence],
     bins: collections.abc.Sequence[collections.abc.Sequence[int]],
     pad_id: int,
+    shared: int = 0,
 ) -> Rows:
-    """One row for each bin, as long as the longest needs."""
+    """One row for each bin, as long as the longest needs; the first `shared` tokens of its sequences only once."""
     import torch
 
-    length = max(sum(len(sequences[number].ids) for number in one) for one in bins)
+    length = shared + max(sum(len(sequences[number].ids) - shared for number in one) for one in bins)
     columns: list[list[list[int]]] = [[] for _ in Rows._fields]
     for one in bins:
-        row: list[list[int]] = [[] for _ in Rows._fields]
+        first = sequences[one[0]]
+        opening = (first.ids, first.labels, positions(first), [COMMON] * shared, first.branches)
+        row: list[list[int]] = [list(part[:shared]) for part in opening]
         for document, number in enumerate(one):
             sequence = sequences[number]
             parts = (
@@ -103,7 +108,7 @@ def rows(
                 sequence.branches,
             )
             for column, part in zip(row, parts, strict=True):
-                column.extend(part)
+                column.extend(part[shared:])
         missing = length - len(row[0])
         for all_rows, column, filler in zip(columns, row, (pad_id, UNSUPERVISED, 0, PADDING, 0), strict=True):
             all_rows.append(column + [filler] * missing)
@@ -123,7 +128,7 @@ def micro_batches(sequences: collections.abc.Sequence[Sequence], tokens: int, pa
     What all texts begin with and nothing is learned from, such as a system's message, is the prefix of each row:
     computed once in it, and the result is what each text would give alone.
     """
-    shared = _shared_prefix(sequences)
+    shared = shared_prefix(sequences)
     lengths = [len(sequence.ids) - shared for sequence in sequences]
     budget = max(*lengths, ROW - shared)
     packed = sorted(bins(lengths, budget), key=lambda one: -sum(lengths[number] for number in one))
@@ -142,8 +147,8 @@ def micro_batches(sequences: collections.abc.Sequence[Sequence], tokens: int, pa
     ]
 
 
-def _shared_prefix(sequences: collections.abc.Sequence[Sequence]) -> int:
-    """How many tokens all the texts begin with, none of which predicts anything that is supervised."""
+def shared_prefix(sequences: collections.abc.Sequence[Sequence]) -> int:
+    """How many tokens all the sequences begin with, none of which predicts anything that is supervised."""
     first = min(sequences, key=lambda sequence: len(sequence.ids))
     for place, token in enumerate(first.ids):
         if any(one.ids[place] != token or one.labels[place] != UNSUPERVISED for one in sequences):
@@ -177,14 +182,16 @@ def positions(sequence: Sequence) -> list[int]:
 def attention_mask(documents: torch.Tensor, branches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Additive mask (rows, 1, length, length): 0 where a token may look, the type's minimum elsewhere.
 
-    A token sees itself and earlier tokens of its own sequence that are in its own branch or in the prefix.
+    A token sees itself and earlier tokens of its own sequence that are in its own branch or in the prefix, and what
+    all sequences of its row begin with.
     `documents`, `branches`: int64 (rows, length).
     """
     import torch
 
     length = documents.shape[1]
     allowed = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
-    allowed = allowed & (documents[:, :, None] == documents[:, None, :])
+    common = (documents == COMMON)[:, None, :]
+    allowed = allowed & ((documents[:, :, None] == documents[:, None, :]) | common)
     if branches.any():
         allowed &= (branches[:, :, None] == branches[:, None, :]) | (branches == 0)[:, None, :]
     mask = torch.zeros(allowed.shape, dtype=dtype, device=documents.device)

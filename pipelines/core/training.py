@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -29,9 +29,9 @@ def cosine_with_warmup(step: int, steps: int, warmup_share: float) -> float:
     return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def adamw(model: Any, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over what is trained; matrices decay, gains and biases do not (GPT-1, section 4.1)."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def adamw(parameters: Iterable[torch.Tensor], lr: float, weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:
+    """AdamW over those that are trained; matrices decay, gains and biases do not (GPT-1, section 4.1)."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": same, "weight_decay": decay}
         for decay, chosen in (
@@ -40,11 +40,17 @@ def adamw(model: Any, lr: float, weight_decay: float) -> torch.optim.AdamW:
         )
         for same in distributed.by_kind(chosen)
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=eps, fused=True)
 
 
 def update(
-    model: Any, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float, loss: float, step: int, world: World
+    parameters: Iterable[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    clip_norm: float,
+    loss: float,
+    step: int,
+    world: World,
 ) -> tuple[float, float]:
     """One optimizer step from the gradients that are there: averaged over the processes, clipped, then cleared.
 
@@ -53,7 +59,7 @@ def update(
     Raises:
         ArtifactError: the loss or the gradient is not finite; nothing was updated.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
     distributed.average_gradients(trained, world)
     kinds = distributed.by_kind(trained)
     norms = [torch.nn.utils.get_total_norm([p.grad for p in same if p.grad is not None]) for same in kinds]
@@ -69,15 +75,15 @@ def update(
     return loss, float(norm)
 
 
-def with_lora(model: Any, rank: int) -> Any:
-    """The model wrapped by peft: adapters on every linear layer of the blocks, everything else frozen.
+def with_lora(model: Any, rank: int, name: str = "default") -> Any:
+    """The model wrapped by peft: an adapter on every linear layer of the blocks, everything else frozen.
 
     alpha = 2 x rank, as in the QLoRA paper's code; the adapters are fp32 whatever the base's type.
     """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
+    return get_peft_model(model, config, adapter_name=name)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ class RewardParams(Section):
     lora_rank: int = Field(ge=1, le=1024)
     rankings: int | None = Field(ge=1, description="most rankings to train on, chosen by hash of the id; null: all")
     epochs: int = Field(ge=1)
-    batch_prompts: int = Field(ge=1, description="rankings an optimizer step")
+    batch_prompts: int = Field(ge=1, description="prompts an optimizer step, with all rankings of each")
     micro_tokens: int = Field(ge=16, description="tokens a forward pass; the rest is accumulated")
     max_length: int = Field(ge=16, description="tokens of a prompt with one response")
     too_long: Literal["refuse", "drop"]

@@ -18,6 +18,7 @@ from pipelines.core.params.compute import ComputeParams
 from pipelines.core.params.data import DataParams, FileSource, HubSource, PydocsSource
 from pipelines.core.params.feedback import FeedbackParams
 from pipelines.core.params.flow import FlowParams
+from pipelines.core.params.ppo import PpoParams
 from pipelines.core.params.pretrain import PretrainParams
 from pipelines.core.params.report import ReportParams
 from pipelines.core.params.reward import RewardParams
@@ -37,6 +38,7 @@ class Params(Section):
     sft: SftParams
     feedback: FeedbackParams
     reward: RewardParams
+    ppo: PpoParams
     report: ReportParams
 
     @model_validator(mode="after")

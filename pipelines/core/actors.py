@@ -1,0 +1,218 @@
+"""The four roles of PPO: policy, reference, value and reward, on one backbone or as models of their own.
+
+| role | trained | starts as |
+| --- | --- | --- |
+| policy | yes | the SFT model |
+| reference | no | the SFT model, which the policy must not leave |
+| value | yes | the reward model (InstructGPT, appendix C.4); without one, the SFT model and a head of zeros |
+| reward | no | the reward model, where it is a role and not something else |
+
+`shared`: one backbone, the SFT model's weights in the type to compute in, carries the roles as LoRA adapters, the
+reference being the backbone with none; so four models take little more memory than one. `separate`: each role has
+weights of its own, all of them are trained where the role is.
+
+Nothing is ever in training mode: dropout would make the ratio of new to old probabilities other than 1.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipelines.core import attention, k_way, language_models, losses, reward_model, segments, training
+from pipelines.core.context import StageContext
+
+Role = Literal["policy", "reference", "value", "reward"]
+
+
+class Actors:
+    """The roles. `shared` and `separate` make them.
+
+    `value_head` is fp32, its bias takes the mean of the demonstrations off as the reward does, so values and rewards
+    have one scale.
+    """
+
+    def __init__(self, models: dict[str, Any], value_head: torch.nn.Linear, reward_head: torch.Tensor | None,
+                 reward_mean: float, sft: Path, rank: int | None) -> None:  # fmt: skip
+        self.models, self.value_head, self.reward_head, self.reward_mean = models, value_head, reward_head, reward_mean
+        self.sft, self.rank = sft, rank
+        for model in models.values():
+            model.eval()
+        self._mark()
+
+    @property
+    def shared(self) -> bool:
+        """Whether all roles are on one backbone."""
+        return self.rank is not None
+
+    @contextmanager
+    def using(self, role: Role) -> Iterator[Any]:
+        """The role's model: a causal language model, or for `value` and `reward` what gives their hidden states."""
+        model = self.models[role]
+        if not self.shared:
+            yield model
+            return
+        if role == "reference":
+            with model.disable_adapter():
+                yield model
+        else:
+            model.set_adapter(role)
+            self._mark()
+            yield model
+        self._mark()
+
+    def hidden(self, role: Role, rows: segments.Rows, context: StageContext) -> torch.Tensor:
+        """Last hidden states (rows, length, width)."""
+        with self.using(role) as model:
+            return segments.hidden_states(model, rows, context)
+
+    def log_probabilities(
+        self, role: Literal["policy", "reference"], batch: k_way.Responses, context: StageContext, temperature: float
+    ) -> losses.TokenScores:
+        """Of the response tokens of a forward pass, (tokens,), in the order of its responses."""
+        _, head = language_models.body_and_head(_inner(self.models[role]))
+        labels = batch.rows.labels.to(context.device)
+        said = labels != losses.IGNORE
+        hidden = self.hidden(role, batch.rows, context)[said]
+        return losses.token_log_probabilities(hidden, head, labels[said], temperature)
+
+    def values(self, batch: k_way.Responses, context: StageContext) -> torch.Tensor:
+        """What is expected before each response token, (tokens,) fp32."""
+        said = batch.rows.labels.to(context.device) != losses.IGNORE
+        hidden = self.hidden("value", batch.rows, context)[said]
+        found: torch.Tensor = self.value_head(hidden.float())[:, 0]
+        return found
+
+    def rewards(self, batch: k_way.Responses, context: StageContext) -> torch.Tensor:
+        """Reward of each response, read at its last token: (N,) fp32, demonstrations being 0 on average."""
+        assert self.reward_head is not None, "there is no reward role"
+        hidden = self.hidden("reward", batch.rows, context)
+        ends = hidden[batch.row.to(context.device), batch.column.to(context.device)]
+        return (ends.float() @ self.reward_head.t())[:, 0] - self.reward_mean
+
+    def trained(self, role: Literal["policy", "value"]) -> list[torch.nn.Parameter]:
+        """The parameters that a role's optimizer updates."""
+        return list(self._named(role).values())
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """All that a checkpoint holds of the weights; copies."""
+        every = self._named("policy") | self._named("value")
+        return {name: value.detach().clone() for name, value in every.items()}
+
+    def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Put back what `trained_state` gave."""
+        with torch.no_grad():
+            for name, value in (self._named("policy") | self._named("value")).items():
+                value.copy_(state[name])
+
+    def save(self, place: Path, tokenizer: Any, context: StageContext) -> int:
+        """The policy as a plain model in the context's type, with its tokenizer; the actors stay as they are.
+
+        Returns the number of its parameters.
+        """
+        if self.rank is None:
+            plain = copy.deepcopy(self.models["policy"])
+        else:
+            kind = _inner(self.models["policy"]).config._attn_implementation
+            fresh = training.with_lora(language_models.load(str(self.sft), context.dtype, kind), self.rank)
+            state = {name.replace(".policy.", ".default."): value for name, value in self._named("policy").items()}
+            training.load_trained_state(fresh, state)
+            plain = fresh.merge_and_unload()
+        plain.to(context.dtype).save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        return sum(value.numel() for value in plain.parameters())
+
+    def _named(self, role: str) -> dict[str, torch.nn.Parameter]:
+        """The role's trained parameters by name."""
+        model = self.models[role]
+        if self.shared:
+            found = {name: value for name, value in model.named_parameters() if f".{role}." in name and "lora" in name}
+        else:
+            part = model if role == "policy" else model.base_model  # a classifier's own head is not the value head
+            found = {f"{role}.{name}": value for name, value in part.named_parameters()}
+        if role == "value":
+            found |= {f"value_head.{name}": value for name, value in self.value_head.named_parameters()}
+        return found
+
+    def _mark(self) -> None:
+        """Say which parameters are trained: peft freezes the adapters that it switches off."""
+        for model in {id(one): one for one in self.models.values()}.values():
+            model.requires_grad_(False)
+        for role in ("policy", "value"):
+            for value in self._named(role).values():
+                value.requires_grad_(True)
+
+
+def shared(sft: Path, reward: Path | None, rank: int, longest: int, seed: int, context: StageContext) -> Actors:
+    """All roles as adapters of rank `rank` on the SFT model.
+
+    Args:
+        reward: output of stage `reward`, with the adapter that it trained on this SFT model; None: no reward role.
+        longest: tokens of the longest row.
+
+    Raises:
+        ArtifactError: the reward model's adapter is of another SFT model.
+    """
+    torch.manual_seed(seed)
+    base = language_models.load(str(sft), context.dtype, attention.choose(context.device, longest))
+    language_models.body_and_head(base)
+    model = training.with_lora(base, rank, "policy")
+    models = dict.fromkeys(("policy", "reference", "value"), model)
+    head = torch.nn.Linear(base.config.hidden_size, 1)
+    if reward is None:
+        model.add_adapter("value", copy.deepcopy(model.peft_config["policy"]))
+        _set_head(head, None, 0.0)
+        reward_head, mean = None, 0.0
+    else:
+        for name in ("reward", "value"):
+            reward_head = reward_model.load_adapter(model, reward / "adapter", sft, name)
+        models["reward"] = model
+        mean = _mean(reward / "model")
+        _set_head(head, reward_head, mean)
+        reward_head = reward_head.to(context.device)
+    return Actors({role: one.to(context.device) for role, one in models.items()},
+                  head.to(context.device), reward_head, mean, sft, rank)  # fmt: skip
+
+
+def separate(sft: Path, reward: Path | None, longest: int, seed: int, context: StageContext) -> Actors:
+    """Each role with weights of its own. `reward`: a reward model's directory; None: no reward role."""
+    torch.manual_seed(seed)
+    kind = attention.choose(context.device, longest)
+    policy = language_models.load(str(sft), torch.float32, kind)
+    language_models.body_and_head(policy)
+    models = {"policy": policy, "reference": copy.deepcopy(policy)}  # fp32 both: KL is 0 to the last bit at the start
+    head = torch.nn.Linear(policy.config.hidden_size, 1)
+    if reward is None:
+        models["value"] = copy.deepcopy(policy)
+        _set_head(head, None, 0.0)
+        reward_head, mean = None, 0.0
+    else:
+        models["reward"], _ = reward_model.load(reward, context, kind)
+        models["value"] = copy.deepcopy(models["reward"]).float()
+        reward_head, mean = getattr(models["reward"], reward_model.HEAD).weight.detach().float(), _mean(reward)
+        head = torch.nn.Linear(reward_head.shape[1], 1)
+        _set_head(head, reward_head, mean)
+    return Actors({role: one.to(context.device) for role, one in models.items()},
+                  head.to(context.device), reward_head, mean, sft, None)  # fmt: skip
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _set_head(head: torch.nn.Linear, weight: torch.Tensor | None, mean: float) -> None:
+    """What the reward's head says, less the mean; zeros without one, as in lm-human-preferences."""
+    with torch.no_grad():
+        head.weight.copy_(torch.zeros_like(head.weight) if weight is None else weight)
+        head.bias.fill_(-mean)
+
+
+def _mean(place: Path) -> float:
+    """What demonstrations score on average, from a reward model's configuration."""
+    return float(json.loads((place / "config.json").read_text(encoding="utf-8"))["reward_mean"])

@@ -1,0 +1,191 @@
+"""Episodes of PPO: prompts, responses sampled by the policy, and what the four roles say of every token.
+
+An episode is a prompt and one response. The K episodes of a prompt are one `segments.Sequence`, so the prompt is
+encoded once for all of them and in all roles. Two shapes are used: tables (N episodes, T tokens), padded on the
+right, and flat vectors over the response tokens of one forward pass, in the order of its responses. Scoring goes
+through the very forward passes that the update will use, so that before an update the ratio of new to old
+probabilities is 1 to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pipelines.core import chats, distributed, k_way, policy_gradient, sampling, segments
+from pipelines.core.actors import Actors
+from pipelines.core.completions import Prompt
+from pipelines.core.context import StageContext
+from pipelines.core.params.ppo import PpoParams
+
+Tell = Callable[[int, int], None]
+
+
+class Rollout(NamedTuple):
+    """What the policy said, [prompt][sample]."""
+
+    prompts: list[Prompt]
+    sequences: list[segments.Sequence]  # of each prompt, with its K responses
+    responses: list[list[str]]
+    ended: list[list[bool]]  # whether EOS came before the limit
+    sampled: torch.Tensor  # (N, T) fp32: log-probabilities the tokens were drawn with
+    mask: torch.Tensor  # (N, T) bool: where there is a token
+
+
+class Episodes(NamedTuple):
+    """A rollout, scored. N episodes, prompt by prompt; tables are fp32 (N, T) on the CPU, 0 where there is no token."""
+
+    rollout: Rollout
+    minibatches: list[list[k_way.Responses]]  # forward passes of each optimizer step of an epoch
+    old: torch.Tensor  # log-probabilities of the policy before this iteration's updates
+    reference: torch.Tensor  # of the SFT model
+    entropies: torch.Tensor  # of the policy, in nats
+    values: torch.Tensor
+    scores: torch.Tensor  # (N,): the reward of each response, with the rule for those that did not end applied
+    proxy: torch.Tensor  # (N,): the same before that rule
+    external: bool  # whether something else than the actors' own reward role gave them
+
+    @property
+    def log_ratios(self) -> torch.Tensor:
+        """log pi - log pi_ref of each token."""
+        return self.old - self.reference
+
+    @property
+    def kl(self) -> torch.Tensor:
+        """(N,): of each response, the sum over its tokens, in nats; its mean estimates KL(pi || pi_ref) unbiased."""
+        return policy_gradient.k1(self.log_ratios).sum(dim=1)
+
+
+def prompts_of(seed: int, iteration: int, count: int, known: int) -> list[int]:
+    """Numbers of the prompts of an iteration: epoch after epoch over all `known`, each epoch in an order of its own."""
+    numbers = []
+    for place in range(iteration * count, (iteration + 1) * count):
+        epoch, inside = divmod(place, known)
+        numbers.append(int(np.random.default_rng([seed, epoch]).permutation(known)[inside]))
+    return numbers
+
+
+def generate(
+    actors: Actors,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    params: PpoParams,
+    iteration: int,
+    context: StageContext,
+    tell: Tell,
+) -> Rollout:
+    """`samples_per_prompt` responses of the policy to each prompt; the processes share the prompts."""
+    asked, world = [prompt.ids for prompt in prompts], context.world
+    with actors.using("policy") as model:
+        found = sampling.sample(
+            model,
+            asked[world.rank :: world.size],
+            count=params.samples_per_prompt,
+            tokens=params.max_new_tokens,
+            stops=[tokenizer.eos_token_id],
+            pad=tokenizer.pad_token_id,
+            temperature=params.temperature,
+            seed=_dice(params.seed, iteration, world.rank),
+            precision=context.precision,
+            tell=tell,
+        )
+    # Process r has sampled for prompts r, r + size, ...: in turns, as dealt.
+    dealt = distributed.from_all(world, list(zip(*found, strict=True)))
+    ids, scores, ended = zip(*(dealt[n % world.size][n // world.size] for n in range(len(asked))), strict=True)
+    sampled, mask = _table([row for of_prompt in scores for row in of_prompt])
+    return Rollout(
+        list(prompts),
+        [segments.of_completions(prompt, responses) for prompt, responses in zip(asked, ids, strict=True)],
+        [[chats.decode_response(tokenizer, one) for one in of_prompt] for of_prompt in ids],
+        [list(of_prompt) for of_prompt in ended],
+        sampled,
+        mask,
+    )
+
+
+def passes(rollout: Rollout, params: PpoParams, pad: int) -> list[list[k_way.Responses]]:
+    """The forward passes of each minibatch: prompts in the order they came, which is random."""
+    parts = np.array_split(np.arange(len(rollout.prompts)), params.minibatches)
+    return [
+        [
+            batch._replace(numbers=[int(part[number]) for number in batch.numbers])
+            for batch in k_way.batches([rollout.sequences[number] for number in part], params.micro_tokens, pad)
+        ]
+        for part in parts
+    ]
+
+
+def score(
+    actors: Actors,
+    rollout: Rollout,
+    proxy: Callable[[Rollout], Sequence[float]] | None,
+    params: PpoParams,
+    pad: int,
+    context: StageContext,
+) -> Episodes:
+    """What policy, reference, value and reward say; no gradients.
+
+    Args:
+        proxy: what gives the rewards (N,), episode by episode; None: the actors' own reward role.
+    """
+    minibatches = passes(rollout, params, pad)
+    tables = {name: torch.zeros(rollout.mask.shape) for name in ("old", "reference", "entropies", "values")}
+    rewards = torch.zeros(len(rollout.mask))
+    with torch.no_grad():
+        every = [batch for minibatch in minibatches for batch in minibatch]
+        for batch in every[context.world.rank :: context.world.size]:
+            policy = actors.log_probabilities("policy", batch, context, params.temperature)
+            reference = actors.log_probabilities("reference", batch, context, params.temperature)
+            put(tables["old"], rollout.mask, batch, policy.log_probabilities)
+            put(tables["entropies"], rollout.mask, batch, policy.entropies)
+            put(tables["reference"], rollout.mask, batch, reference.log_probabilities)
+            put(tables["values"], rollout.mask, batch, actors.values(batch, context))
+            if proxy is None:
+                rewards[episodes_of(batch)] = actors.rewards(batch, context).cpu()
+            context.stop_if_asked()
+    for table in (*tables.values(), *([rewards] if proxy is None else [])):
+        distributed.add_up(context.world, table)
+    if proxy is not None:
+        given = distributed.from_leader(context.world, lambda: list(proxy(rollout)))
+        rewards = torch.tensor(given, dtype=torch.float32)
+    scores = rewards
+    if params.missing_eos_score is not None:
+        ended = torch.tensor([end for of_prompt in rollout.ended for end in of_prompt])
+        scores = torch.where(ended, rewards, torch.tensor(params.missing_eos_score))
+    return Episodes(rollout, minibatches, **tables, scores=scores, proxy=rewards, external=proxy is not None)
+
+
+def episodes_of(batch: k_way.Responses) -> list[int]:
+    """Numbers of the episodes of a forward pass, in the order of its responses; every prompt has as many."""
+    return [number * size + k for number, size in zip(batch.numbers, batch.sizes, strict=True) for k in range(size)]
+
+
+def flat(table: torch.Tensor, mask: torch.Tensor, batch: k_way.Responses) -> torch.Tensor:
+    """A table's entries for the response tokens of a forward pass: (tokens,)."""
+    rows = episodes_of(batch)
+    return table[rows][mask[rows]]
+
+
+def put(table: torch.Tensor, mask: torch.Tensor, batch: k_way.Responses, values: torch.Tensor) -> None:
+    """The reverse of `flat`."""
+    rows = episodes_of(batch)
+    part = table[rows]
+    part[mask[rows]] = values.float().cpu()
+    table[rows] = part
+
+
+def _dice(*numbers: int) -> int:
+    """A seed for each iteration and process: none of them draws what another has drawn."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def _table(rows: Sequence[Sequence[float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of different length as a table, and where it holds something."""
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+    table = torch.zeros(mask.shape)
+    table[mask] = torch.tensor([value for row in rows for value in row])
+    return table, mask

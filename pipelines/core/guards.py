@@ -1,0 +1,71 @@
+"""What stops a PPO run before it spoils the policy: each guard looks at the curves so far and says why.
+
+A run that has gone wrong goes on to produce numbers, and its proxy reward often rises while it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+CLIPPED = 0.3  # share of tokens beyond the clip from which the steps are no longer small: the usual rule of thumb
+PATIENCE = 5  # iterations in a row, for what a single batch may show by chance
+BELOW_ZERO = -0.05  # nats a response: a mean KL of samples is never negative but by chance, or by a mistake
+Row = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Guards:
+    """Limits, from the params."""
+
+    kl_ceiling: float  # nats a response
+    entropy_floor: float  # share of the first iteration's entropy
+    cap_share: float  # largest share of responses that reach the limit of tokens without EOS
+
+
+def check(guards: Guards, history: Sequence[Row]) -> str | None:
+    """What is wrong after the latest iteration, with the params to change; None while all is well.
+
+    Args:
+        history: one row an iteration, in order, with the keys kl, entropy, capped_share, clip_fraction,
+            explained_variance.
+    """
+    if not history:
+        return None
+    first, last = history[0], history[-1]
+    if last["kl"] > guards.kl_ceiling:
+        return (
+            f"KL to the SFT model is {last['kl']:.2f} nats a response, above {guards.kl_ceiling:g} (ppo.kl_ceiling): "
+            "the policy leaves what the reward model was trained on. Lower ppo.lr or raise ppo.kl_coefficient."
+        )
+    floor = guards.entropy_floor * first["entropy"]
+    if last["entropy"] < floor:
+        return (
+            f"entropy is {last['entropy']:.3f} nats a token, below {floor:.3f} (ppo.entropy_floor x that of the first "
+            "iteration): the policy says one and the same. Lower ppo.lr or raise ppo.kl_coefficient."
+        )
+    if last["capped_share"] > max(guards.cap_share, first["capped_share"]):
+        return (
+            f"{last['capped_share']:.0%} of the responses reach ppo.max_new_tokens without an end, more than "
+            f"{guards.cap_share:.0%} (ppo.cap_share) and than at the start: the reward pays for length. Mend the "
+            "reward, set ppo.missing_eos_score, or raise ppo.max_new_tokens."
+        )
+    recent = history[-PATIENCE:]
+    if len(recent) < PATIENCE:
+        return None
+    if all(row["clip_fraction"] > CLIPPED for row in recent):
+        return (
+            f"more than {CLIPPED:.0%} of the tokens were clipped in {PATIENCE} iterations in a row: the steps are too "
+            "large. Lower ppo.lr, or ppo.epochs."
+        )
+    if all(row["explained_variance"] < 0 for row in recent):
+        return (
+            f"the value model has been worse than a constant for {PATIENCE} iterations (explained variance "
+            f"{last['explained_variance']:.2f}): advantages are noise. Lower ppo.value_lr, or raise ppo.batch_prompts."
+        )
+    if all(row["kl"] < BELOW_ZERO for row in recent):
+        return (
+            f"KL has been negative for {PATIENCE} iterations ({last['kl']:.2f} nats a response): what is sampled is "
+            "not what is trained. This is a defect, not a setting: please report it."
+        )
+    return None

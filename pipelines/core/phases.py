@@ -1,0 +1,82 @@
+"""Where the time of PPO goes, and what share of the machine's own matrix-product rate each phase reaches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipelines.core import hardware, language_models
+from pipelines.core.actors import Actors
+from pipelines.core.context import StageContext
+from pipelines.core.episodes import Episodes
+from pipelines.core.params.ppo import PpoParams
+
+NAMES = ("generate", "score", "update")
+SAMPLES = 8  # of the machine's rate in a run: neighbours come and go
+
+
+class Phases:
+    """Seconds and floating-point operations of each phase, summed over iterations.
+
+    A forward pass is 2 operations a parameter and token, a backward pass 4, whatever is trained (Chowdhery et al.,
+    "PaLM", 2022, appendix B); attention, norms and activations are left out.
+    """
+
+    def __init__(self, actors: Actors, params: PpoParams, spent: dict[str, list[float]], context: StageContext) -> None:
+        with actors.using("policy") as model:
+            inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+            body, head = language_models.body_and_head(inner)
+            embeddings = inner.get_input_embeddings().weight
+            matrices = (
+                value for name, value in body.named_parameters() if "lora_" not in name and value is not embeddings
+            )
+            self.body = sum(value.numel() for value in matrices if value.dim() >= 2)
+            self.head = head.numel()
+        self.params, self.context = params, context
+        self.spent = {name: list(spent.get(name, (0.0, 0.0))) for name in NAMES}
+        self.last = dict.fromkeys(NAMES, 0.0)
+        self.rates: list[float] = []
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """The time of a block belongs to a phase."""
+        began = time.perf_counter()
+        yield
+        self.last[name] = time.perf_counter() - began
+
+    def end(self, iteration: int, found: Episodes, pretraining: bool) -> None:
+        """Add up an iteration, tell how long its phases took, and measure the machine now and then."""
+        params = self.params
+        prompts = sum(len(prompt.ids) for prompt in found.rollout.prompts)
+        new = int(found.rollout.mask.sum())
+        rows = sum(len(one.ids) for one in found.rollout.sequences)
+        roles = 3 if found.external else 4
+        text = params.ptx_rows * params.ptx_length * params.minibatches if pretraining else 0
+        work = {
+            "generate": 2.0 * (self.body * (prompts + new) + self.head * new),
+            "score": 2.0 * (self.body * rows * roles + self.head * new * 2),
+            "update": 6.0 * params.epochs * (self.body * (2 * rows + text) + self.head * (new + text)),
+        }
+        for name in NAMES:
+            self.spent[name][0] += self.last[name]
+            self.spent[name][1] += work[name]
+        self.context.curve(iteration + 1, {f"{name}_seconds": seconds for name, seconds in self.last.items()})
+        if iteration % max(1, params.iterations // SAMPLES) == 0 or not self.rates:
+            self.rates.append(hardware.matmul_rate(self.context.device, self.context.precision, repeats=3))
+
+    def report(self) -> None:
+        """Tell the context: seconds and share of each phase, episodes a second, memory."""
+        params = self.params
+        episodes = params.iterations * params.batch_prompts * params.samples_per_prompt
+        self.context.measure(
+            episodes_per_second=episodes / sum(seconds for seconds, _ in self.spent.values()),
+            peak_memory_mb=hardware.peak_memory_bytes() / 2**20,
+            **{f"{name}_seconds": seconds for name, (seconds, _) in self.spent.items()},
+        )
+        if self.rates:  # none when a run was resumed after its last iteration
+            rate = sum(self.rates) / len(self.rates)
+            self.context.measure(
+                matmul_gflops=rate / 1e9,
+                **{f"{name}_matmul_share": work / seconds / rate for name, (seconds, work) in self.spent.items()},
+            )

@@ -1,0 +1,79 @@
+"""Guards stop a run that goes wrong in the very iteration that shows it, and leave a healthy one alone."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from pipelines.core.guards import Guards, check
+from pipelines.core.params.ppo import PpoParams
+
+LIMITS = Guards(kl_ceiling=10.0, entropy_floor=0.5, cap_share=0.4)
+HEALTHY = {"kl": 2.0, "entropy": 2.0, "capped_share": 0.1, "clip_fraction": 0.1, "explained_variance": 0.3}
+
+
+def history(key: str, values: list[float]) -> list[dict[str, float]]:
+    """Healthy but for one key."""
+    return [HEALTHY | {key: value} for value in values]
+
+
+def first_to_fire(rows: list[dict[str, float]], limits: Guards = LIMITS) -> int | None:
+    """Number, from 1, of the iteration after which the run would have been stopped."""
+    return next((length for length in range(1, len(rows) + 1) if check(limits, rows[:length]) is not None), None)
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "fires", "told"),
+    [
+        ("kl", [0.0, 4.0, 10.0, 10.5, 2.0], 4, ["10.50", "above 10", "ppo.kl_ceiling"]),
+        ("kl", [12.25], 1, ["12.25", "ppo.kl_coefficient"]),
+        ("entropy", [3.0, 2.0, 1.5, 1.25, 3.0], 4, ["1.250", "below 1.500", "ppo.entropy_floor"]),
+        ("capped_share", [0.1, 0.3, 0.4, 0.5], 4, ["50%", "40%", "ppo.cap_share", "ppo.max_new_tokens"]),
+        ("capped_share", [0.7, 0.5, 0.7, 0.75], 4, ["75%", "at the start"]),
+        ("clip_fraction", [0.1, 0.9, 0.9, 0.9, 0.9, 0.31], 6, ["30%", "5 iterations", "ppo.lr", "ppo.epochs"]),
+        ("clip_fraction", [0.31, 0.9, 0.9, 0.9, 0.9], 5, ["30%"]),
+        ("clip_fraction", [0.9, 0.9, 0.9, 0.9, 0.3, 0.9, 0.9, 0.9, 0.9, 0.9], 10, ["30%"]),
+        ("explained_variance", [-0.1, -2.0, -0.1, 0.0, -1.0, -1.0, -1.0, -1.0, -0.25], 9, ["-0.25", "ppo.value_lr"]),
+        ("kl", [-0.2, 0.1, -0.2, -0.2, -0.2, -0.2, -0.3], 7, ["-0.30", "not what is trained"]),
+    ],
+)
+def test_fires_in_that_iteration_and_none_before(key: str, values: list[float], fires: int, told: list[str]) -> None:
+    rows = history(key, values)
+    assert first_to_fire(rows) == fires
+    message = check(LIMITS, rows[:fires])
+    assert message is not None
+    for part in told:
+        assert part in message
+    named = re.findall(r"ppo\.(\w+)", message)
+    assert set(named) <= set(PpoParams.model_fields), "a person must find the keys in params.yaml"
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("kl", [0.0, 5.0, 9.0, 10.0] * 3),
+        ("kl", [-0.05] * 8),  # chance
+        ("kl", [-3.0, -3.0, -3.0, -3.0, 0.1] * 2),
+        ("entropy", [2.0, 1.0, 1.5, 4.0] * 2),
+        ("entropy", [1e-3] * 8),  # low from the start is how the model is, not what PPO made of it
+        ("capped_share", [0.9] * 8),  # so is a model that never ends
+        ("clip_fraction", [0.3] * 8),
+        ("clip_fraction", [0.9, 0.9, 0.9, 0.9, 0.1] * 3),
+        ("explained_variance", [0.0] * 8),
+        ("explained_variance", [-5.0, -4.0, -3.0, -2.0, 0.1] * 2),
+    ],
+)
+def test_a_healthy_run_passes(key: str, values: list[float]) -> None:
+    assert first_to_fire(history(key, values)) is None
+
+
+def test_nothing_is_wrong_before_the_first_iteration() -> None:
+    assert check(LIMITS, []) is None
+
+
+def test_the_limits_are_those_given() -> None:
+    wide = Guards(kl_ceiling=50.0, entropy_floor=0.0, cap_share=1.0)
+    for key, values in (("kl", [12.0]), ("entropy", [2.0, 1e-6]), ("capped_share", [0.0, 1.0])):
+        rows = history(key, values)
+        assert check(LIMITS, rows) is not None and check(wide, rows) is None
