@@ -117,10 +117,11 @@ def _sample(params: FeedbackParams, inputs: dict[str, Path], context: StageConte
     chats.check_tokenizer(tokenizer)
     needed = params.judge == "overlap" and params.labeler != "file"
     wanted = {"test": params.test_prompts} if given else {"train": params.prompts, "test": params.test_prompts}
+    limits = completions.Limits("feedback", params.seed, params.max_prompt_tokens, params.too_long)
     prompts: list[completions.Prompt] = []
     dropped = 0
     for split, count in wanted.items():
-        found, too_long = completions.choose(params, inputs["data"], split, count, tokenizer, needed)
+        found, too_long = completions.choose(limits, inputs["data"], split, count, tokenizer, needed)
         if not (found or given):
             raise DataError(
                 f"prompts/{split} has no prompt with a reference, which judge: overlap needs: give data.sources with "

@@ -18,40 +18,38 @@ whole batch, the value loss clipped, a fixed score for a response that does not 
 3. Both losses are means over tokens, so `ptx_coefficient` is not the paper's 27.8: the ratio of the norms of the two
    gradients is logged.
 4. No moving average of the weights: it pays over thousands of steps, not over tens.
-5. A second run without the pre-training gradient, from the same start (`without_ptx`), tells what it is good for.
+5. The value model's scale and level are fitted to the first batch's returns, by least squares: the reward model is
+   only trained to read whole responses.
+6. A second run without the pre-training gradient, from the same start (`without_ptx`), tells what it is good for.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.core import (
     artifacts,
-    completions,
     distributed,
-    fine_tuning,
     guards,
     language_models,
+    ppo_setup,
 )
 from pipelines.core.checkpoint import Checkpoints
-from pipelines.core.completions import Prompt
 from pipelines.core.context import StageContext
-from pipelines.core.errors import ArtifactError, DataError, ParamsError
+from pipelines.core.errors import ArtifactError
 from pipelines.core.params.ppo import PpoParams
+from pipelines.core.ppo_setup import Plan, Task
 
 if TYPE_CHECKING:
     from pipelines.core.actors import Actors
-    from pipelines.core.episodes import Episodes, Rollout
+    from pipelines.core.episodes import Episodes
     from pipelines.core.phases import Phases
     from pipelines.core.ppo_step import Learner
-    from pipelines.core.reward_functions import Reward
 
-PAPER_VALUE_LR, PAPER_VALUE_WIDTH = 9e-6, 4096  # appendix C.4: the 6B value model
-PAPER_LR, PAPER_WIDTH = 8.05e-6, 2048  # appendix C.4: the largest rate that did not diverge without ptx, 1.3B
 ADAM_EPS = 1e-5
 START = 0.1  # of the peak rate, where the warm-up begins
 
@@ -74,24 +72,12 @@ OPTIONAL = frozenset(
         "ptx_repairs", "ptx_repairs_low", "ptx_repairs_high",
     }
 )  # fmt: skip
-SCORES = frozenset({"gold", "gold_sft", "wins", "chance", "proxy", "proxy_sft", "kl", "gold_greedy", "gold_greedy_sft"})
-
-
-class Plan(NamedTuple):
-    """Numbers that follow from the params and the model."""
-
-    steps: int  # of either optimizer, in a run
-    lr: float
-    value_lr: float
-
-
-class Task(NamedTuple):
-    """What is to be learned: prompts, and what scores the responses where the reward is none of the actors' roles."""
-
-    tokenizer: Any
-    prompts: list[Prompt]
-    score: Callable[[Rollout, int], list[float]] | None  # of a rollout and the number of the call, from 1
-    data: Path
+SCORES = frozenset(
+    {
+        "judged", "gold", "gold_sft", "wins", "chance", "gold_greedy", "gold_greedy_sft", "gold_best_of_n", "proxy",
+        "proxy_sft", "kl", "tokens", "tokens_sft", "ended", "ended_sft", "distinct", "distinct_sft",
+    }
+)  # fmt: skip
 
 
 class Arm(NamedTuple):
@@ -109,18 +95,19 @@ def run(params: PpoParams, inputs: dict[str, Path], outputs: Path, context: Stag
             used, a guard that has fired; the last good checkpoint is kept.
         Stopped: a signal came; the checkpoint is written.
     """
-    from pipelines.core import reward_functions
+    from pipelines.core import alignment_tax, policy_answers, policy_card, policy_evaluation, reward_functions
 
     # 1. Prompts, reward, the four roles, and how long and how fast.
     sft = inputs["sft"] / "model"
     tokenizer = language_models.load_tokenizer(str(sft))
-    train, held_out = _prompts(params, inputs, tokenizer)
-    own = (str(inputs["reward"] / "model"),)
-    load_rewards = partial(reward_functions.load, params.rewards or own, context.root, tokenizer, context)
-    actors = _actors(params, inputs, context)
-    score = None if actors.reward_head is not None else partial(_score, load_rewards())
-    task = Task(tokenizer, train, score, inputs["data"])
-    plan = _plan(params, actors)
+    prompts = ppo_setup.prompts(params, inputs["data"], tokenizer)
+    held_out = policy_answers.held_out(params, inputs["data"], tokenizer, "ppo")
+    rewards = params.rewards or (str(inputs["reward"] / "model"),)
+    load_rewards = partial(reward_functions.load, rewards, context.root, tokenizer, context)
+    actors = ppo_setup.roles(params, inputs, context)
+    score = None if actors.reward_head is not None else partial(ppo_setup.score, load_rewards())
+    task = Task(tokenizer, prompts, score, inputs["data"])
+    plan = ppo_setup.plan(params, actors)
 
     # 2. Train: with the pre-training gradient, and for comparison without it; each from the same start.
     arms = {Arm("", params.ptx_coefficient): outputs / "model"}
@@ -136,11 +123,40 @@ def run(params: PpoParams, inputs: dict[str, Path], outputs: Path, context: Stag
     if not context.world.leads:
         return {}
     trained = sum(value.numel() for role in ("policy", "value") for value in actors.trained(role))
-    del actors, task
+    del actors, task, score
     context.write_history(outputs / "history.csv")
 
-    # 3. Measure what was saved: answers to held-out prompts beside those of the SFT model, and the alignment tax.
-    return {}
+    # 3. Measure what was saved: answers to held-out prompts beside the SFT model's, and the alignment tax.
+    proxy = partial(ppo_setup.text_scores, load_rewards())
+    compared, found = policy_evaluation.evaluate(params, held_out, outputs / "model", sft, proxy, outputs, context)
+    columns = (alignment_tax.POLICY, alignment_tax.PLAIN)
+    models = {alignment_tax.SFT: sft} | dict(zip(columns, arms.values(), strict=False))
+    metrics = {
+        **found,
+        **alignment_tax.evaluate(inputs["data"], params.eval_bytes, models, outputs, context),
+        "prompts_test": float(len(held_out)),
+        "episodes": float(params.iterations * params.episodes),
+        "steps": float(plan.steps),
+        "trained_parameters": float(trained),
+        "parameters": float(parameters),
+    }
+    samples = policy_card.samples(compared, params.samples)
+    context.say(samples)
+    artifacts.write_text(outputs / "samples.md", samples)
+    how = (
+        f"PPO on {metrics['episodes']:.0f} episodes ({plan.steps} optimizer steps, {params.method}), KL coefficient "
+        f"{params.kl_coefficient:g}, coefficient of the pre-training gradient {params.ptx_coefficient:g}."
+    )
+    card = policy_card.card(json.loads((outputs / "model/config.json").read_text())["model_type"], how, metrics)
+    artifacts.write_text(outputs / "model" / "README.md", card)
+    return metrics
+
+
+def measure(params: PpoParams, inputs: dict[str, Path], context: StageContext, model: Path, evaluation: Path) -> None:
+    """Ask another policy, such as today's champion, what `run` asks; writes its columns of gold."""
+    from pipelines.core import policy_evaluation
+
+    policy_evaluation.measure(params, inputs, context, model, evaluation)
 
 
 def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, context: StageContext) -> None:
@@ -149,7 +165,7 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
     Raises:
         UserError: the reward cannot be used, or a guard has stopped the run; the last good checkpoint is kept.
     """
-    from pipelines.core import policy_gradient, ppo_figures, ppo_step, ptx, training
+    from pipelines.core import episodes, policy_gradient, ppo_figures, ppo_step, ptx, training
     from pipelines.core.phases import Phases
 
     place = context.work / f"{arm.name}checkpoints"
@@ -172,6 +188,8 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
         # 2. Advantages: the reward where a response ends, less each token's KL penalty, credited by GAE.
         mask = found.rollout.mask
         rewards = policy_gradient.token_rewards(found.log_ratios, found.scores, mask, coefficient)
+        if iteration == 0:
+            found = episodes.fit_values(actors, found, rewards, params.discount)
         estimates = policy_gradient.gae(rewards, found.values, mask, params.discount, params.trace)
         whitened = policy_gradient.whiten(estimates.advantages, mask)
         targets = ppo_step.Targets(found, whitened, estimates.returns)
@@ -179,7 +197,8 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
         # 3. Update: `epochs` times over the minibatches, one step of either optimizer on each.
         warm = min(1.0, START + (1 - START) * iteration / max(1, params.warmup_iterations))
         learner = learner._replace(lr=warm * plan.lr, value_lr=warm * plan.value_lr)
-        seen, step = [], iteration * params.epochs * params.minibatches
+        seen: list[dict[str, float]] = []
+        step = iteration * params.epochs * params.minibatches
         with phases.of("update"):
             for minibatch in found.minibatches * params.epochs:
                 seen.append(ppo_step.take(learner, targets, minibatch, pretraining, step + len(seen), params, context))
@@ -194,6 +213,9 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
         }
         context.log(iteration + 1, **{arm.name + key: value for key, value in told.items()})
         context.progress(iteration + 1, params.iterations, score=told["score"], kl=told["kl"])
+        if iteration in (0, params.iterations - 1):
+            title = f"Rollouts of {arm.name}iteration {iteration + 1}"
+            context.say(ppo_figures.page(found, rewards, params.samples, title))
         _guard(arm, params, context)
         if params.kl_target is not None:
             measured = (told["kl"], params.kl_target, params.kl_horizon, len(mask))
@@ -202,12 +224,14 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
         # 5. Keep what has been learned.
         due, stop = context.after_step(checkpoints.due(iteration + 1) or iteration + 1 == params.iterations)
         if due and context.world.leads:
-            kept = {role: training.optimizer_state(getattr(learner, role)) for role in ("policy", "value")}
+            kept: dict[str, Any] = {
+                role: training.optimizer_state(getattr(learner, role)) for role in ("policy", "value")
+            }
             kept |= {"trained": actors.trained_state(), "iteration": iteration + 1, "coefficient": coefficient}
             checkpoints.save(iteration + 1, kept | {"history": context.history, "spent": phases.spent})
         if stop:
             context.stop_if_asked()
-    _check_steps(learner, plan)
+    ppo_step.check_count(learner, plan.steps)
     if not arm.name:
         phases.report()
 
@@ -261,85 +285,6 @@ def _guard(arm: Arm, params: PpoParams, context: StageContext) -> None:
     ]
     if (problem := guards.check(limits, rows)) is not None:
         raise ArtifactError(f"ppo stopped after iteration {len(rows)}: {problem}")
-
-
-def _check_steps(learner: Learner, plan: Plan) -> None:
-    """Both optimizers have made as many steps as were planned: each counts its own.
-
-    Raises:
-        AssertionError: they have not.
-    """
-    for name, optimizer in (("policy", learner.policy), ("value", learner.value)):
-        made = {int(state["step"]) for state in optimizer.state.values()}
-        assert made == {plan.steps}, f"{name}: {made} optimizer steps were made, {plan.steps} were planned"
-
-
-def _prompts(params: PpoParams, inputs: dict[str, Path], tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to train on, as many as the run can use, and held-out ones.
-
-    Raises:
-        ArtifactError: the data have no prompts.
-        DataError: there is none, or one is too long.
-    """
-    found = []
-    for split, count in (("train", params.iterations * params.batch_prompts), ("test", params.eval_prompts)):
-        judged = params.judge == "overlap" and split == "test"
-        chosen, _ = completions.choose(params, inputs["data"], split, count, tokenizer, judged)
-        if not chosen:
-            raise DataError(
-                f"prompts/{split} has no prompt{' with a reference' if judged else ''} that ppo could use; accepted: at "
-                "least one. Give data.sources a file with table: prompts."
-            )
-        found.append(chosen)
-    return found[0], found[1]
-
-
-def _actors(params: PpoParams, inputs: dict[str, Path], context: StageContext) -> Actors:
-    """The roles, on one backbone where adapters are trained.
-
-    Raises:
-        ParamsError: prompt and response do not fit the model's context; the model is to be split.
-    """
-    from transformers import AutoConfig
-
-    from pipelines.core import actors, k_way, sampling, scoring
-
-    if context.world.size > 1 and context.world.sharding == "full":
-        raise ParamsError("compute.sharding: ppo cannot split its model, which samples while it learns; set none")
-    sft, reward = inputs["sft"] / "model", inputs["reward"]
-    room = sampling.context_length(AutoConfig.from_pretrained(sft))
-    need = params.max_prompt_tokens + params.max_new_tokens
-    if room is not None and max(need, params.ptx_length) > room:
-        raise ParamsError(
-            f"ppo.max_prompt_tokens + ppo.max_new_tokens is {need} and ppo.ptx_length {params.ptx_length} tokens; the SFT "
-            f"model's context is {room}: lower them"
-        )
-    longest = max(k_way.ROW_TOKENS, need * params.samples_per_prompt, params.ptx_length, scoring.WINDOW)
-    own = not params.rewards
-    if params.method == "full":
-        return actors.separate(sft, reward / "model" if own else None, longest, params.seed, context)
-    adapted = own and (reward / "adapter").is_dir()  # one that was trained whole is a model of its own
-    return actors.shared(sft, reward if adapted else None, params.lora_rank, longest, params.seed, context)
-
-
-def _plan(params: PpoParams, actors: Actors) -> Plan:
-    """How long, how fast: from the params where they say so, else from the model's width."""
-    width = actors.value_head.weight.shape[1]
-    factor = fine_tuning.LORA_FACTOR if params.method == "lora" else 1.0
-    return Plan(
-        steps=params.iterations * params.epochs * params.minibatches,
-        lr=params.lr or PAPER_LR * PAPER_WIDTH / width * factor,
-        value_lr=params.value_lr or PAPER_VALUE_LR * PAPER_VALUE_WIDTH / width * factor,
-    )
-
-
-def _score(rewards: list[Reward], rollout: Rollout, call: int) -> list[float]:
-    """Scores of a rollout's responses by what is none of the actors' roles."""
-    from pipelines.core import reward_functions
-
-    prompts = [one.text for one, said in zip(rollout.prompts, rollout.responses, strict=True) for _ in said]
-    responses = [text for said in rollout.responses for text in said]
-    return reward_functions.score(rewards, prompts, responses, call).values
 
 
 def _tell(context: StageContext, where: str, done: int, total: int) -> None:

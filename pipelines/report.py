@@ -1,6 +1,6 @@
 """Stage `report`: one page that says what the other stages made and whether it is any better.
 
-In: the artifacts and metrics of every stage before, `mlflow/registry.yaml`, `constraints.txt`. Out:
+In: the artifacts and metrics of every stage before, `params.yaml`, `mlflow/registry.yaml`, `constraints.txt`. Out:
 `report.html` (one file that works offline), `report.md`, and their `plots/` as SVG.
 
 The page is made from what the inputs hold, so a stage that is added to the graph appears in it; what is missing
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipelines.core import artifacts, policy, report_gates, report_html, report_inputs, report_plots
+from pipelines.core import artifacts, policy, report_gates, report_html, report_inputs, report_plots, report_policy
 from pipelines.core.context import StageContext
 from pipelines.core.gates import Row
 from pipelines.core.params.report import ReportParams
@@ -27,9 +27,11 @@ PLOTS = "plots"
 NAMES = {
     "bits_per_byte": "bits per byte of held-out text",
     "response_bits_per_byte": "bits per byte of people's answers to held-out prompts",
+    "gold": "gold score of answers to held-out prompts",
 }
 SPEEDS = {
     "tokens_per_second": "tokens a second",
+    "episodes_per_second": "episodes a second",
     "matmul_share": "share of this machine's own matrix-product rate",
 }
 
@@ -47,7 +49,7 @@ def run(params: ReportParams, inputs: dict[str, Path], outputs: Path, context: S
     samples = {stage.name: report_inputs.samples(stage, params.samples) for stage in stages}
     registry = inputs.get(policy.FILE)
     gates = report_gates.judge(stages, registry) if registry is not None else []
-    plots = [plot for stage in stages for plot in report_plots.of_stage(stage)]
+    plots = [plot for stage in stages for plot in (*report_policy.of_stage(stage), *report_plots.of_stage(stage))]
 
     # 2. What it says, the answer first.
     sections = [
@@ -63,6 +65,7 @@ def run(params: ReportParams, inputs: dict[str, Path], outputs: Path, context: S
         ),
         *(Section(f"Checks of {stage.name}", text) for stage in stages if (text := _checks(stage))),
         Section("All metrics", _metrics(stages), folded=True),
+        *_params(report_inputs.params(inputs, stages)),
         *_environment(inputs),
     ]
 
@@ -92,9 +95,9 @@ def _answer(stages: Sequence[Stage], changes: Sequence[Change]) -> str:
         parts.append("> " + _sentence(change))
         name = f"{words(change.stage)}: {NAMES.get(change.metric, code(change.metric))}"
         rows.append([f"{name}, before", number(change.before), ""])
-        rows.append(
-            [f"{name}, **after**", f"**{number(change.after)}**", interval(change.after_low, change.after_high)]
-        )
+        low, high = change.after_low, change.after_high
+        ends = "" if low is None or high is None else interval(low, high)
+        rows.append([f"{name}, **after**", f"**{number(change.after)}**", ends])
         rows.append([f"{name}, gain", number(change.gain), interval(change.gain_low, change.gain_high)])
         if change.classical is not None:
             rows.append([f"{name}, classical compressor", number(change.classical), ""])
@@ -194,6 +197,12 @@ def _metrics(stages: Sequence[Stage]) -> str:
         for key, value in sorted(stage.metrics.items())
     ]
     return table(["stage", "metric", "value"], rows, right=(2,)) if rows else "No stage wrote metrics."
+
+
+def _params(sections: Mapping[str, list[tuple[str, str]]]) -> list[Section]:
+    """Every dial of the stages and where it stood."""
+    rows = [[words(stage), code(key), code(value)] for stage, dials in sections.items() for key, value in dials]
+    return [Section("Params", table(["stage", "dial", "value"], rows), folded=True)] if rows else []
 
 
 def _environment(inputs: Mapping[str, Path]) -> list[Section]:

@@ -80,11 +80,13 @@ def run(params: RewardParams, inputs: dict[str, Path], outputs: Path, context: S
         DataError: rankings that cannot be learned from, or that would measure what was learned from.
         Stopped: a signal came; the checkpoint is written.
     """
-    from pipelines.core import k_way, reward_evaluation, reward_model, training
+    from pipelines.core import k_way, reward_model, training
 
     # 1. What is learned from, what is held out, and the model.
     tokenizer = language_models.load_tokenizer(str(inputs["sft"] / "model"))
-    train, held_out, unseen, left_out = reward_examples.gather(params, inputs["feedback"], tokenizer, context)
+    asked = (params, params.held_out_labelers, inputs["feedback"], tokenizer, context)
+    examples = reward_examples.gather(*asked)
+    train, held_out = examples.train, examples.held_out
     elements = reward_examples.by_prompt(train)
     model = _model(params, inputs["sft"] / "model", tokenizer, elements, context)
     plan = _plan(params, model, elements)
@@ -124,23 +126,8 @@ def run(params: RewardParams, inputs: dict[str, Path], outputs: Path, context: S
     reward_model.save_constants(outputs / "model", model, level)
 
     # 4. Measure that on rankings it has not seen.
-    answers = reward_evaluation.read_samples(inputs["feedback"], tokenizer)  # most of them are ranked too: scored once
-    every = held_out.sequences + (answers.sequences if answers else [])
-    every_score = reward_model.score_sequences(model, every, context, teller("after training"))
-    scores, of_answers = every_score[: len(held_out.sequences)], every_score[len(held_out.sequences) :]
-    longer = preference_data.longer_wins(train.rankings)
-    rows = reward_evaluation.table(held_out.rankings, scores, state["log_probabilities"], longer, unseen)
-    reading.write_evaluation(outputs / "evaluation.parquet", rows)
     metrics = {
-        **reward_evaluation.accuracies(rows),
-        **reward_evaluation.write_curves(outputs, held_out.rankings, scores, state["log_probabilities"], longer),
-        **(reward_evaluation.best_of_n(outputs, answers, of_answers) if answers else {}),
-        "prompts_test": float(len({one.task for one in held_out.rankings})),
-        "comparisons_train": float(len(train.rankings)),
-        "pairs_train": float(sum(len(one.pairs) for one in train.rankings)),
-        "ties_dropped": float(sum(one.undecided for one in train.rankings)),
-        "comparisons_all_tied": float(left_out),
-        "dropped_too_long": float(train.dropped + held_out.dropped),
+        **_evaluate(params, examples, model, tokenizer, state["log_probabilities"], inputs, outputs, context),
         "reward_mean": level.mean,
         "reward_std": level.deviation,
         "steps": float(plan.steps),
@@ -149,11 +136,45 @@ def run(params: RewardParams, inputs: dict[str, Path], outputs: Path, context: S
         "trained_parameters": float(plan.trained),
         "parameters": float(sum(value.numel() for value in model.parameters())),
     }
+    artifacts.write_text(outputs / "model" / "README.md", reward_card.card(params, model, metrics))
+    return metrics
+
+
+def _evaluate(
+    params: RewardParams,
+    examples: reward_examples.Examples,
+    model: Any,
+    tokenizer: Any,
+    log_probabilities: list[list[float]],
+    inputs: dict[str, Path],
+    outputs: Path,
+    context: StageContext,
+) -> dict[str, float]:
+    """Score what is held out; write rows, curves and samples. `log_probabilities`: what the SFT model thinks of it."""
+    from pipelines.core import k_way, reward_evaluation, reward_model
+
+    train, held_out, unseen, left_out = examples
+    answers = reward_evaluation.read_samples(inputs["feedback"], tokenizer)  # most of them are ranked too: scored once
+    asked = held_out.sequences + (answers.sequences if answers else [])
+    every = reward_model.score_sequences(model, asked, context, k_way.teller(context, "after training"))
+    scores, of_answers = every[: len(held_out.sequences)], every[len(held_out.sequences) :]
+    longer = preference_data.longer_wins(train.rankings)
+    rows = reward_evaluation.table(held_out.rankings, scores, log_probabilities, longer, unseen)
+    reading.write_evaluation(outputs / "evaluation.parquet", rows)
     samples = reward_card.samples(held_out.rankings[: params.samples], scores[: params.samples])
     context.say(samples)
     artifacts.write_text(outputs / "samples.md", samples)
-    artifacts.write_text(outputs / "model" / "README.md", reward_card.card(params, model, metrics))
-    return metrics
+    return {
+        **reward_evaluation.accuracies(rows),
+        **reward_evaluation.write_curves(outputs, held_out.rankings, scores, log_probabilities, longer),
+        **(reward_evaluation.best_of_n(outputs, answers, of_answers) if answers else {}),
+        "prompts_test": float(len({one.task for one in held_out.rankings})),
+        "comparisons_train": float(len(train.rankings)),
+        "pairs_train": float(sum(len(one.pairs) for one in train.rankings)),
+        "ties_dropped": float(sum(one.undecided for one in train.rankings)),
+        "comparisons_all_tied": float(left_out),
+        "dropped_too_long": float(train.dropped + held_out.dropped),
+    }
 
 
 def measure(
@@ -167,7 +188,8 @@ def measure(
 
     tokenizer = language_models.load_tokenizer(str(inputs["sft"] / "model"))
     # With the tokenizer of `run`, so that the rankings that fit are the same.
-    held_out = reward_examples.gather(params, inputs["feedback"], tokenizer, context).held_out
+    asked = (params, params.held_out_labelers, inputs["feedback"], tokenizer, context)
+    held_out = reward_examples.gather(*asked).held_out
     judge, theirs = reward_model.load(model, context, k_way.kind(context.device, held_out.sequences))
     items = [(one.prompt, one.responses) for one in held_out.rankings]
     scores = reward_model.score(judge, theirs, items, context, k_way.teller(context, "champion"))
@@ -206,19 +228,6 @@ def _plan(params: RewardParams, model: Any, train: reward_examples.Elements) -> 
     )
 
 
-def drawn(seed: int, step: int, steps: int, count: int) -> list[int]:
-    """Numbers of the prompts of a step: in `steps` steps each of `count` once, in an order of the epoch's own.
-
-    No step is more than one larger than another: a small last one would be a noisy one.
-    """
-    import numpy as np
-
-    epoch, place = divmod(step, steps)
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    numbers: list[int] = np.array_split(order, steps)[place].tolist()
-    return numbers
-
-
 def _train(
     params: RewardParams,
     plan: Plan,
@@ -241,7 +250,7 @@ def _train(
     model.train()
     for step in range(state["step"], plan.steps):
         # 1. The prompts of this step.
-        numbers = drawn(params.seed, step, plan.steps // params.epochs, len(train.sequences))
+        numbers = reward_examples.drawn(params.seed, step, plan.steps // params.epochs, len(train.sequences))
         decided = [train.pairs[number] for number in numbers]
         sequences = [train.sequences[number] for number in numbers]
 

@@ -34,7 +34,7 @@ def first_to_fire(rows: list[dict[str, float]], limits: Guards = LIMITS) -> int 
         ("clip_fraction", [0.1, 0.9, 0.9, 0.9, 0.9, 0.31], 6, ["30%", "5 iterations", "ppo.lr", "ppo.epochs"]),
         ("clip_fraction", [0.31, 0.9, 0.9, 0.9, 0.9], 5, ["30%"]),
         ("clip_fraction", [0.9, 0.9, 0.9, 0.9, 0.3, 0.9, 0.9, 0.9, 0.9, 0.9], 10, ["30%"]),
-        ("explained_variance", [-0.1, -2.0, -0.1, 0.0, -1.0, -1.0, -1.0, -1.0, -0.25], 9, ["-0.25", "ppo.value_lr"]),
+        ("explained_variance", [-0.6, -2.0, -0.6, -0.5, -1.0, -1.0, -1.0, -1.0, -1.25], 9, ["-1.25", "ppo.value_lr"]),
         ("kl", [-0.2, 0.1, -0.2, -0.2, -0.2, -0.2, -0.3], 7, ["-0.30", "not what is trained"]),
     ],
 )
@@ -60,8 +60,9 @@ def test_fires_in_that_iteration_and_none_before(key: str, values: list[float], 
         ("capped_share", [0.9] * 8),  # so is a model that never ends
         ("clip_fraction", [0.3] * 8),
         ("clip_fraction", [0.9, 0.9, 0.9, 0.9, 0.1] * 3),
-        ("explained_variance", [0.0] * 8),
+        ("explained_variance", [-0.5] * 8),
         ("explained_variance", [-5.0, -4.0, -3.0, -2.0, 0.1] * 2),
+        ("explained_variance", [-9.0, -8.0, -9.0, -5.0, -4.0, -3.0, -2.0, -1.0]),  # bad, and on its way
     ],
 )
 def test_a_healthy_run_passes(key: str, values: list[float]) -> None:

@@ -104,3 +104,71 @@ def test_each_layer_of_escaping_holds_alone() -> None:
         shown = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
         assert not re.findall(r"<(?:script|a|img)\b", shown), "report.md is safe with any reader of Markdown"
     assert report_text.table(["a", "b"], [["x|y", "z"]]).splitlines()[-1] == r"| x\|y | z |"
+
+
+POLICY = {
+    "kl": 1.2, "proxy": 2.0, "proxy_sft": 1.0, "gold": 0.6, "gold_sft": 0.5, "gold_gain": 0.1, "gold_gain_low": 0.05,
+    "gold_gain_high": 0.15, "alignment_tax_bits": 0.01, "alignment_tax_bits_low": -0.01,
+    "alignment_tax_bits_high": 0.03, "alignment_tax_bits_without_ptx": 0.2,
+    "alignment_tax_bits_without_ptx_low": 0.1, "alignment_tax_bits_without_ptx_high": 0.3,
+}  # fmt: skip
+
+
+@pytest.fixture
+def with_policy(inputs: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    place = tmp_path / "ppo"
+    place.mkdir()
+    history = [  # two arms, one after the other, and an estimate of KL below 0
+        "step,score,kl,gold,only,plain_score,plain_kl", "1,0.5,-0.01,0.4,,,", "2,0.9,0.8,0.5,,,", "3,1.5,1.1,,7,,",
+        "1,,,,,0.5,0.0", "2,,,,,0.8,2.5",
+    ]  # fmt: skip
+    curve = ["n,kl,proxy,gold,gold_low,gold_high", "1,0.0,1.0,0.5,0.4,0.6", "2,0.2,1.4,0.55,0.5,0.6"]
+    (place / "history.csv").write_text("\n".join(history))
+    (place / "best_of_n.csv").write_text("\n".join(curve))
+    (tmp_path / "ppo.json").write_text(json.dumps(POLICY))
+    dials = "compute: {device: cuda}\nppo: {lr: null, rewards: ['a|b']}\nsft: {lr: 0.123}\n"
+    (tmp_path / "params.yaml").write_text(dials)
+    more = {"ppo": place, "metrics/ppo.json": tmp_path / "ppo.json", "params.yaml": tmp_path / "params.yaml"}
+    return {"pretrain": inputs["pretrain"]} | more
+
+
+def names(place: Path) -> set[str]:
+    return {path.stem for path in (place / "plots").glob("ppo-*.svg")}
+
+
+def test_a_policy_against_its_distance_and_its_tax(
+    with_policy: dict[str, Path], tmp_path: Path, context: StageContext
+) -> None:
+    for folder in ("out", "again"):
+        make(with_policy, tmp_path / folder, context)
+    assert artifacts.content_hash(tmp_path / "out") == artifacts.content_hash(tmp_path / "again")
+    curves = {"ppo-score", "ppo-kl", "ppo-gold", "ppo-only"}
+    assert names(tmp_path / "out") == curves | {"ppo-against-kl", "ppo-alignment-tax"}
+    told = (tmp_path / "out/report.md").read_text().replace("\\", "")
+    assert "**Yes.** ppo went from 0.5000 to 0.6000 gold score of answers to held-out prompts" in told
+    assert (
+        "this policy 0.01000 (-0.01000 to 0.03000); without pre-training gradients 0.2000 (0.1000 to 0.3000)." in told
+    )
+    assert "kl of ppo: -0.01000 at step 1, 1.100 at step 3 (without pre-training gradients 2.500)." in told
+
+
+def test_a_policy_that_nobody_judged(with_policy: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
+    metrics = {key: value for key, value in POLICY.items() if "gold" not in key and "without" not in key}
+    with_policy["metrics/ppo.json"].write_text(json.dumps(metrics))
+    (with_policy["ppo"] / "best_of_n.csv").write_text("n,kl,proxy\n1,0.0,1.0\n2,0.2,1.4\n")
+    (with_policy["ppo"] / "history.csv").unlink()
+    make(with_policy, tmp_path / "out", context)
+    assert names(tmp_path / "out") == {"ppo-against-kl", "ppo-alignment-tax"}
+    (with_policy["ppo"] / "best_of_n.csv").write_text("n,kl,proxy\n1,0.0,many\n")
+    with pytest.raises(ArtifactError, match=r"ppo/best_of_n\.csv:2: proxy: no number: 'many'"):
+        make(with_policy, tmp_path / "bad", context)
+
+
+def test_params_of_the_stages_it_reports(with_policy: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
+    make(with_policy, tmp_path / "out", context)
+    told = (tmp_path / "out/report.md").read_text()
+    assert r'| ppo | `rewards` | `["a\|b"]` |' in told and "| ppo | `lr` | `null` |" in told
+    assert "cuda" not in told and "0.123" not in told, "of no stage that is not part of it"
+    with_policy["params.yaml"].write_text("- ppo")
+    with pytest.raises(ArtifactError, match=r"params\.yaml is no mapping of sections"):
+        make(with_policy, tmp_path / "bad", context)

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from models import model, tokenizer
+from safetensors.torch import load_file
 
 from pipelines import reward
-from pipelines.core import artifacts, chats, k_way, reward_model
+from pipelines.core import artifacts, chats, k_way, reward_examples, reward_model
 from pipelines.core.context import StageContext, Stopped
 from pipelines.core.errors import ArtifactError, DataError, ParamsError
 from pipelines.core.params.reward import RewardParams
@@ -265,7 +266,7 @@ def test_stopped_and_resumed_ends_the_same(inputs: dict[str, Path], tmp_path: Pa
 
 
 def test_an_epoch_is_every_ranking_once() -> None:
-    first, second = ([reward.drawn(7, step, 5, 23) for step in epoch] for epoch in (range(5), range(5, 10)))
+    first, second = ([reward_examples.drawn(7, step, 5, 23) for step in epoch] for epoch in (range(5), range(5, 10)))
     for epoch in (first, second):
         assert sorted(number for step in epoch for number in step) == list(range(23))
         assert {len(step) for step in epoch} == {4, 5}
@@ -284,6 +285,14 @@ def test_lora_trains_adapters_and_head_alone(inputs: dict[str, Path], tmp_path: 
     metrics, out, _ = run(inputs, tmp_path, method="lora", lr=1e-2)
     assert 0 < metrics["trained_parameters"] < metrics["parameters"] / 4
     assert metrics["accuracy_low"] > 0.8 and not (out / "model/adapter_config.json").exists()
+    text = (out / "adapter/adapter_config.json").read_text() + (out / "adapter/base.json").read_text()
+    assert (
+        artifacts.content_hash(inputs["sft"] / "model/model.safetensors") in text and str(tmp_path.parent) not in text
+    )
+    kept = load_file(out / "adapter/adapter_model.safetensors") | load_file(out / "adapter/head.safetensors")
+    assert sum(value.numel() for value in kept.values()) == metrics["trained_parameters"], "all that was trained"
+    again = run(inputs, tmp_path / "again", method="lora", lr=1e-2)[1]
+    assert artifacts.content_hash(again) == artifacts.content_hash(out)
     assert json.loads((out / "model/config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
 
 

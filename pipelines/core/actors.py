@@ -27,6 +27,7 @@ import torch
 
 from pipelines.core import attention, k_way, language_models, losses, reward_model, segments, training
 from pipelines.core.context import StageContext
+from pipelines.core.errors import ArtifactError
 
 Role = Literal["policy", "reference", "value", "reward"]
 
@@ -44,6 +45,11 @@ class Actors:
         self.sft, self.rank = sft, rank
         for model in models.values():
             model.eval()
+        # Looked up once: a walk through the modules of 30 layers takes a hundredth of a second, a step makes many.
+        self._named = {role: self._of(role) for role in ("policy", "value")}
+        learned = {id(value) for named in self._named.values() for value in named.values()}
+        every = {id(value): value for model in models.values() for value in model.parameters()}
+        self._frozen = [value for number, value in every.items() if number not in learned]
         self._mark()
 
     @property
@@ -53,19 +59,25 @@ class Actors:
 
     @contextmanager
     def using(self, role: Role) -> Iterator[Any]:
-        """The role's model: a causal language model, or for `value` and `reward` what gives their hidden states."""
+        """The role's model: a causal language model, or for `value` and `reward` what gives their hidden states.
+
+        One role at a time: inside the block no other may be asked for. Gradients of one may be computed after it.
+        """
         model = self.models[role]
         if not self.shared:
             yield model
-            return
-        if role == "reference":
-            with model.disable_adapter():
+        elif role == "reference":
+            model.base_model.disable_adapter_layers()
+            try:
                 yield model
+            finally:
+                model.base_model.enable_adapter_layers()
+                self._mark()
         else:
-            model.set_adapter(role)
-            self._mark()
+            if model.active_adapters != [role]:
+                model.set_adapter(role)
+                self._mark()
             yield model
-        self._mark()
 
     def hidden(self, role: Role, rows: segments.Rows, context: StageContext) -> torch.Tensor:
         """Last hidden states (rows, length, width)."""
@@ -89,6 +101,12 @@ class Actors:
         found: torch.Tensor = self.value_head(hidden.float())[:, 0]
         return found
 
+    def rescale_values(self, slope: float, intercept: float) -> None:
+        """From now on values are slope x what they were + intercept."""
+        with torch.no_grad():
+            self.value_head.weight.mul_(slope)
+            self.value_head.bias.mul_(slope).add_(intercept)
+
     def rewards(self, batch: k_way.Responses, context: StageContext) -> torch.Tensor:
         """Reward of each response, read at its last token: (N,) fp32, demonstrations being 0 on average."""
         assert self.reward_head is not None, "there is no reward role"
@@ -98,17 +116,17 @@ class Actors:
 
     def trained(self, role: Literal["policy", "value"]) -> list[torch.nn.Parameter]:
         """The parameters that a role's optimizer updates."""
-        return list(self._named(role).values())
+        return list(self._named[role].values())
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint holds of the weights; copies."""
-        every = self._named("policy") | self._named("value")
+        every = self._named["policy"] | self._named["value"]
         return {name: value.detach().clone() for name, value in every.items()}
 
     def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
         """Put back what `trained_state` gave."""
         with torch.no_grad():
-            for name, value in (self._named("policy") | self._named("value")).items():
+            for name, value in (self._named["policy"] | self._named["value"]).items():
                 value.copy_(state[name])
 
     def save(self, place: Path, tokenizer: Any, context: StageContext) -> int:
@@ -121,18 +139,20 @@ class Actors:
         else:
             kind = _inner(self.models["policy"]).config._attn_implementation
             fresh = training.with_lora(language_models.load(str(self.sft), context.dtype, kind), self.rank)
-            state = {name.replace(".policy.", ".default."): value for name, value in self._named("policy").items()}
+            learned = self._named["policy"]
+            state = {name.replace(".policy.", ".default."): value.data for name, value in learned.items()}
             training.load_trained_state(fresh, state)
             plain = fresh.merge_and_unload()
         plain.to(context.dtype).save_pretrained(place)
         tokenizer.save_pretrained(place)
         return sum(value.numel() for value in plain.parameters())
 
-    def _named(self, role: str) -> dict[str, torch.nn.Parameter]:
+    def _of(self, role: str) -> dict[str, torch.nn.Parameter]:
         """The role's trained parameters by name."""
         model = self.models[role]
         if self.shared:
-            found = {name: value for name, value in model.named_parameters() if f".{role}." in name and "lora" in name}
+            ours = (f".lora_A.{role}.", f".lora_B.{role}.")
+            found = {name: value for name, value in model.named_parameters() if any(part in name for part in ours)}
         else:
             part = model if role == "policy" else model.base_model  # a classifier's own head is not the value head
             found = {f"{role}.{name}": value for name, value in part.named_parameters()}
@@ -142,10 +162,10 @@ class Actors:
 
     def _mark(self) -> None:
         """Say which parameters are trained: peft freezes the adapters that it switches off."""
-        for model in {id(one): one for one in self.models.values()}.values():
-            model.requires_grad_(False)
-        for role in ("policy", "value"):
-            for value in self._named(role).values():
+        for value in self._frozen:
+            value.requires_grad_(False)
+        for named in self._named.values():
+            for value in named.values():
                 value.requires_grad_(True)
 
 
@@ -164,20 +184,14 @@ def shared(sft: Path, reward: Path | None, rank: int, longest: int, seed: int, c
     language_models.body_and_head(base)
     model = training.with_lora(base, rank, "policy")
     models = dict.fromkeys(("policy", "reference", "value"), model)
-    head = torch.nn.Linear(base.config.hidden_size, 1)
+    reward_head, mean = None, 0.0
     if reward is None:
         model.add_adapter("value", copy.deepcopy(model.peft_config["policy"]))
-        _set_head(head, None, 0.0)
-        reward_head, mean = None, 0.0
     else:
-        for name in ("reward", "value"):
-            reward_head = reward_model.load_adapter(model, reward / "adapter", sft, name)
+        reward_head, mean = reward_model.load_adapter(model, reward / "adapter", sft, "reward"), _mean(reward / "model")
+        reward_model.load_adapter(model, reward / "adapter", sft, "value")
         models["reward"] = model
-        mean = _mean(reward / "model")
-        _set_head(head, reward_head, mean)
-        reward_head = reward_head.to(context.device)
-    return Actors({role: one.to(context.device) for role, one in models.items()},
-                  head.to(context.device), reward_head, mean, sft, rank)  # fmt: skip
+    return _on_device(models, base.config.hidden_size, reward_head, mean, sft, rank, context)
 
 
 def separate(sft: Path, reward: Path | None, longest: int, seed: int, context: StageContext) -> Actors:
@@ -187,32 +201,43 @@ def separate(sft: Path, reward: Path | None, longest: int, seed: int, context: S
     policy = language_models.load(str(sft), torch.float32, kind)
     language_models.body_and_head(policy)
     models = {"policy": policy, "reference": copy.deepcopy(policy)}  # fp32 both: KL is 0 to the last bit at the start
-    head = torch.nn.Linear(policy.config.hidden_size, 1)
+    reward_head, mean, width = None, 0.0, policy.config.hidden_size
     if reward is None:
         models["value"] = copy.deepcopy(policy)
-        _set_head(head, None, 0.0)
-        reward_head, mean = None, 0.0
     else:
         models["reward"], _ = reward_model.load(reward, context, kind)
         models["value"] = copy.deepcopy(models["reward"]).float()
         reward_head, mean = getattr(models["reward"], reward_model.HEAD).weight.detach().float(), _mean(reward)
-        head = torch.nn.Linear(reward_head.shape[1], 1)
-        _set_head(head, reward_head, mean)
-    return Actors({role: one.to(context.device) for role, one in models.items()},
-                  head.to(context.device), reward_head, mean, sft, None)  # fmt: skip
+        width = reward_head.shape[1]
+    return _on_device(models, width, reward_head, mean, sft, None, context)
 
 
 def _inner(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _set_head(head: torch.nn.Linear, weight: torch.Tensor | None, mean: float) -> None:
-    """What the reward's head says, less the mean; zeros without one, as in lm-human-preferences."""
+def _on_device(
+    models: dict[str, Any], width: int, reward_head: torch.Tensor | None, mean: float, sft: Path, rank: int | None,
+    context: StageContext,
+) -> Actors:  # fmt: skip
+    """The actors, with a value head that says what the reward says: the reward's head less the mean, or 0."""
+    head = torch.nn.Linear(width, 1)
     with torch.no_grad():
-        head.weight.copy_(torch.zeros_like(head.weight) if weight is None else weight)
+        # Without a reward model zeros, as in lm-human-preferences.
+        head.weight.copy_(torch.zeros_like(head.weight) if reward_head is None else reward_head)
         head.bias.fill_(-mean)
+    placed = {role: one.to(context.device) for role, one in models.items()}
+    scorer = None if reward_head is None else reward_head.to(context.device)
+    return Actors(placed, head.to(context.device), scorer, mean, sft, rank)
 
 
 def _mean(place: Path) -> float:
-    """What demonstrations score on average, from a reward model's configuration."""
-    return float(json.loads((place / "config.json").read_text(encoding="utf-8"))["reward_mean"])
+    """What demonstrations score on average, from a reward model's configuration.
+
+    Raises:
+        ArtifactError: it does not say.
+    """
+    found = json.loads((place / "config.json").read_text(encoding="utf-8")).get("reward_mean")
+    if found is None:
+        raise ArtifactError(f"{place}: config.json has no reward_mean: the model was not made by stage reward")
+    return float(found)

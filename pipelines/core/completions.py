@@ -12,13 +12,15 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pipelines.core import artifacts, chats, reading
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError, DataError
 from pipelines.core.labelers import drawn
-from pipelines.core.params.feedback import FeedbackParams
+
+if TYPE_CHECKING:
+    from pipelines.core.params.feedback import FeedbackParams
 
 BATCH_PROMPTS = 32  # sampled together, and what a killed run loses at most
 CANDIDATES = 4  # for each prompt wanted, how many are looked at where some are too long
@@ -35,6 +37,15 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
+class Limits(NamedTuple):
+    """Which prompts a stage takes, from its params."""
+
+    section: str  # of `params.yaml`, for messages
+    seed: int
+    max_prompt_tokens: int
+    too_long: Literal["refuse", "drop"]
+
+
 class Completed(NamedTuple):
     """A prompt and K sampled answers."""
 
@@ -45,7 +56,7 @@ class Completed(NamedTuple):
 
 
 def choose(
-    params: FeedbackParams, data: Path, split: str, count: int, tokenizer: Any, with_reference: bool
+    limits: Limits, data: Path, split: str, count: int, tokenizer: Any, with_reference: bool
 ) -> tuple[list[Prompt], int]:
     """`count` prompts of one side, or as many as there are, by hash of seed and id; and how many were too long.
 
@@ -55,20 +66,20 @@ def choose(
     """
     rows = reading.rows(data, "prompts", split, ["id", "group", "prompt", "reference"])
     fit = (row for row in rows if row["reference"] is not None or not with_reference)
-    best = heapq.nsmallest(CANDIDATES * count, fit, key=lambda row: (drawn(str(params.seed), row["id"]), row["id"]))
+    best = heapq.nsmallest(CANDIDATES * count, fit, key=lambda row: (drawn(str(limits.seed), row["id"]), row["id"]))
     found: list[Prompt] = []
     dropped: list[str] = []
     for row in best:
         if len(found) == count:
             break
         ids = chats.encode_prompt(tokenizer, chats.messages_of(row["prompt"]))
-        if len(ids) <= params.max_prompt_tokens:
+        if len(ids) <= limits.max_prompt_tokens:
             found.append(Prompt(row["id"], row["group"], split, row["prompt"], row["reference"], ids))
             continue
-        told = f"prompts/{split}, id {row['id']}: {len(ids)} tokens; feedback.max_prompt_tokens accepts "
-        dropped.append(f"{told}{params.max_prompt_tokens}")
-        if params.too_long == "refuse":
-            raise DataError(f"{dropped[0]}. Raise it, or set feedback.too_long: drop.")
+        told = f"prompts/{split}, id {row['id']}: {len(ids)} tokens; {limits.section}.max_prompt_tokens accepts "
+        dropped.append(f"{told}{limits.max_prompt_tokens}")
+        if limits.too_long == "refuse":
+            raise DataError(f"{dropped[0]}. Raise it, or set {limits.section}.too_long: drop.")
     if dropped and not found:
         raise DataError(f"every prompt is too long, first {dropped[0]}")
     return found, len(dropped)

@@ -158,6 +158,19 @@ def score(
     return Episodes(rollout, minibatches, **tables, scores=scores, proxy=rewards, external=proxy is not None)
 
 
+def fit_values(actors: Actors, found: Episodes, rewards: torch.Tensor, discount: float) -> Episodes:
+    """Bring the value model to the scale of the returns, by least squares on these episodes.
+
+    It starts as the reward model, which is trained to read whole responses and says anything in the middle of one: as
+    a baseline, that would drown the first advantages. `rewards`: (N, T), with the KL penalty.
+    """
+    mask = found.rollout.mask
+    returns = policy_gradient.gae(rewards, torch.zeros_like(rewards), mask, discount, trace=1.0).returns
+    slope, intercept = policy_gradient.line(found.values, returns, mask)
+    actors.rescale_values(slope, intercept)
+    return found._replace(values=torch.where(mask, found.values * slope + intercept, 0.0))
+
+
 def episodes_of(batch: k_way.Responses) -> list[int]:
     """Numbers of the episodes of a forward pass, in the order of its responses; every prompt has as many."""
     return [number * size + k for number, size in zip(batch.numbers, batch.sizes, strict=True) for k in range(size)]

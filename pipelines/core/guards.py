@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 CLIPPED = 0.3  # share of tokens beyond the clip from which the steps are no longer small: the usual rule of thumb
+NOISE = -0.5  # explained variance: a value model that adds half the variance of the returns; chance makes a tenth
 PATIENCE = 5  # iterations in a row, for what a single batch may show by chance
 BELOW_ZERO = -0.05  # nats a response: a mean KL of samples is never negative but by chance, or by a mistake
 Row = Mapping[str, float]
@@ -58,10 +59,12 @@ def check(guards: Guards, history: Sequence[Row]) -> str | None:
             f"more than {CLIPPED:.0%} of the tokens were clipped in {PATIENCE} iterations in a row: the steps are too "
             "large. Lower ppo.lr, or ppo.epochs."
         )
-    if all(row["explained_variance"] < 0 for row in recent):
+    explained = [row["explained_variance"] for row in recent]
+    if max(explained) < NOISE and explained[-1] <= explained[0]:
         return (
-            f"the value model has been worse than a constant for {PATIENCE} iterations (explained variance "
-            f"{last['explained_variance']:.2f}): advantages are noise. Lower ppo.value_lr, or raise ppo.batch_prompts."
+            f"the value model has been far worse than a constant for {PATIENCE} iterations and does not learn "
+            f"(explained variance {explained[-1]:.2f}): advantages are noise. Lower ppo.value_lr or "
+            "raise ppo.batch_prompts."
         )
     if all(row["kl"] < BELOW_ZERO for row in recent):
         return (

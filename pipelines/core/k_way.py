@@ -102,27 +102,47 @@ def over_all(
     return [list(found[number]) for number in first]
 
 
+def per_response(values: torch.Tensor, batch: Responses) -> torch.Tensor:
+    """Sums over each response's tokens, (N,), of values of the response tokens of a forward pass, (tokens,)."""
+    said = batch.rows.labels != losses.IGNORE
+    # Tokens come row by row, and in a row response by response, as the ends do: each belongs to the next end.
+    ends = batch.row * said.shape[1] + batch.column
+    owner = torch.searchsorted(ends, said.flatten().nonzero()[:, 0])
+    return values.new_zeros(len(ends)).index_add(0, owner.to(values.device), values)
+
+
+def token_log_probabilities(model: Any, batch: Responses, context: StageContext) -> torch.Tensor:
+    """What a causal model thinks of the response tokens of a forward pass: (tokens,) fp32, in nats; no gradient."""
+    _, head = language_models.body_and_head(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    labels = batch.rows.labels.to(context.device)
+    said = labels != losses.IGNORE
+    hidden = segments.hidden_states(model, batch.rows, context)
+    return losses.label_log_probabilities(hidden[said], head, labels[said])
+
+
+def log_probabilities(
+    model: Any, sequences: Sequence[segments.Sequence], pad: int, context: StageContext, tell: Tell
+) -> list[list[float]]:
+    """What a causal model thinks of each response: the sum of its tokens' log-probabilities, in nats. EOS counts."""
+
+    def values(batch: Responses) -> torch.Tensor:
+        return per_response(token_log_probabilities(model, batch, context), batch)
+
+    return over_all(sequences, pad, tell, values)
+
+
 def mean_log_probabilities(
     place: Path, sequences: Sequence[segments.Sequence], pad: int, context: StageContext, tell: Tell
 ) -> list[list[float]]:
-    """What a causal model's directory thinks of each response: mean log-probability of its tokens, in nats.
+    """As `log_probabilities`, of a model's directory, and the mean over a response's tokens.
 
-    EOS counts. The mean, since the sum falls with every token and would only prefer the shorter one.
+    The mean, since the sum falls with every token and would only prefer the shorter one.
     """
     model = language_models.load(str(place), context.dtype, kind(context.device, sequences)).to(context.device).eval()
-    _, head = language_models.body_and_head(model)
 
     def values(batch: Responses) -> torch.Tensor:
-        hidden = segments.hidden_states(model, batch.rows, context)
-        labels = batch.rows.labels.to(context.device)
-        said = labels != losses.IGNORE
-        each = losses.label_log_probabilities(hidden[said], head, labels[said])
-        # Tokens come row by row, and in a row response by response, as the ends do: each belongs to the next end.
-        ends = (batch.row * labels.shape[1] + batch.column).to(context.device)
-        owner = torch.searchsorted(ends, said.flatten().nonzero()[:, 0])
-        sums = each.new_zeros(len(ends)).index_add_(0, owner, each)
-        counts = each.new_zeros(len(ends)).index_add_(0, owner, torch.ones_like(each))
-        return sums / counts
+        each = token_log_probabilities(model, batch, context)
+        return per_response(each, batch) / per_response(torch.ones_like(each), batch)
 
     return over_all(sequences, pad, tell, values)
 

@@ -127,6 +127,20 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
     return 1.0 - float((returns - values)[mask].var(correction=0)) / spread if spread > 0 else 0.0
 
 
+def line(values: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
+    """Slope (at least 0) and intercept of the straight line through values that comes nearest to the targets.
+
+    Least squares over all tokens. With them a value model that orders states well but has another scale explains what
+    it can, and never less than a constant would.
+    """
+    known, wanted = values[mask].double(), targets[mask].double()
+    spread = float(known.var(correction=0))
+    slope = 0.0
+    if spread > 0:
+        slope = max(0.0, float(((known - known.mean()) * (wanted - wanted.mean())).mean()) / spread)
+    return slope, float(wanted.mean()) - slope * float(known.mean())
+
+
 def next_coefficient(coefficient: float, kl: float, target: float, horizon: float, episodes: int) -> float:
     """The KL coefficient for the next iteration, so that `kl` comes to `target`: Ziegler et al. (2019), section 2.2.
 

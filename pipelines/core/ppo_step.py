@@ -88,6 +88,17 @@ def take(
     return {name: distributed.mean_of(world, value) for name, value in seen.items()}
 
 
+def check_count(learner: Learner, planned: int) -> None:
+    """Both optimizers have made as many steps as were planned: each counts its own.
+
+    Raises:
+        AssertionError: they have not, which no setting explains.
+    """
+    for name, optimizer in (("policy", learner.policy), ("value", learner.value)):
+        made = {int(state["step"]) for state in optimizer.state.values()}
+        assert made == {planned}, f"{name}: {made or 0} optimizer steps were made, {planned} were planned"
+
+
 def _flat(
     batch: k_way.Responses, targets: Targets, tables: tuple[torch.Tensor, ...], context: StageContext
 ) -> list[torch.Tensor]:

@@ -22,7 +22,15 @@ KEY_METRICS: Mapping[str, tuple[str, ...]] = {
     "sft": ("rouge_l", "rouge_l_zero_shot", "rouge_l_few_shot", "response_bits_per_byte", "eos_share"),
     "feedback": ("comparisons_train", "pairs_train", "agreement", "longer_wins", "gold_mean"),
     "reward": ("accuracy", "accuracy_length_only", "accuracy_log_probability", "accuracy_held_out_labelers", "ece"),
-}
+    "ppo": (
+        "gold_win_rate", "gold_win_rate_low", "gold_greedy", "gold_greedy_sft", "best_of_n_gold_at_equal_kl", "kl",
+        "alignment_tax_bits", "alignment_tax_bits_without_ptx",
+    ),
+    "dpo": (
+        "accuracy", "accuracy_length_only", "gold_win_rate", "gold_win_rate_low", "gold_greedy", "gold_greedy_sft",
+        "best_of_n_gold_at_equal_kl", "kl", "alignment_tax_bits",
+    ),
+}  # fmt: skip
 _SAMPLE = re.compile(r"^(?=\*\*Prompt:\*\*)", re.MULTILINE)
 
 
@@ -52,8 +60,8 @@ class Change(NamedTuple):
     metric: str
     before: float
     after: float
-    after_low: float
-    after_high: float
+    after_low: float | None  # where only the gain has an interval
+    after_high: float | None
     gain: float
     gain_low: float
     gain_high: float
@@ -86,23 +94,41 @@ def stages(inputs: Mapping[str, Path]) -> list[Stage]:
 
 
 def changes(found: Sequence[Stage]) -> list[Change]:
-    """Every metric of which a stage tells the value before, and the gain with its interval."""
+    """Every metric of which a stage tells the value before, or the SFT model's, and the gain with its interval."""
     every: list[Change] = []
     for stage in found:
         for key in sorted(stage.metrics):
-            names = {
-                "before": f"{key}_before",
-                "after": key,
-                "after_low": f"{key}_low",
-                "after_high": f"{key}_high",
-                "gain": f"gain_{key}",
-                "gain_low": f"gain_{key}_low",
-                "gain_high": f"gain_{key}_high",
-            }
-            if all(name in stage.metrics for name in names.values()):
-                values = {field: stage.metrics[name] for field, name in names.items()}
-                every.append(Change(stage.name, key, classical=stage.metrics.get(f"{key}_classical"), **values))
+            for before, gain in ((f"{key}_before", f"gain_{key}"), (f"{key}_sft", f"{key}_gain")):
+                names = {"before": before, "after": key, "gain": gain, "gain_low": f"{gain}_low"}
+                names |= {"gain_high": f"{gain}_high"}
+                if all(name in stage.metrics for name in names.values()):
+                    values: dict[str, Any] = {field: stage.metrics[name] for field, name in names.items()}
+                    ends = {"after_low": f"{key}_low", "after_high": f"{key}_high", "classical": f"{key}_classical"}
+                    values |= {field: stage.metrics.get(name) for field, name in ends.items()}
+                    every.append(Change(stage.name, key, **values))
     return every
+
+
+def params(inputs: Mapping[str, Path], found: Sequence[Stage]) -> dict[str, list[tuple[str, str]]]:
+    """Of each stage its section of `params.yaml` as dials and values, where that file is an input.
+
+    Raises:
+        ArtifactError: it is no mapping of sections.
+    """
+    place = inputs.get("params.yaml")
+    if place is None:
+        return {}
+    import yaml
+
+    try:
+        raw = yaml.safe_load(text_of(place))
+        sections = {stage.name: dict(raw[stage.name]) for stage in found if stage.name in raw}
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ArtifactError(f"params.yaml is no mapping of sections: {error}") from None
+    return {
+        name: [(key, json.dumps(value, ensure_ascii=False)) for key, value in section.items()]
+        for name, section in sections.items()
+    }
 
 
 def samples(stage: Stage, most: int) -> list[str]:
@@ -136,22 +162,35 @@ def history(stage: Stage) -> dict[str, list[tuple[float, float]]]:
     Raises:
         ArtifactError: the file has no column step, or holds what is no number.
     """
-    import csv
-
-    place = stage.file("history.csv")
-    if place is None:
-        return {}
     curves: dict[str, list[tuple[float, float]]] = {}
-    for number, row in enumerate(csv.DictReader(text_of(place).splitlines()), 2):
+    for row in numbers(stage, "history.csv"):
         if "step" not in row:
             raise ArtifactError(f"{stage.name}/history.csv has no column step; found: {', '.join(row)}")
         for column, value in row.items():
-            try:
-                if column != "step" and value:
-                    curves.setdefault(column, []).append((float(row["step"]), float(value)))
-            except ValueError:
-                raise ArtifactError(f"{stage.name}/history.csv:{number}: {column}: no number: {value!r}") from None
+            if column != "step":
+                curves.setdefault(column, []).append((row["step"], value))
     return curves
+
+
+def numbers(stage: Stage, name: str) -> list[dict[str, float]]:
+    """The rows of a CSV file of numbers, each without its empty cells; none where the stage has no such file.
+
+    Raises:
+        ArtifactError: a cell is no number.
+    """
+    import csv
+
+    place = stage.file(name)
+    rows: list[dict[str, float]] = []
+    for line, row in enumerate(csv.DictReader(text_of(place).splitlines()) if place is not None else (), 2):
+        rows.append({})
+        for column, value in row.items():
+            try:
+                if value:
+                    rows[-1][column] = float(value)
+            except (ValueError, TypeError):
+                raise ArtifactError(f"{stage.name}/{name}:{line}: {column}: no number: {value!r}") from None
+    return rows
 
 
 def text_of(place: Path) -> str:

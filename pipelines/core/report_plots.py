@@ -8,9 +8,9 @@ Ink is `currentColor`, so a plot follows the page, and on its own the reader's l
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipelines.core import statistics
 from pipelines.core.errors import ArtifactError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 INK = "#010203"  # stands for currentColor until the SVG is written
 BLUE, ORANGE, GREY = "#3b82c4", "#d9822b", "#8a8f98"  # legible on light and dark
 NAMES = {"bits": "after training", "bits_before": "before training", "bits_classical": "classical compressor"}
+SECOND_ARM = "plain_"  # of ppo: columns of the run without pre-training gradients
 THEME = "<style>:root{color:#1f2328}@media (prefers-color-scheme:dark){:root{color:#e6e9ed}}</style>"
 STYLE = {
     "svg.hashsalt": "sluice", "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9,
@@ -49,7 +50,12 @@ def of_stage(stage: Stage) -> list[Plot]:
     Raises:
         ArtifactError: one of the two is malformed.
     """
-    plots = [_curve(stage.name, column, points) for column, points in history(stage).items()]
+    curves = history(stage)
+    plots = [
+        _curve(stage.name, column, points, curves.get(SECOND_ARM + column, []))
+        for column, points in curves.items()
+        if column.removeprefix(SECOND_ARM) not in curves or not column.startswith(SECOND_ARM)
+    ]
     bits = _bits(stage)
     if bits is not None:
         plots.append(_bars(stage.name, *bits))
@@ -58,15 +64,26 @@ def of_stage(stage: Stage) -> list[Plot]:
     return plots
 
 
-def _curve(stage: str, column: str, points: Sequence[tuple[float, float]]) -> Plot:
+def _curve(
+    stage: str, column: str, points: Sequence[tuple[float, float]], second: Sequence[tuple[float, float]]
+) -> Plot:
+    """A column over the steps, beside the same of the stage's second arm where it has one."""
+
     def draw(axes: Axes) -> None:
-        steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, color=BLUE, marker="o" if len(points) <= 50 else "", markersize=3, linewidth=1.5)
+        for arm, color, name in ((second, GREY, "without"), (points, BLUE, "with pre-training gradients")):
+            if arm:
+                marker = "o" if len(arm) <= 50 else ""
+                axes.plot(*zip(*arm, strict=True), color=color, marker=marker, markersize=3, linewidth=1.5, label=name)
+        if second:
+            axes.legend(frameon=False, fontsize=8, reverse=True)
         axes.set(title=f"{stage}: {_words(column)}", xlabel="step")
 
     first, last = points[0], points[-1]
     caption = f"{_words(column)} of {stage}: {number(first[1])} at step {first[0]:.0f}, "
-    return Plot(f"{stage}-{_slug(column)}", caption + f"{number(last[1])} at step {last[0]:.0f}.", _svg(draw, caption))
+    told = f"{number(last[1])} at step {last[0]:.0f}"
+    if second:
+        told += f" (without pre-training gradients {number(second[-1][1])})"
+    return Plot(f"{stage}-{_slug(column)}", caption + f"{told}.", svg(draw, caption))
 
 
 def _bits(stage: Stage) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]] | None:
@@ -107,7 +124,7 @@ def _bars(stage: str, sizes: NDArray[np.float64], bits: dict[str, NDArray[np.flo
 
     told = [f"{_words(name)} {number(scored[name].estimate)} ({interval(*scored[name][1:])})" for name in order]
     caption = f"Bits per byte with 95 % intervals over {len(sizes):,} held-out examples: {', '.join(told)}."
-    return Plot(f"{stage}-bits-per-byte", caption, _svg(draw, caption))
+    return Plot(f"{stage}-bits-per-byte", caption, svg(draw, caption))
 
 
 def _before_and_after(stage: str, sizes: NDArray[np.float64], bits: dict[str, NDArray[np.float64]]) -> Plot:
@@ -124,10 +141,10 @@ def _before_and_after(stage: str, sizes: NDArray[np.float64], bits: dict[str, ND
         f"Each held-out example of {stage} before and after training, in bits per byte: {better:,} of {len(sizes):,} "
         "lie below the dashed line and are said with fewer bits."
     )
-    return Plot(f"{stage}-examples", caption, _svg(draw, caption))
+    return Plot(f"{stage}-examples", caption, svg(draw, caption))
 
 
-def _svg(draw: Any, title: str) -> str:
+def svg(draw: Callable[[Axes], None], title: str) -> str:
     """Draw on axes of a fixed place (a layout engine would let fonts decide) and write the SVG."""
     import io
     from html import escape

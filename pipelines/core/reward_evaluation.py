@@ -135,9 +135,11 @@ def read_samples(feedback: Path, tokenizer: Any) -> Samples | None:
     if wrong or not rows:
         told = f"row {wrong[0]!r} has not one gold score for each response" if wrong else "no rows"
         raise DataError(f"samples/{place.name}: {told}. Make it again with: dvc repro feedback")
-    columns: list[list[Any]] = [[row[name] for row in rows] for name in ("group", "prompt", "responses", "gold")]
     encoded = [k_way.encode(tokenizer, chats.messages_of(row["prompt"]), row["responses"]) for row in rows]
-    return Samples(*columns, encoded)
+    groups, prompts, responses, gold = (
+        [row[name] for row in rows] for name in ("group", "prompt", "responses", "gold")
+    )
+    return Samples(groups, prompts, responses, gold, encoded)
 
 
 def write_curves(

@@ -1,4 +1,4 @@
-"""What stage `reward` reads, as tokens: rankings to learn from, rankings held out, demonstrations.
+"""What stages `reward` and `dpo` read, as tokens: rankings to learn from, rankings held out, demonstrations.
 
 A ranking, or a demonstration, is as long as its prompt with its longest response. Rankings that do not fit are refused
 or dropped; demonstrations are a sample of many, and those that do not fit are passed over.
@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipelines.core import chats, preference_data, reading
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError, DataError
-from pipelines.core.params.reward import RewardParams
 from pipelines.core.preference_data import Ranking
 from pipelines.core.preferences import Pair
 
 if TYPE_CHECKING:
+    from pipelines.core.params.dpo import DpoParams
+    from pipelines.core.params.reward import RewardParams
     from pipelines.core.segments import Sequence
 
 
@@ -46,8 +47,13 @@ class Examples(NamedTuple):
     left_out: int  # rankings that decide nothing
 
 
-def gather(params: RewardParams, feedback: Path, tokenizer: Any, context: StageContext) -> Examples:
+def gather(
+    params: RewardParams | DpoParams, labelers: int, feedback: Path, tokenizer: Any, context: StageContext
+) -> Examples:
     """Who is held out, and both sides as tokens.
+
+    Args:
+        labelers: how many are kept out of training, chosen by hash.
 
     Raises:
         ArtifactError: there are no comparisons; the tokenizer cannot mark the end of a response.
@@ -57,12 +63,12 @@ def gather(params: RewardParams, feedback: Path, tokenizer: Any, context: StageC
     sides = preference_data.part(
         preference_data.read(feedback, "train"),
         preference_data.read(feedback, "test"),
-        params.held_out_labelers,
+        labelers,
         params.seed,
     )
     if sides.unseen:
         context.say(f"labelers kept out of training: {', '.join(sorted(sides.unseen))}")
-    elif params.held_out_labelers:
+    elif labelers:
         context.say("fewer than two labelers are named in the comparisons: none is kept out of training")
     train = preference_data.some(sides.train, params.rankings)
     held_out = preference_data.some(sides.held_out, params.eval_rankings)
@@ -80,6 +86,19 @@ def by_prompt(train: Encoded) -> Elements:
     for one, sequence in zip(train.rankings, train.sequences, strict=True):
         found.setdefault((*sequence.ids, *sequence.branches), (sequence, []))[1].extend(one.pairs)
     return Elements([sequence for sequence, _ in found.values()], [pairs for _, pairs in found.values()])
+
+
+def drawn(seed: int, step: int, steps: int, count: int) -> list[int]:
+    """Numbers of the prompts of a step: in `steps` steps each of `count` once, in an order of the epoch's own.
+
+    No step is more than one larger than another: a small last one would be a noisy one.
+    """
+    import numpy as np
+
+    epoch, place = divmod(step, steps)
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    numbers: list[int] = np.array_split(order, steps)[place].tolist()
+    return numbers
 
 
 def demonstrations(params: RewardParams, data: Path, tokenizer: Any) -> list[Sequence]:
@@ -105,7 +124,9 @@ def demonstrations(params: RewardParams, data: Path, tokenizer: Any) -> list[Seq
     return fitting
 
 
-def _encoded(params: RewardParams, chosen: list[Ranking], tokenizer: Any, what: str, context: StageContext) -> Encoded:
+def _encoded(
+    params: RewardParams | DpoParams, chosen: list[Ranking], tokenizer: Any, what: str, context: StageContext
+) -> Encoded:
     """The rankings that fit `max_length`.
 
     Raises:
@@ -125,11 +146,12 @@ def _encoded(params: RewardParams, chosen: list[Ranking], tokenizer: Any, what: 
         else:
             kept.append(one)
             sequences.append(sequence)
-    accepted = f"reward.max_length accepts {params.max_length}"
+    section = context.stage
+    accepted = f"{section}.max_length accepts {params.max_length}"
     if long and (params.too_long == "refuse" or not kept):
         raise DataError(
             f"comparisons: {long[0]}, {accepted} ({len(long)} of {len(chosen)} are too long). "
-            "Raise reward.max_length, shorten them, or set reward.too_long: drop."
+            f"Raise {section}.max_length, shorten them, or set {section}.too_long: drop."
         )
     if long:
         context.say(f"{len(long)} of {len(chosen)} dropped: {long[0]}, {accepted}")

@@ -142,10 +142,12 @@ def save_adapter(model: Any, sft: Path, place: Path) -> None:
     place.mkdir(parents=True)
     config = copy.deepcopy(model.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = "sluice-sft", True
-    config.target_modules = sorted(config.target_modules)  # a set would be written in an order of its own
+    # By name and in one order, the head not among them: a causal language model has none that could be excluded.
+    config.target_modules, config.exclude_modules = sorted(set(config.target_modules) - {HEAD}), None
     config.save_pretrained(place)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, place / ADAPTER)
+    whole = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    save_file(whole, place / ADAPTER, metadata={"format": "pt"})
     head = getattr(model.get_base_model(), HEAD).weight.detach().float().cpu()
     save_file({f"{HEAD}.weight": head.clone()}, place / "head.safetensors")
     artifacts.write_json(place / "base.json", _weights(sft))
@@ -169,9 +171,8 @@ def load_adapter(model: Any, place: Path, sft: Path, name: str) -> torch.Tensor:
     model.add_adapter(name, PeftConfig.from_pretrained(place))
     state = load_file(place / ADAPTER)
     told = set_peft_model_state_dict(model, state, adapter_name=name)
-    strange = [key for key in told.unexpected_keys] + [
-        key for key in told.missing_keys if f".{name}." in key and "lora_" in key
-    ]
+    absent = [key for key in told.missing_keys if f".{name}." in key and "lora_" in key]
+    strange = list(told.unexpected_keys) + absent
     if strange:
         raise ArtifactError(f"{place}: the adapter does not fit {sft}: {len(strange)} weights, e.g. {strange[0]}")
     head: torch.Tensor = load_file(place / "head.safetensors")[f"{HEAD}.weight"]

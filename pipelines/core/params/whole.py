@@ -16,6 +16,7 @@ from pydantic import ValidationError, model_validator
 from pipelines.core.errors import ParamsError
 from pipelines.core.params.compute import ComputeParams
 from pipelines.core.params.data import DataParams, FileSource, HubSource, PydocsSource
+from pipelines.core.params.dpo import DpoParams
 from pipelines.core.params.feedback import FeedbackParams
 from pipelines.core.params.flow import FlowParams
 from pipelines.core.params.ppo import PpoParams
@@ -39,6 +40,7 @@ class Params(Section):
     feedback: FeedbackParams
     reward: RewardParams
     ppo: PpoParams
+    dpo: DpoParams
     report: ReportParams
 
     @model_validator(mode="after")

@@ -1,0 +1,110 @@
+"""What PPO starts from: prompts, the four roles, the reward, how long and how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipelines.core import completions
+from pipelines.core.completions import Prompt
+from pipelines.core.context import StageContext
+from pipelines.core.errors import DataError, ParamsError
+from pipelines.core.params.ppo import PpoParams
+
+if TYPE_CHECKING:
+    from pipelines.core.actors import Actors
+    from pipelines.core.episodes import Rollout
+    from pipelines.core.reward_functions import Reward
+
+PAPER_VALUE_LR, PAPER_VALUE_WIDTH = 9e-6, 4096  # appendix C.4: the 6B value model
+PAPER_LR, PAPER_WIDTH = 8.05e-6, 2048  # appendix C.4: the largest rate that did not diverge without ptx, 1.3B
+
+
+class Plan(NamedTuple):
+    """Numbers that follow from the params and the model."""
+
+    steps: int  # of either optimizer, in a run
+    lr: float
+    value_lr: float
+
+
+class Task(NamedTuple):
+    """What is to be learned: prompts, and what scores the responses where the reward is none of the actors' roles."""
+
+    tokenizer: Any
+    prompts: list[Prompt]
+    score: Callable[..., list[float]] | None  # (rollout, call=number of the call from 1)
+    data: Path
+
+
+def prompts(params: PpoParams, data: Path, tokenizer: Any) -> list[Prompt]:
+    """Prompts to train on, as many as the run can use.
+
+    Raises:
+        ArtifactError: the data have no prompts.
+        DataError: there is none, or one is too long.
+    """
+    limits = completions.Limits("ppo", params.seed, params.max_prompt_tokens, params.too_long)
+    wanted = params.iterations * params.batch_prompts
+    found, _ = completions.choose(limits, data, "train", wanted, tokenizer, with_reference=False)
+    if not found:
+        raise DataError("prompts/train has no prompt; one at least is needed: give data.sources table: prompts")
+    return found
+
+
+def roles(params: PpoParams, inputs: dict[str, Path], context: StageContext) -> Actors:
+    """The roles, on one backbone where adapters are trained.
+
+    Raises:
+        ParamsError: prompt and response do not fit the model's context; the model is to be split.
+    """
+    from transformers import AutoConfig
+
+    from pipelines.core import actors, k_way, sampling, scoring
+
+    if context.world.size > 1 and context.world.sharding == "full":
+        raise ParamsError("compute.sharding: ppo cannot split its model, which samples while it learns; set none")
+    sft, reward = inputs["sft"] / "model", inputs["reward"]
+    room = sampling.context_length(AutoConfig.from_pretrained(sft))
+    need = params.max_prompt_tokens + params.max_new_tokens
+    if room is not None and max(need, params.ptx_length) > room:
+        raise ParamsError(
+            f"ppo.max_prompt_tokens + ppo.max_new_tokens is {need} and ppo.ptx_length {params.ptx_length} tokens; the "
+            f"SFT model's context is {room}: lower them"
+        )
+    longest = max(k_way.ROW_TOKENS, need * params.samples_per_prompt, params.ptx_length, scoring.WINDOW)
+    own = not params.rewards
+    if params.method == "full":
+        return actors.separate(sft, reward / "model" if own else None, longest, params.seed, context)
+    adapted = own and (reward / "adapter").is_dir()  # one that was trained whole is a model of its own
+    return actors.shared(sft, reward if adapted else None, params.lora_rank, longest, params.seed, context)
+
+
+def plan(params: PpoParams, actors: Actors) -> Plan:
+    """How long, how fast: from the params where they say so, else from the model's width."""
+    from pipelines.core import fine_tuning
+
+    width = actors.value_head.weight.shape[1]
+    factor = fine_tuning.LORA_FACTOR if params.method == "lora" else 1.0
+    return Plan(
+        steps=params.iterations * params.epochs * params.minibatches,
+        lr=params.lr or PAPER_LR * PAPER_WIDTH / width * factor,
+        value_lr=params.value_lr or PAPER_VALUE_LR * PAPER_VALUE_WIDTH / width * factor,
+    )
+
+
+def score(rewards: list[Reward], rollout: Rollout, call: int) -> list[float]:
+    """Scores of a rollout's responses by what is none of the actors' roles; `call` counts from 1."""
+    from pipelines.core import reward_functions
+
+    asked = [one.text for one, said in zip(rollout.prompts, rollout.responses, strict=True) for _ in said]
+    responses = [text for said in rollout.responses for text in said]
+    return reward_functions.score(rewards, asked, responses, call).values
+
+
+def text_scores(rewards: list[Reward], prompts: list[str], responses: list[str]) -> list[float]:
+    """Scores of responses, each to the prompt of the same place, when training is over."""
+    from pipelines.core import reward_functions
+
+    return reward_functions.score(rewards, prompts, responses, call=1).values

@@ -1,0 +1,222 @@
+"""Stage `ppo` on models of one layer: what it writes, what it learns, what stops it, and that it can be stopped."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from models import model, tokenizer
+from test_reward import TINY as REWARD
+from test_reward import comparisons, write
+
+from pipelines import ppo, reward
+from pipelines.core import artifacts, ppo_step
+from pipelines.core.context import StageContext, Stopped
+from pipelines.core.errors import ArtifactError, DataError, ParamsError
+from pipelines.core.params.ppo import PpoParams
+from pipelines.core.params.reward import RewardParams
+from pipelines.tokenizer import CHAT_TEMPLATE
+
+TINY: dict[str, Any] = {
+    "seed": 1, "method": "lora", "lora_rank": 4, "rewards": [], "judge": "overlap", "iterations": 3, "batch_prompts": 4,
+    "samples_per_prompt": 3, "minibatches": 2, "epochs": 1, "micro_tokens": 256, "max_new_tokens": 8,
+    "max_prompt_tokens": 64, "too_long": "refuse", "temperature": 1.0, "kl_coefficient": 0.02, "kl_target": None,
+    "kl_horizon": 1000, "clip": 0.2, "value_clip": 0.2, "discount": 1.0, "trace": 0.95, "missing_eos_score": None,
+    "lr": 5e-3, "value_lr": 5e-3, "warmup_iterations": 0, "weight_decay": 0.0, "clip_norm": 1.0,
+    "ptx_coefficient": 0.1, "ptx_rows": 2, "ptx_length": 32, "without_ptx": True, "kl_ceiling": 50.0,
+    "entropy_floor": 0.0, "cap_share": 1.0, "eval_prompts": 6, "eval_samples": 3, "eval_bytes": 1024,
+    "checkpoint_steps": 1, "checkpoint_seconds": 1e9, "samples": 1,
+}  # fmt: skip
+SHORT = {"without_ptx": False, "ptx_coefficient": 0.0}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root, draw = tmp_path_factory.mktemp("inputs"), random.Random(0)
+    known = tokenizer()
+    known.chat_template = CHAT_TEMPLATE
+    model(known, depth=1, length=128).save_pretrained(root / "sft/model")
+    known.save_pretrained(root / "sft/model")
+    told = [{"role": "user", "content": "what is w?"}, {"role": "assistant", "content": "the width of the area"}]
+    write(root / "data/demonstrations/train.parquet", [{"id": f"d{n}", "messages": told} for n in range(12)])
+    for split, count in (("train", 20), ("test", 12)):
+        write(root / f"feedback/comparisons/{split}.parquet", comparisons(split, count, draw))
+        prompts = [
+            {"id": f"{split}{n}", "group": f"{split}{n}", "prompt": f"shape {n} {split}", "reference": "area of w"}
+            for n in range(count)
+        ]
+        write(root / f"data/prompts/{split}.parquet", prompts)
+        texts = [
+            {"id": f"{split}{n}", "group": f"{split}{n}", "text": f"Return the area of shape {n}.\n" * 20}
+            for n in range(40)
+        ]
+        write(root / f"data/corpus/{split}.parquet", texts)
+    found = {name: root / name for name in ("data", "sft", "feedback")}
+    for method in ("lora", "full"):
+        place = root / method
+        place.mkdir()
+        context = StageContext(stage="reward", root=root, fingerprint=method)
+        reward.run(RewardParams(**REWARD | {"method": method, "held_out_labelers": 0}), found, place, context)
+    return {"data": root / "data", "sft": root / "sft", "reward": root / "lora"}
+
+
+def run(
+    inputs: dict[str, Path], root: Path, context: StageContext | None = None, **changes: Any
+) -> tuple[dict[str, float], Path, StageContext]:
+    out = root / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    context = context or StageContext(stage="ppo", root=root, fingerprint="f" * 64)
+    return ppo.run(PpoParams(**TINY | changes), inputs, out, context), out, context
+
+
+def function(root: Path, body: str) -> str:
+    """A reward of the user's own: a file with the function `reward(prompts, responses)`."""
+    root.mkdir(parents=True, exist_ok=True)
+    lines = "\n    ".join(body.splitlines())
+    (root / "own.py").write_text(f"CALLS = []\n\ndef reward(prompts, responses):\n    CALLS.append(1)\n    {lines}\n")
+    return "own.py:reward"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_files_and_metrics(inputs: dict[str, Path], tmp_path: Path, method: str) -> None:
+    given = {**inputs, "reward": inputs["reward"].parent / method}
+    metrics, out, context = run(given, tmp_path, method=method)
+    assert ppo.METRICS <= set(metrics) <= ppo.METRICS | ppo.OPTIONAL
+    assert {"gold_win_rate_low", "alignment_tax_bits_without_ptx", "best_of_n_gold_at_equal_kl"} <= set(metrics)
+    assert metrics["steps"] == 6 and metrics["episodes"] == 36
+    rows = pd.read_parquet(out / "evaluation.parquet")
+    assert len(rows) == 6 and set(rows.columns) >= ppo.SCORES | {"id", "group"}
+    history = pd.read_csv(out / "history.csv")
+    assert {"score", "gold", "kl", "entropy", "ptx_ratio", "plain_kl"} <= set(history.columns)
+    assert history["kl"].dropna().tolist()[0] == 0 == history["plain_kl"].dropna().tolist()[0]
+    assert history["kl_k3"].dropna().tolist()[-1] > 0 and (history["ptx_ratio"].dropna() > 0).all()
+    files = {place.name for place in out.iterdir()}
+    assert files == {"model", "history.csv", "evaluation.parquet", "tax.parquet", "best_of_n.csv", "samples.md"}
+    assert {"generate_seconds", "score_seconds", "update_seconds", "update_matmul_share"} <= set(context.measured)
+
+
+def test_the_reward_rises_and_kl_is_what_it_costs(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """A reward for the letter `a` is learned; a larger coefficient keeps the policy nearer to where it was."""
+    ends = []
+    for coefficient in (0.01, 1.0):
+        root = tmp_path / str(coefficient)
+        named = function(root, "return [text.count('a') / 4 for text in responses]")
+        more = {"iterations": 14, "batch_prompts": 8, "kl_coefficient": coefficient, "lr": 1e-2, "eval_samples": 2}
+        _, out, _ = run(inputs, root, rewards=[named], **SHORT | more)
+        history = pd.read_csv(out / "history.csv")
+        first, last = history[:2].mean(), history[-3:].mean()
+        ends.append((last["score"] - first["score"], last["kl"]))
+    (gain, far), (little, near) = ends
+    assert gain > 0.25 and far > 0.3 and near < far / 3 and little < gain, ends
+
+
+@pytest.mark.parametrize("moment", [(2, "generate"), (2, "update"), (5, "update")])
+def test_stopped_anywhere_it_ends_with_the_same_bytes(
+    inputs: dict[str, Path], tmp_path: Path, moment: tuple[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a rollout, between two minibatches, and in the second arm."""
+    _, whole, _ = run(inputs, tmp_path / "whole")
+    iteration, where = moment
+    context = StageContext(stage="ppo", root=tmp_path / "cut", fingerprint="f" * 64)
+    take, begun = ppo_step.take, []
+
+    def killed(*args: Any) -> Any:
+        begun.append(1)
+        if where == "update" and len(begun) == 2 * iteration:
+            raise KeyboardInterrupt
+        return take(*args)
+
+    def stop(step: int, metrics: dict[str, float]) -> None:
+        context.signal_number = 15 if where == "generate" and step == iteration else 0
+
+    monkeypatch.setattr(ppo_step, "take", killed)
+    context.curve = stop
+    with pytest.raises((Stopped, KeyboardInterrupt)):
+        run(inputs, tmp_path / "cut", context)
+    monkeypatch.setattr(ppo_step, "take", take)
+    _, out, again = run(inputs, tmp_path / "cut")
+    assert any("resuming after iteration" in line for line in again.samples)
+    assert artifacts.content_hash(out) == artifacts.content_hash(whole)
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(inputs: dict[str, Path], tmp_path: Path) -> None:
+    hashes = [
+        artifacts.content_hash(run(inputs, tmp_path / str(n), seed=seed, **SHORT)[1])
+        for n, seed in enumerate((1, 1, 2))
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_accumulation_changes_nothing_but_memory(inputs: dict[str, Path], tmp_path: Path) -> None:
+    found = [
+        pd.read_csv(run(inputs, tmp_path / str(size), micro_tokens=size, **SHORT)[1] / "history.csv")
+        for size in (64, 4096)
+    ]
+    for name in ("policy_loss", "value_loss", "score", "grad_norm"):
+        assert found[0][name].tolist() == pytest.approx(found[1][name].tolist(), rel=2e-3, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("return [float('nan')] * len(responses)", "call 1"),
+        ("return [1.0] * (len(responses) - 1)", "call 1"),
+        ("if len(CALLS) == 3: raise RuntimeError('out of order')\nreturn [len(text) for text in responses]", "call 3"),
+        ("return [0.5] * len(responses)", "nothing can be learned"),
+    ],
+)
+def test_a_reward_that_cannot_be_used(inputs: dict[str, Path], tmp_path: Path, body: str, told: str) -> None:
+    with pytest.raises(DataError, match=told) as raised:
+        run(inputs, tmp_path, rewards=[function(tmp_path, body)], **SHORT)
+    kept = sorted((tmp_path / ".work/ppo").glob("*/checkpoints/step-*"))
+    assert [place.name for place in kept] == (["step-1", "step-2"] if "3" in told else [])
+    assert not (tmp_path / "out/model").exists() and "own.py:reward" in str(raised.value)
+
+
+def test_a_guard_stops_the_run_and_the_last_good_checkpoint_is_kept(inputs: dict[str, Path], tmp_path: Path) -> None:
+    named = function(tmp_path, "return [float(len(text)) for text in responses]")
+    hacked = {"iterations": 20, "batch_prompts": 8, "lr": 2e-2, "kl_coefficient": 0.0, "kl_ceiling": 0.3}
+    with pytest.raises(ArtifactError, match=r"stopped after iteration \d+: KL .*ppo\.kl_ceiling") as raised:
+        run(inputs, tmp_path, rewards=[named], **SHORT | hacked)
+    after = int(str(raised.value).split("iteration ")[1].split(":")[0])
+    kept = [int(place.name.split("-")[1]) for place in (tmp_path / ".work/ppo").glob("*/checkpoints/step-*")]
+    assert max(kept) == after - 1 and not (tmp_path / "out/model").exists()
+
+
+def test_steps_that_were_not_made_are_noticed(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    with pytest.raises(AssertionError, match="optimizer steps were made, 6 were planned"):
+        run(inputs, tmp_path, **SHORT)
+
+
+def test_what_does_not_fit_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match="model's context is 128"):
+        run(inputs, tmp_path, max_new_tokens=100, max_prompt_tokens=64)
+    with pytest.raises(DataError, match="ppo.max_prompt_tokens"):
+        run(inputs, tmp_path, max_prompt_tokens=4)
+    empty = {**inputs, "data": tmp_path / "data"}
+    shutil.copytree(inputs["data"], tmp_path / "data")
+    write(tmp_path / "data/prompts/train.parquet", pd.DataFrame(columns=["id", "group", "prompt", "reference"]).astype(
+        "object").to_dict("records"))  # fmt: skip
+    with pytest.raises((DataError, ArtifactError)):
+        run(empty, tmp_path)
+
+
+def test_the_adapter_of_another_sft_model_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(inputs["sft"], tmp_path / "sft")
+    known = tokenizer()
+    torch.manual_seed(5)
+    other = model(known, depth=1, length=128)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.add_(0.1)
+    other.save_pretrained(tmp_path / "sft/model")
+    with pytest.raises(ArtifactError, match="another SFT model"):
+        run({**inputs, "sft": tmp_path / "sft"}, tmp_path)
