@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.core import environment
+from pipelines.core import environment, graph
 from pipelines.core.context import StageContext
 
 ROOT = Path(__file__).parents[1]
@@ -70,12 +70,20 @@ def prepared(make_workspace: Callable[[], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def chain(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace in which every tiny stage has run that makes or needs a model. Copy it before you change it."""
+def chain(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Of a stage: a workspace in which it has run, and all it needs. Copy it before you change it."""
     place = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("chain") / "w", symlinks=True))
-    for stage in ("pretrain", "sft", "feedback", "reward"):
-        run_stage(place, stage)
-    return place
+
+    def until(stage: str) -> Path:
+        for name in graph.load(place):
+            spec = graph.stage(place, name)
+            if not (place / spec.output).exists():
+                run_stage(place, name)
+            if name == stage:
+                break
+        return place
+
+    return until
 
 
 _WHO = ("-c", "user.name=test", "-c", "user.email=test@example.org")

@@ -187,7 +187,7 @@ def learn(made: Actors, role: str, optimizer: torch.optim.Optimizer, context: St
 @pytest.mark.parametrize("method", METHODS)
 def test_a_role_learns_alone(make: Make, context: StageContext, method: str, role: Any) -> None:
     made = make(method)
-    before = everything(made, context)
+    before, start = everything(made, context), made.trained_state()
     held = {id(value) for value in made.trained(role)}
     optimizer = training.adamw(made.trained(role), 1e-2, 0.1)
     assert {id(value) for group in optimizer.param_groups for value in group["params"]} == held, "all of them"
@@ -195,6 +195,9 @@ def test_a_role_learns_alone(make: Make, context: StageContext, method: str, rol
         learn(made, role, optimizer, context)
     after = everything(made, context)
     assert [name for name in before if not torch.equal(before[name], after[name])] == [role]
+    made.load_trained_state(start)
+    again = everything(made, context)
+    assert all(torch.equal(before[name], again[name]) for name in before), "as at the start: so begins a second arm"
 
 
 def test_every_adapter_weight_of_a_role_gets_a_gradient(make: Make, context: StageContext) -> None:

@@ -19,7 +19,7 @@ from conftest import own_environment, run_stage
 
 from pipelines.core import artifacts, environment, graph
 
-TRAINING = ("pretrain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "reward")))
+TRAINING = ("pretrain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "reward", "ppo", "dpo")))
 STAGES = (*TRAINING, pytest.param("feedback", marks=pytest.mark.slow))
 MOMENTS = ("at once", "a first checkpoint", "half the steps", "scoring after training")
 MOMENTS_OF = {"feedback": ("at once", "a first batch")}  # of a stage that does not train
@@ -37,22 +37,23 @@ def reached(root: Path, stage: str, moment: str) -> bool:
     place = root / environment.STATE / "live" / f"{stage}.json"
     live = json.loads(place.read_text()) if place.exists() else {"step": 0, "total": None, "shown": {}}
     saved = list((root / environment.WORK / stage).glob("*/checkpoints/step-*/manifest.json"))
-    training = "loss" in live["shown"]
+    training = bool({"loss", "kl"} & set(live["shown"]))
+    scoring = str(live["shown"].get("scoring", ""))
     return {
         "a first batch": bool(list((root / environment.WORK / stage).glob("*/samples/batch-*.json"))),
         "at once": place.exists(),
         "a first checkpoint": bool(saved),
         "half the steps": training and live["step"] >= live["total"] / 2,
-        "scoring after training": bool(saved) and "after" in str(live["shown"].get("scoring", "")),
+        "scoring after training": bool(saved) and ("after" in scoring or "held-out text" in scoring),
     }[moment]
 
 
 @pytest.fixture
-def before(chain: Path, tmp_path: Path) -> Callable[[str], Path]:
+def before(chain: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
     """A workspace in which a stage has not run, though all before it have."""
 
     def make(stage: str) -> Path:
-        root = Path(shutil.copytree(chain, tmp_path / "w", symlinks=True))
+        root = Path(shutil.copytree(chain(stage), tmp_path / "w", symlinks=True))
         spec = graph.stage(root, stage)
         shutil.rmtree(root / spec.output)
         (root / spec.metrics).unlink()
@@ -63,9 +64,9 @@ def before(chain: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def undisturbed(chain: Path) -> Callable[[str], str]:
+def undisturbed(chain: Callable[[str], Path]) -> Callable[[str], str]:
     """Content hash of a stage's output when nothing happens."""
-    return lambda stage: artifacts.content_hash(chain / graph.stage(chain, stage).output)
+    return lambda stage: artifacts.content_hash(chain(stage) / graph.stage(chain(stage), stage).output)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,15 @@ def test_two_processes_train_what_one_does(sharding: str, prepared: Path, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["none", "full"])
-@pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_later_stages_train_on_two_processes_too(stage: str, sharding: str, chain: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "sharding"), [("sft", "none"), ("sft", "full"), ("reward", "none"), ("reward", "full"), ("dpo", "none")]
+)
+def test_later_stages_train_on_two_processes_too(
+    stage: str, sharding: str, chain: Callable[[str], Path], tmp_path: Path
+) -> None:
     found = []
     for name, kind in (("one", None), ("two", sharding)):
-        root = workspace(chain, tmp_path / name, kind)
+        root = workspace(chain(stage), tmp_path / name, kind)
         shutil.rmtree(root / "artifacts" / stage)
         run_stage(root, stage)
         found.append(load_file(root / "artifacts" / stage / "model/model.safetensors"))

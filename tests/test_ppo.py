@@ -102,16 +102,21 @@ def test_files_and_metrics(inputs: dict[str, Path], tmp_path: Path, method: str)
 
 
 def test_the_reward_rises_and_kl_is_what_it_costs(inputs: dict[str, Path], tmp_path: Path) -> None:
-    """A reward for the letter `a` is learned; a larger coefficient keeps the policy nearer to where it was."""
+    """A reward for the letter `e` is learned; a larger coefficient keeps the policy nearer to where it was."""
     ends = []
-    for coefficient in (0.01, 1.0):
+    for coefficient in (0.01, 3.0):
         root = tmp_path / str(coefficient)
-        named = function(root, "return [text.count('a') / 4 for text in responses]")
-        more = {"iterations": 14, "batch_prompts": 8, "kl_coefficient": coefficient, "lr": 1e-2, "eval_samples": 2}
-        _, out, _ = run(inputs, root, rewards=[named], **SHORT | more)
+        named = function(root, "return [text.count('e') / 4 for text in responses]")
+        more = {
+            "method": "full",
+            "iterations": 20,
+            "batch_prompts": 8,
+            "kl_coefficient": coefficient,
+            "eval_prompts": 1,
+        }
+        _, out, _ = run(inputs, root, rewards=[named], lr=3e-3, **SHORT | more)
         history = pd.read_csv(out / "history.csv")
-        first, last = history[:2].mean(), history[-3:].mean()
-        ends.append((last["score"] - first["score"], last["kl"]))
+        ends.append((history["score"][-3:].mean() - history["score"][:2].mean(), history["kl"][-3:].mean()))
     (gain, far), (little, near) = ends
     assert gain > 0.25 and far > 0.3 and near < far / 3 and little < gain, ends
 

@@ -154,3 +154,30 @@ def test_the_shared_beginning_ends_where_something_is_learned() -> None:
     ((rows, texts),) = segments.micro_batches([same, same], 64, pad_id=0)
     assert texts == [[0, 1]] and int((rows.branches == 0).sum()) == 5
     assert int((rows.labels != segments.UNSUPERVISED).sum()) == 8
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_all_sequences_begin_with_opens_the_row_once(
+    known: Any, architecture: str, context: StageContext
+) -> None:
+    lm = model(known, architecture, length=128).eval()
+    beginning = some(9, 1)
+    prompts = [beginning + some(length, seed) for seed, length in ((2, 4), (3, 7), (4, 1))]
+    responses = [[some(3, 10 * n + k) for k in range(2)] for n in range(3)]
+    sequences = [segments.of_completions(prompt, said) for prompt, said in zip(prompts, responses, strict=True)]
+    shared = segments.shared_prefix(sequences)
+    assert shared == 9
+    rows = segments.rows(sequences, [[0, 2], [1]], pad_id=3, shared=shared)
+    assert rows.ids.shape == (2, 9 + sum(len(sequences[n].ids) - 9 for n in (0, 2)))
+    with torch.no_grad():
+        hidden = segments.hidden_states(lm, rows, context)
+    for row, numbers in enumerate([[0, 2], [1]]):
+        start = shared
+        for number in numbers:
+            end = start + len(sequences[number].ids) - shared
+            said = rows.labels[row, start:end] != segments.UNSUPERVISED
+            ours = hidden[row, start:end][said]
+            texts = [prompts[number] + response for response in responses[number]]
+            theirs = torch.cat([alone(lm, text)[len(prompts[number]) - 1 : -1] for text in texts])
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+            start = end
