@@ -91,6 +91,7 @@ def execute(name: str, root: Path) -> dict[str, float]:
     try:
         with artifacts.published(root / spec.output) as outputs:
             metrics: dict[str, float] = module.run(section, inputs, outputs, run)
+            run.stop_if_asked()  # a signal that came after the stage's last look: what exits with 0 was not stopped
             _check_metrics(name, metrics, module.METRICS, getattr(module, "OPTIONAL", frozenset()))
     except context.Stopped:
         recorder.finish("KILLED", None)
