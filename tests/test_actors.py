@@ -20,7 +20,8 @@ METHODS, TEMPERATURE = ("shared", "separate"), 0.7
 PROMPTS = [[11, 12, 13, 14, 15, 16], [21, 22, 23], [31, 32, 33, 34]]
 RESPONSES = [[[40, 41, 42], [43, 1]], [[50, 51, 52, 53, 54], [55]], [[60, 61], [62, 63, 64, 1]]]
 SEQUENCES = [segments.of_completions(one, said) for one, said in zip(PROMPTS, RESPONSES, strict=True)]
-ALL = [(prompt, said) for prompt, of_prompt in zip(PROMPTS, RESPONSES, strict=True) for said in of_prompt]
+TEXTS = [(prompt, said) for prompt, of_prompt in zip(PROMPTS, RESPONSES, strict=True) for said in of_prompt]
+BATCH = k_way.of_bins(SEQUENCES, [[0, 2], [1]], pad=0)  # two prompts in a row, one beside padding
 
 
 @pytest.fixture(scope="module")
@@ -45,36 +46,22 @@ def make(places: dict[str, Path], context: StageContext) -> Make:
     return made
 
 
-def batches(tokens: int = 40) -> list[k_way.Responses]:
-    """Several rows of different length, some with two prompts."""
-    return k_way.batches(SEQUENCES, tokens, pad=0)
+def scores(made: Actors, role: Any, context: StageContext, temperature: float = 1.0) -> torch.Tensor:
+    return made.log_probabilities(role, BATCH, context, temperature).log_probabilities
 
 
-def by_response(flat: list[torch.Tensor]) -> dict[tuple[int, int], torch.Tensor]:
-    """Vectors over the response tokens of each of `batches()`, cut into (prompt, sample)."""
-    found = {}
-    for batch, values in zip(batches(), flat, strict=True):
-        start = 0
-        for number in batch.numbers:
-            for sample, said in enumerate(RESPONSES[number]):
-                found[number, sample] = values[start : start + len(said)]
-                start += len(said)
-        assert start == len(values), "one number for each response token"
-    return found
-
-
-def scores(made: Actors, role: Any, context: StageContext, temperature: float = 1.0) -> list[torch.Tensor]:
-    return [made.log_probabilities(role, batch, context, temperature).log_probabilities for batch in batches()]
-
-
-def in_order(per_response: dict[tuple[int, int], torch.Tensor]) -> torch.Tensor:
-    return torch.cat([per_response[key] for key in sorted(per_response)])
+def in_order(values: torch.Tensor) -> torch.Tensor:
+    """A vector over the response tokens of BATCH, in the order of TEXTS."""
+    lengths = [len(said) for number in BATCH.numbers for said in RESPONSES[number]]
+    keys = [(number, sample) for number in BATCH.numbers for sample in range(len(RESPONSES[number]))]
+    parts = dict(zip(keys, values.split(lengths), strict=True))
+    return torch.cat([parts[key] for key in sorted(parts)])
 
 
 def plain_scores(lm: Any, temperature: float) -> torch.Tensor:
     """Log-probabilities of all response tokens by transformers' forward pass, each text alone."""
     parts = []
-    for prompt, said in ALL:
+    for prompt, said in TEXTS:
         logits = lm(input_ids=torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1].float()
         parts.append(torch.log_softmax(logits / temperature, dim=1)[range(len(said)), said])
     return torch.cat(parts)
@@ -95,13 +82,12 @@ def test_policy_and_reference_are_the_sft_model(
     with torch.no_grad():
         expected = plain_scores(sft, TEMPERATURE)
         policy, reference = (scores(made, role, context, TEMPERATURE) for role in ("policy", "reference"))
-        torch.testing.assert_close(in_order(by_response(policy)), expected, atol=1e-5, rtol=1e-4)
-        assert all(torch.equal(one, other) for one, other in zip(policy, reference, strict=True)), "KL is 0, exactly"
+        torch.testing.assert_close(in_order(policy), expected, atol=1e-5, rtol=1e-4)
+        assert torch.equal(policy, reference), "KL is 0, exactly"
         disturb(made._named["policy"].items())
         moved = scores(made, "policy", context, TEMPERATURE)
-        assert (torch.cat(moved) - torch.cat(policy)).abs().mean() > 1e-2
-        again = scores(made, "reference", context, TEMPERATURE)
-        assert all(torch.equal(one, other) for one, other in zip(again, reference, strict=True)), "it stays"
+        assert (moved - policy).abs().mean() > 1e-2
+        assert torch.equal(scores(made, "reference", context, TEMPERATURE), reference), "it stays"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -110,7 +96,7 @@ def test_kl_is_exactly_zero_in_bf16_too(make: Make, context: StageContext, metho
     made = make(method)
     with torch.no_grad():
         policy, reference = (scores(made, role, context) for role in ("policy", "reference"))
-    assert all(torch.equal(one, other) for one, other in zip(policy, reference, strict=True))
+    assert torch.equal(policy, reference)
     trained = [*made.trained("policy"), *made.trained("value")]
     assert {value.dtype for value in trained} == {torch.float32}, "bf16 would swallow small updates"
 
@@ -131,53 +117,48 @@ def test_rewards_and_values_are_the_reward_models(
         return float(judge(input_ids=torch.tensor([ids])).logits) - MEAN
 
     with torch.no_grad():
-        values = in_order(by_response([made.values(batch, context) for batch in batches()]))
-        expected = [told(prompt + said[:place]) for prompt, said in ALL for place in range(len(said))]
+        values = in_order(made.values(BATCH, context))
+        expected = [told(prompt + said[:place]) for prompt, said in TEXTS for place in range(len(said))]
         assert values.tolist() == pytest.approx(expected, abs=1e-5)
-        for batch in batches():
-            ours = [(number, sample) for number in batch.numbers for sample in range(len(RESPONSES[number]))]
-            expected = [told(PROMPTS[number] + RESPONSES[number][sample]) for number, sample in ours]
-            assert made.rewards(batch, context).tolist() == pytest.approx(expected, abs=1e-5)
+        expected = [told(PROMPTS[number] + said) for number in BATCH.numbers for said in RESPONSES[number]]
+        assert made.rewards(BATCH, context).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_without_a_reward_model_values_start_at_zero(make: Make, context: StageContext, method: str) -> None:
     made = make(method, reward=False)
     assert made.reward_head is None and "reward" not in made.models
-    (loss := made.values(batches(512)[0], context)).sum().backward()  # type: ignore[no-untyped-call]
-    assert not loss.any() and made.value_head.weight.grad is not None and made.value_head.weight.grad.any()
+    assert not made.values(BATCH, context).any()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_values_on_another_scale(make: Make, context: StageContext, method: str) -> None:
-    made, batch = make(method), batches(512)[0]
+    made = make(method)
     with torch.no_grad():
-        before, rewards = made.values(batch, context), made.rewards(batch, context)
+        before, rewards = made.values(BATCH, context), made.rewards(BATCH, context)
         made.rescale_values(0.5, 3.0)
-        torch.testing.assert_close(made.values(batch, context), 0.5 * before + 3.0)
-        assert torch.equal(made.rewards(batch, context), rewards), "the reward keeps its own"
+        torch.testing.assert_close(made.values(BATCH, context), 0.5 * before + 3.0)
+        assert torch.equal(made.rewards(BATCH, context), rewards), "the reward keeps its own"
 
 
 # --- who learns ----------------------------------------------------------------------------------------------
 
 
 def everything(made: Actors, context: StageContext) -> dict[str, torch.Tensor]:
-    batch = batches(512)[0]
     with torch.no_grad():
         return {
-            **{role: torch.cat(scores(made, role, context)) for role in ("policy", "reference")},
-            "value": made.values(batch, context),
-            "reward": made.rewards(batch, context),
+            **{role: scores(made, role, context) for role in ("policy", "reference")},
+            "value": made.values(BATCH, context),
+            "reward": made.rewards(BATCH, context),
         }
 
 
 def learn(made: Actors, role: str, optimizer: torch.optim.Optimizer, context: StageContext) -> None:
     """One step of one role; both roles' gradients are computed after another role has been used."""
-    batch = batches(512)[0]
-    found = made.log_probabilities("policy", batch, context, 1.0).log_probabilities
-    values = made.values(batch, context)
-    made.rewards(batch, context)
-    made.log_probabilities("reference", batch, context, 1.0)
+    found = made.log_probabilities("policy", BATCH, context, 1.0).log_probabilities
+    values = made.values(BATCH, context)
+    made.rewards(BATCH, context)
+    made.log_probabilities("reference", BATCH, context, 1.0)
     (found if role == "policy" else (values - 3.0).square()).mean().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad()
@@ -203,9 +184,8 @@ def test_a_role_learns_alone(make: Make, context: StageContext, method: str, rol
 def test_every_adapter_weight_of_a_role_gets_a_gradient(make: Make, context: StageContext) -> None:
     made = make()
     disturb(made._named["policy"].items())
-    batch = batches(512)[0]
-    made.log_probabilities("policy", batch, context, 1.0).log_probabilities.mean().backward()  # type: ignore[no-untyped-call]
-    made.values(batch, context).square().mean().backward()  # type: ignore[no-untyped-call]
+    made.log_probabilities("policy", BATCH, context, 1.0).log_probabilities.mean().backward()  # type: ignore[no-untyped-call]
+    made.values(BATCH, context).square().mean().backward()  # type: ignore[no-untyped-call]
     for role in ("policy", "value"):
         named = made._named[role]
         assert len(named) == 2 * 7 * 2 + 2 * (role == "value"), "A and B of 7 linear layers in 2 blocks; the head"
@@ -261,7 +241,7 @@ def test_samples_of_a_role_have_its_probabilities(make: Make, context: StageCont
     """Whichever role was used last, the sampler and `log_probabilities` see the same adapter."""
     made = make()
     disturb(made._named["policy"].items())
-    made.rewards(batches()[0], context)
+    made.rewards(BATCH, context)
     with made.using(role) as lm:
         found = sampling.sample(
             lm, PROMPTS, count=2, tokens=8, stops=[1], pad=0, temperature=TEMPERATURE, seed=3, precision="fp32",
@@ -296,7 +276,7 @@ def test_the_saved_policy_is_a_plain_model_and_the_actors_go_on(
     assert not told["missing_keys"] and not told["unexpected_keys"]
     assert size == sum(value.numel() for value in saved.parameters())
     with torch.no_grad():
-        ours = in_order(by_response(scores(made, "policy", context, TEMPERATURE)))
+        ours = in_order(scores(made, "policy", context, TEMPERATURE))
         torch.testing.assert_close(plain_scores(saved.eval(), TEMPERATURE), ours, atol=1e-4, rtol=1e-4)
     assert str(tmp_path.parent) not in (tmp_path / "model/config.json").read_text()
     assert (tmp_path / "model/tokenizer.json").exists() and not list(tmp_path.rglob("*adapter*"))

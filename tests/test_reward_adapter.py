@@ -65,6 +65,7 @@ def test_the_adapter_is_pefts_own_format(known: Any, tmp_path: Path, architectur
             torch.testing.assert_close(loaded(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
     config = json.loads((root / "reward/adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "sluice-sft" and config["r"] == 4 and config["inference_mode"]
+    assert config["target_modules"] == sorted(config["target_modules"]), "an order that is the same in every process"
     weights = artifacts.content_hash(root / "sft/model.safetensors")
     assert json.loads((root / "reward/adapter/base.json").read_text()) == {"model.safetensors": weights}
 

@@ -35,7 +35,7 @@ class Case(NamedTuple):
     def generate(self, params: PpoParams = PARAMS) -> episodes.Rollout:
         prompts = [
             Prompt(str(n), str(n), "train", "", None, list(range(20 + 9 * n, 24 + 10 * n)))
-            for n in range(PARAMS.batch_prompts)
+            for n in range(params.batch_prompts)
         ]
         return episodes.generate(self.actors, self.known, prompts, params, 0, self.context, lambda done, total: None)
 
@@ -179,16 +179,19 @@ def test_another_reference(make: Callable[..., Case], method: str) -> None:
         case.all()
 
 
+@pytest.mark.parametrize("prompts", [6, 1])
 @pytest.mark.parametrize("role", ["values", "rewards"])
-def test_what_depends_on_padding(make: Callable[..., Case], role: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A score that moves with the length of the row, by as little as a thousandth a column."""
+def test_what_depends_on_padding(
+    make: Callable[..., Case], role: str, prompts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A score that moves with the length of the row, by as little as a thousandth a column, even of a single row."""
     case = make()
     honest = getattr(case.actors, role)
     monkeypatch.setattr(
         case.actors, role, lambda batch, context: honest(batch, context) + 1e-3 * batch.rows.ids.shape[1]
     )
     with pytest.raises(ArtifactError, match=f": {role} do not depend on padding"):
-        case.all()
+        case.all(PARAMS.model_copy(update={"batch_prompts": prompts, "minibatches": 1}))
 
 
 def test_a_reward_beside_the_end(make: Callable[..., Case]) -> None:
