@@ -40,7 +40,7 @@ from pipelines.core import (
 )
 from pipelines.core.checkpoint import Checkpoints
 from pipelines.core.context import StageContext
-from pipelines.core.errors import ArtifactError
+from pipelines.core.errors import ArtifactError, DataError
 from pipelines.core.params.ppo import PpoParams
 from pipelines.core.ppo_setup import Plan, Task
 
@@ -86,6 +86,11 @@ class Arm(NamedTuple):
     name: str  # prefix of its columns in the history, and of its checkpoints
     ptx: float  # coefficient
 
+    @property
+    def checkpoints(self) -> str:
+        """Name of their directory."""
+        return f"{self.name}checkpoints"
+
 
 def run(params: PpoParams, inputs: dict[str, Path], outputs: Path, context: StageContext) -> dict[str, float]:
     """Train the arms, save the policy, and measure what was saved on prompts and text it has not seen.
@@ -116,7 +121,10 @@ def run(params: PpoParams, inputs: dict[str, Path], outputs: Path, context: Stag
     start, parameters = actors.trained_state(), 0
     for arm, place in arms.items():
         actors.load_trained_state(start)
-        _train(arm, params, plan, actors, task, context)
+        try:
+            _train(arm, params, plan, actors, task, context)
+        except (ArtifactError, DataError) as error:
+            raise type(error)(f"{error} {ppo_setup.kept(context.work / arm.checkpoints, context.root)}") from None
         if context.world.leads:
             shutil.rmtree(place, ignore_errors=True)
             parameters = actors.save(place, tokenizer, context)
@@ -168,18 +176,17 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
     from pipelines.core import episodes, policy_gradient, ppo_figures, ppo_step, ptx, training
     from pipelines.core.phases import Phases
 
-    place = context.work / f"{arm.name}checkpoints"
-    checkpoints = Checkpoints(place, context.fingerprint, params.checkpoint_steps, params.checkpoint_seconds)
+    checkpoints = Checkpoints(
+        context.work / arm.checkpoints, context.fingerprint, params.checkpoint_steps, params.checkpoint_seconds
+    )
     state = distributed.from_leader(context.world, lambda: checkpoints.newest() or {"iteration": 0})
     learner = _learner(params, plan, actors, state)
     if state["iteration"]:
         context.say(f"resuming after iteration {state['iteration']} of {params.iterations}")
         context.resume(state["history"])
     coefficient = state.get("coefficient", params.kl_coefficient)
-    pretraining = None
-    if arm.ptx:
-        rows = ptx.rows(params, plan.steps, task.data, task.tokenizer, context)
-        pretraining = ppo_step.Pretraining(rows, arm.ptx)
+    text = ptx.rows(params, plan.steps, task.data, task.tokenizer, context) if arm.ptx else None
+    pretraining = ppo_step.Pretraining(text, arm.ptx) if text else None
     phases = Phases(actors, params, state.get("spent", {}), context)
     for iteration in range(state["iteration"], params.iterations):
         # 1. Generate and score: responses of the policy, and what the four roles say of every token.
@@ -245,7 +252,7 @@ def _experience(
     chosen = episodes.prompts_of(params.seed, iteration, params.batch_prompts, len(task.prompts))
     prompts = [task.prompts[number] for number in chosen]
     with phases.of("generate"):
-        tell = partial(_tell, context, f"{arm.name}{iteration + 1} of {params.iterations}")
+        tell = partial(ppo_setup.tell, context, f"{arm.name}{iteration + 1} of {params.iterations}")
         rollout = episodes.generate(actors, task.tokenizer, prompts, params, iteration, context, tell)
     with phases.of("score"):
         proxy = None if task.score is None else partial(task.score, call=iteration + 1)
@@ -284,10 +291,5 @@ def _guard(arm: Arm, params: PpoParams, context: StageContext) -> None:
         if f"{arm.name}kl" in row
     ]
     if (problem := guards.check(limits, rows)) is not None:
-        raise ArtifactError(f"ppo stopped after iteration {len(rows)}: {problem}")
-
-
-def _tell(context: StageContext, where: str, done: int, total: int) -> None:
-    """Progress within an iteration; the last moment at which nothing of it would be lost."""
-    context.progress(done, total, sampling=where)
-    context.stop_if_asked()
+        which = " without the pre-training gradient" if arm.name else ""
+        raise ArtifactError(f"ppo{which} stopped after iteration {len(rows)}: {problem}")

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from pipelines.core import hardware, language_models
 from pipelines.core.actors import Actors
 from pipelines.core.context import StageContext
@@ -27,11 +29,13 @@ class Phases:
         with actors.using("policy") as model:
             inner = model.get_base_model() if hasattr(model, "get_base_model") else model
             body, head = language_models.body_and_head(inner)
-            embeddings = inner.get_input_embeddings().weight
+            looked_up = {id(layer.weight) for layer in body.modules() if isinstance(layer, torch.nn.Embedding)}
             matrices = (
-                value for name, value in body.named_parameters() if "lora_" not in name and value is not embeddings
+                value
+                for name, value in body.named_parameters()
+                if value.dim() >= 2 and "lora_" not in name and id(value) not in looked_up
             )
-            self.body = sum(value.numel() for value in matrices if value.dim() >= 2)
+            self.body = sum(value.numel() for value in matrices)
             self.head = head.numel()
         self.params, self.context = params, context
         self.spent = {name: list(spent.get(name, (0.0, 0.0))) for name in NAMES}

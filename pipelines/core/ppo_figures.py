@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipelines.core import cards, judges, policy_gradient
+from pipelines.core import cards, judges, policy_gradient, slots
 from pipelines.core.episodes import Episodes
 
 
@@ -41,7 +41,7 @@ def golds(found: Episodes, judge: judges.Judge) -> list[list[float]]:
     return [
         [judges.gold(judge, prompt.text, response, prompt.reference) for response in responses]
         for prompt, responses in zip(found.rollout.prompts, found.rollout.responses, strict=True)
-        if prompt.reference is not None or judge == "slots"
+        if (prompt.reference is not None if judge == "overlap" else slots.asked(prompt.text))
     ]
 
 

@@ -108,3 +108,17 @@ def text_scores(rewards: list[Reward], prompts: list[str], responses: list[str])
     from pipelines.core import reward_functions
 
     return reward_functions.score(rewards, prompts, responses, call=1).values
+
+
+def kept(place: Path, root: Path) -> str:
+    """What a run that failed has left in the directory of its checkpoints, for a message."""
+    last = max((int(one.name.removeprefix("step-")) for one in place.glob("step-*")), default=None)
+    if last is None:
+        return "Nothing was published."
+    return f"Nothing was published; the checkpoint after iteration {last} stays in {place.relative_to(root)}."
+
+
+def tell(context: StageContext, where: str, done: int, total: int) -> None:
+    """Progress in a rollout, and the moment at which a signal is heard: only the iteration begun is lost."""
+    context.progress(done, total, sampling=where)
+    context.stop_if_asked()

@@ -50,7 +50,7 @@ def take(
     """Update policy and value once. Returns what was seen, as means over the minibatch's tokens; norms before clipping.
 
     Raises:
-        ArtifactError: a loss or gradient is not finite; nothing was updated.
+        ArtifactError: a loss or gradient is not finite; the model it is of was not updated.
     """
     actors, mask, world = learner.actors, targets.episodes.rollout.mask, context.world
     tokens = sum(int(mask[episodes.episodes_of(batch)].sum()) for batch in minibatch)
