@@ -82,8 +82,21 @@ def test_a_page_of_rollouts() -> None:
     assert ppo_figures.page(found, rewards, 8, "Rollouts") == f"# Rollouts\n{one}\n{two}"
     assert ppo_figures.page(found, rewards, 1, "Rollouts") == f"# Rollouts\n{one}"
     assert ppo_figures.page(found, rewards, 0, "Rollouts") == "# Rollouts"
-    both = example([prompt("say")], [["one", "two"]])
-    assert ppo_figures.page(both, rewards, 1, "Rollouts").count("\n- score") == 2
+
+
+def test_a_page_of_two_prompts_with_two_responses_each() -> None:
+    both = example([prompt("say")] * 2, [["one", "two"], ["three", "four"]])
+    twice = both._replace(
+        scores=torch.tensor([0.0, 1.0, 2.0, 3.0]), old=both.old.repeat(2, 1), reference=both.reference.repeat(2, 1)
+    )
+    rewards = torch.tensor([[10.0, 1.0], [20.0, 2.0], [30.0, 3.0], [40.0, 4.0]])
+    lines = [line for line in ppo_figures.page(twice, rewards, 2, "").splitlines() if line.startswith("-")]
+    assert lines == [
+        "- score +0.000, KL 1.000, total +11.000: `one`",
+        "- score +1.000, KL -0.300, total +22.000: `two`",
+        "- score +2.000, KL 1.000, total +33.000: `three`",
+        "- score +3.000, KL -0.300, total +44.000: `four`",
+    ]
 
 
 # --- where the time goes -------------------------------------------------------------------------------------

@@ -191,6 +191,8 @@ def test_each_minibatch_is_one_step_of_both(places: dict[str, Path], context: St
     )
     assert first["policy_loss"] != second["policy_loss"]
     ppo_step.check_count(learner, 2)
+    with pytest.raises(AssertionError, match="2.* optimizer steps were made, 3 were planned"):
+        ppo_step.check_count(learner, 3)
     for name, optimizer in (("policy", learner.policy), ("value", learner.value)):
         state = next(iter(optimizer.state.values()))
         state["step"] += 1
