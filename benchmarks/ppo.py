@@ -1,26 +1,25 @@
 """Episodes a second of stage `ppo`, beside TRL 1.12's PPO: same models, prompts, batch, length, bf16, steps.
 
-`python -m benchmarks.ppo [--artifacts DIRECTORY] [--iterations N] [--rounds N] [--micro N] [--trl-value full] [--full]`.
-`trl.experimental.ppo` left TRL after 1.12: `pip install --no-deps trl==1.12.0`, in an environment of its own that sees
-this one (`python -m venv --system-site-packages DIRECTORY`). Rounds take turns, each side in a new process, so that
-each has its own peak memory. Loading is not timed. Ours is what the stage calls generate, score and update, without
-its checkpoint and the self-test before the first update (`wall` has them); TRL's is the whole of `train()`.
+`python -m benchmarks.ppo [--artifacts DIRECTORY] [--iterations N] [--rounds N] [--trl-value full] [--full]`.
+`trl.experimental.ppo` left TRL after 1.12: `pip install --no-deps trl==1.12.0` in an environment of its own that sees
+this one's packages (`python -m venv DIRECTORY`, and a .pth file in it that names this one's site-packages). Rounds take
+turns, each side in a new process with a peak memory of its own (`loaded_mb`: before the first episode). Loading is not
+timed. Ours is what the stage calls generate, score and update, without self-test, checkpoint and log (`wall` has them);
+TRL's is all of `train()`. The last line is one JSON document.
 
 Adapters (rank 16): ours are all on one backbone. TRL's reference is the policy without its adapters, its reward and
-value models are models of their own. Here its value model has adapters too; `--trl-value full` trains all its weights,
-as TRL's example does. `--full` trains all weights on both sides. Both get the same optimizer and rates, the same
-minibatches of the same prompts, K responses each, and no rule for a response without EOS. The rest is each side's own:
-TRL clips no gradients, starts with the values as they come, and weighs the forward passes of a step alike.
+value models are models of their own; its value model has adapters too, or with `--trl-value full` trains all weights,
+as TRL's example does. `--full` trains all weights on both sides. Both get the same optimizer, rates, prompts of each
+batch, K responses a prompt, minibatches, and no rule for a response without EOS. The rest is each side's own: TRL clips
+no gradients, takes scores and values as they come, and weighs the forward passes of a step alike.
 
-What TRL needs to do the same work, as released:
+TRL runs with transformers 5. To make it do the same work takes three things:
 
-1. `bf16=True` changes nothing with transformers 5: the trainer's `Accelerator` is not told. Everything runs inside
-   `torch.autocast`, its cache off, since that would keep casts of weights from before an update.
+1. `bf16=True` changes nothing: transformers no longer tells the `Accelerator` that the trainer makes. Everything runs
+   inside `torch.autocast`, its cache off: it would keep casts of weights from before an update.
 2. `num_mini_batches` makes no more optimizer steps: they follow `gradient_accumulation_steps`, which is the whole
    batch's. It is set to a minibatch's after construction. Steps are counted on both sides, by hooks.
 3. Its loader shuffles, and makes every forward pass of its last batch an optimizer step; a plain one takes its place.
-
-The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -34,17 +33,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 TRL = "1.12.0"
-START = 0.1  # of the rate, in the first iteration: the stage's warm-up
-LORA_LR, LORA_VALUE_LR = 1.2e-3, 1e-3
-FULL_LR, FULL_VALUE_LR = 1.2e-4, 1e-4
-EPS = 1e-5
+RATES = {"lora": (1.2e-3, 1e-3), "full": (1.2e-4, 1e-4)}  # of policy and value model
 PARAMS: dict[str, Any] = {
     "lora_rank": 16, "rewards": (), "judge": "overlap", "minibatches": 2, "epochs": 1, "micro_tokens": 1024,
     "too_long": "drop", "temperature": 1.0, "kl_coefficient": 0.05, "kl_target": None, "kl_horizon": 10_000,
@@ -59,30 +53,22 @@ def params_of(options: argparse.Namespace) -> Any:
     """The stage's params: both sides read theirs from them."""
     from pipelines.core.params.ppo import PpoParams
 
-    rates = (FULL_LR, FULL_VALUE_LR) if options.full else (LORA_LR, LORA_VALUE_LR)
+    method = "full" if options.full else "lora"
     given = {
-        "seed": options.seed,
-        "method": "full" if options.full else "lora",
-        "iterations": options.iterations,
-        "batch_prompts": options.prompts,
-        "samples_per_prompt": options.samples,
-        "max_new_tokens": options.tokens,
-        "max_prompt_tokens": options.prompt_tokens,
-    }
-    return PpoParams.model_validate(PARAMS | given | dict(zip(("lr", "value_lr"), rates, strict=True)))
+        "seed": options.seed, "method": method, "iterations": options.iterations,
+        "batch_prompts": options.prompts, "samples_per_prompt": options.samples, "max_new_tokens": options.tokens,
+        "max_prompt_tokens": options.prompt_tokens, "lr": RATES[method][0], "value_lr": RATES[method][1],
+    }  # fmt: skip
+    return PpoParams.model_validate(PARAMS | given)
 
 
-@contextmanager
-def counted_steps() -> Iterator[Counter[int]]:
-    """Steps that each optimizer of this process makes inside the block, by its id."""
+def count_steps() -> Counter[int]:
+    """From now on, how many steps each optimizer of this process has made, by its id."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     made: Counter[int] = Counter()
-    hook = register_optimizer_step_post_hook(lambda optimizer, args, kwargs: made.update([id(optimizer)]))
-    try:
-        yield made
-    finally:
-        hook.remove()
+    register_optimizer_step_post_hook(lambda optimizer, args, kwargs: made.update([id(optimizer)]))
+    return made
 
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
@@ -96,7 +82,8 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     params = params_of(options)
     inputs = {name: options.artifacts / name for name in ("data", "sft", "reward")}
     tokenizer = language_models.load_tokenizer(str(inputs["sft"] / "model"))
-    with tempfile.TemporaryDirectory() as folder, counted_steps() as made:
+    made = count_steps()
+    with tempfile.TemporaryDirectory() as folder:
         context = StageContext("ppo", Path(folder), "0" * 64, precision="bf16")
         actors = ppo_setup.roles(params, inputs, context)
         score = None
@@ -125,23 +112,17 @@ def models(options: argparse.Namespace, params: Any) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     def load(kind: Any, stage: str, whole: bool) -> Any:
-        return kind.from_pretrained(
-            options.artifacts / stage / "model", dtype=torch.float32 if whole else torch.bfloat16
-        )
+        dtype = torch.float32 if whole else torch.bfloat16
+        return kind.from_pretrained(options.artifacts / stage / "model", dtype=dtype)
 
-    whole_value = trains_whole_value(options)
     policy = load(AutoModelForCausalLM, "sft", options.full)
-    value = load(AutoModelForSequenceClassification, "reward", whole_value)
+    value = load(AutoModelForSequenceClassification, "reward", options.trl_value == "full")
     reward = load(AutoModelForSequenceClassification, "reward", False)
-    adapters: dict[str, Any] = {
-        "r": params.lora_rank,
-        "lora_alpha": 2 * params.lora_rank,
-        "target_modules": "all-linear",
-    }
+    lora: dict[str, Any] = {"r": params.lora_rank, "lora_alpha": 2 * params.lora_rank, "target_modules": "all-linear"}
     if not options.full:
-        policy = get_peft_model(policy, LoraConfig(**adapters, task_type="CAUSAL_LM"))
-    if not whole_value:  # in place, since TRL looks for the body by the model's own name for it
-        inject_adapter_in_model(LoraConfig(**adapters, exclude_modules=["score"]), value)
+        policy = get_peft_model(policy, LoraConfig(**lora, task_type="CAUSAL_LM"))
+    if options.trl_value == "lora":  # in place, since TRL looks for the body by the model's own name for it
+        inject_adapter_in_model(LoraConfig(**lora, exclude_modules=["score"]), value)
         for name, weight in value.named_parameters():
             if "lora_" in name:
                 weight.data = weight.data.float()
@@ -149,68 +130,77 @@ def models(options: argparse.Namespace, params: Any) -> dict[str, Any]:
     return {"model": policy, "value_model": value, "reward_model": reward}
 
 
-def trains_whole_value(options: argparse.Namespace) -> bool:
-    """Whether TRL's value model learns with all its weights."""
-    return bool(options.full or options.trl_value == "full")
+def trainer_of(options: argparse.Namespace, params: Any, tokenizer: Any, rows: Any, folder: str) -> Any:
+    """TRL's trainer on rows of prompts in the order of the batches, told what the docstring above lists."""
+    import torch
+    from torch.utils.data import DataLoader
+    from transformers.trainer_callback import PrinterCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    from pipelines import ppo
+    from pipelines.core import training
+
+    torch.manual_seed(params.seed)
+    roles = models(options, params)
+    roles["model"].generation_config.pad_token_id = tokenizer.pad_token_id
+    rates = {"model": params.lr, "value_model": RATES[options.trl_value][1]}
+    groups = [
+        group
+        for name, lr in rates.items()
+        for group in training.adamw(roles[name].parameters(), lr, params.weight_decay, ppo.ADAM_EPS).param_groups
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    settings = PPOConfig(
+        output_dir=folder, use_cpu=True, bf16=True, gradient_checkpointing=False, seed=params.seed,
+        per_device_train_batch_size=options.micro, gradient_accumulation_steps=params.episodes // options.micro,
+        num_mini_batches=params.minibatches, num_ppo_epochs=params.epochs, total_episodes=len(rows),
+        local_rollout_forward_batch_size=params.episodes, response_length=params.max_new_tokens, stop_token="eos",
+        temperature=params.temperature, kl_coef=params.kl_coefficient, cliprange=params.clip, vf_coef=1.0,
+        cliprange_value=params.value_clip, gamma=params.discount, lam=params.trace, num_sample_generations=0,
+        save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    warming_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1.0 if done else ppo.START)
+    trainer = PPOTrainer(
+        settings, tokenizer, ref_model=None, train_dataset=rows, optimizers=(optimizer, warming_up), **roles
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.accelerator.gradient_accumulation_steps = params.episodes // params.minibatches // options.micro
+    trainer.dataloader = DataLoader(rows, params.episodes, collate_fn=trainer.data_collator)
+    return trainer
 
 
 def theirs(options: argparse.Namespace) -> dict[str, Any]:
     """As `ours`, by TRL."""
     import torch
     from datasets import Dataset
-    from torch.utils.data import DataLoader
-    from transformers.trainer_callback import PrinterCallback
-    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+    from trl.experimental.ppo import ppo_trainer
 
-    from pipelines.core import chats, episodes, hardware, judges, language_models, ppo_setup, training
+    from pipelines.core import chats, episodes, hardware, judges, language_models, ppo_setup
 
     params = params_of(options)
     tokenizer = language_models.load_tokenizer(str(options.artifacts / "sft/model"))
     tokenizer.padding_side = "left"
     prompts = ppo_setup.prompts(params, options.artifacts / "data", tokenizer)
-    batches = [
-        [prompts[number] for number in episodes.prompts_of(params.seed, one, params.batch_prompts, len(prompts))]
-        for one in range(params.iterations)
+    asked = [
+        prompts[number]
+        for iteration in range(params.iterations)
+        for number in episodes.prompts_of(params.seed, iteration, params.batch_prompts, len(prompts))
+        for _ in range(params.samples_per_prompt)
     ]
-    asked = [prompt for batch in batches for prompt in batch for _ in range(params.samples_per_prompt)]
     rows = Dataset.from_list([{"input_ids": prompt.ids} for prompt in asked])
     said: list[list[int]] = []
     generated = ppo_trainer.batch_generation
 
-    def kept(model: Any, queries: Any, *rest: Any) -> Any:
-        answers, scores = generated(model, queries, *rest)
+    def noted(model: Any, queries: Any, *rest: Any) -> Any:
+        answers, logits = generated(model, queries, *rest)
         for row in answers[:, queries.shape[1] :].tolist():
-            end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
-            said.append(row[:end])
-        return answers, scores
+            said.append(row[: [*row, tokenizer.eos_token_id].index(tokenizer.eos_token_id) + 1])
+        return answers, logits
 
-    ppo_trainer.batch_generation = kept
-    with tempfile.TemporaryDirectory() as folder, counted_steps() as made:
-        torch.manual_seed(params.seed)
-        roles = models(options, params)
-        roles["model"].generation_config.pad_token_id = tokenizer.pad_token_id
-        value_lr = FULL_VALUE_LR if trains_whole_value(options) else LORA_VALUE_LR
-        policy, value = (
-            training.adamw(roles[name].parameters(), lr, params.weight_decay, EPS)
-            for name, lr in (("model", params.lr), ("value_model", value_lr))
-        )
-        optimizer = torch.optim.AdamW(policy.param_groups + value.param_groups)
-        settings = PPOConfig(
-            output_dir=folder, use_cpu=True, bf16=True, gradient_checkpointing=False, seed=params.seed,
-            per_device_train_batch_size=options.micro, gradient_accumulation_steps=params.episodes // options.micro,
-            num_mini_batches=params.minibatches, num_ppo_epochs=params.epochs, total_episodes=len(asked),
-            local_rollout_forward_batch_size=params.episodes, response_length=params.max_new_tokens, stop_token="eos",
-            temperature=params.temperature, kl_coef=params.kl_coefficient, cliprange=params.clip, vf_coef=1.0,
-            cliprange_value=params.value_clip, gamma=params.discount, lam=params.trace, num_sample_generations=0,
-            save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
-        )  # fmt: skip
-        trainer = PPOTrainer(
-            settings, tokenizer, ref_model=None, train_dataset=rows, **roles,
-            optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1.0 if done else START)),
-        )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
-        trainer.accelerator.gradient_accumulation_steps = params.episodes // params.minibatches // options.micro
-        trainer.dataloader = DataLoader(rows, params.episodes, collate_fn=trainer.data_collator)
+    ppo_trainer.batch_generation = noted
+    made = count_steps()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(options, params, tokenizer, rows, folder)
         loaded, start = hardware.peak_memory_bytes(), time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             trainer.train()
@@ -222,7 +212,6 @@ def theirs(options: argparse.Namespace) -> dict[str, Any]:
     ]
     return {
         "seconds": seconds,
-        "wall": seconds,
         "steps": sorted(made.values()),
         "loaded_mb": loaded / 2**20,
         "gold": statistics.mean(last) if last else None,
@@ -233,18 +222,18 @@ def theirs(options: argparse.Namespace) -> dict[str, Any]:
 SIDES = {"ours": ours, "trl": theirs}
 
 
-def measured(side: str, seed: int) -> dict[str, Any]:
+def measured(side: str, seed: int) -> Any:
     """What a side tells from a process of its own, with the process's peak memory in MB."""
-    command = [sys.executable, "-m", "benchmarks.ppo", *sys.argv[1:], "--side", side, "--seed", str(seed)]
+    chosen = [*sys.argv[1:], "--side", side, "--seed", str(seed)]
     # This process has loaded nothing: a child's peak begins with what its parent held.
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.ppo", *chosen]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     said = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{side} failed:\n{said}")
-    found: dict[str, Any] = json.loads(said.splitlines()[-1])
-    return found | {"peak_mb": usage.ru_maxrss / 1024}
+    return json.loads(said.splitlines()[-1]) | {"peak_mb": usage.ru_maxrss / 1024}
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -261,21 +250,19 @@ def compare(options: argparse.Namespace) -> None:
     for name, rounds in found.items():
         print(told(name, rounds))
     print(f"ratio {min(ratios):.2f} / {statistics.median(ratios):.2f} / {max(ratios):.2f}")
-    asked = {name: value for name, value in vars(options).items() if name not in ("side", "seed", "artifacts")}
-    print(json.dumps({"rounds": found, "ratio": ratios, "episodes": episodes, "trl": TRL} | asked))
+    asked = {name: str(value) for name, value in vars(options).items()}
+    print(json.dumps({"rounds": found, "ratio": ratios, "episodes": episodes, "trl": TRL, "options": asked}))
 
 
 def told(name: str, rounds: list[dict[str, Any]]) -> str:
-    """A line about a side: least, median and most episodes a second, the rest as means; memory as the most."""
+    """A line about a side: least, median and most episodes a second, the most memory, means of the rest."""
     speeds = [one["episodes_per_second"] for one in rounds]
     spread = " / ".join(f"{value:.2f}" for value in (min(speeds), statistics.median(speeds), max(speeds)))
     golds = [one["gold"] for one in rounds if one["gold"] is not None]
     gold = f"{statistics.mean(golds):.3f}" if golds else "none"
-    steps = " + ".join(str(count) for count in rounds[0]["steps"])
-    return (
-        f"{name:<5} {spread} episodes/s, peak {max(one['peak_mb'] for one in rounds):.0f} MB, gold of the last batch "
-        f"{gold}, {statistics.mean(one['response_tokens'] for one in rounds):.1f} tokens a response, steps {steps}"
-    )
+    peak, tokens = max(one["peak_mb"] for one in rounds), statistics.mean(one["response_tokens"] for one in rounds)
+    rest = f"gold of the last batch {gold}, {tokens:.1f} tokens a response, optimizer steps {rounds[0]['steps']}"
+    return f"{name:<5} {spread} episodes/s, peak {peak:.0f} MB, {rest}"
 
 
 def main() -> None:
@@ -283,15 +270,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="with data, sft and reward")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--iterations", type=int, default=3, help="batches of a round")
+    parser.add_argument("--iterations", type=int, default=3, help="batches of a round, two or more")
     parser.add_argument("--prompts", type=int, default=8, help="of a batch")
     parser.add_argument("--samples", type=int, default=4, help="episodes of each prompt")
     parser.add_argument("--tokens", type=int, default=24, help="longest response")
     parser.add_argument("--prompt-tokens", type=int, default=80, help="longest prompt")
     parser.add_argument("--micro", type=int, default=8, help="episodes of a forward pass in TRL's update")
-    parser.add_argument(
-        "--trl-value", choices=("lora", "full"), default="lora", help="what of TRL's value model learns"
-    )
+    parser.add_argument("--trl-value", choices=("lora", "full"), default="lora", help="what of its value model learns")
     parser.add_argument("--full", action="store_true", help="train all weights on both sides")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
@@ -299,20 +284,14 @@ def main() -> None:
     minibatch = options.prompts * options.samples // PARAMS["minibatches"]
     if options.prompts % PARAMS["minibatches"] or minibatch % options.micro:
         parser.error(f"a minibatch is half a batch, {minibatch} episodes: --micro {options.micro} must divide it")
-    try:
-        installed = metadata.version("trl")
-    except metadata.PackageNotFoundError:
-        installed = "not"
-    if installed != TRL:
-        raise SystemExit(
-            f"trl {TRL} is needed ({installed} installed): pip install --no-deps trl=={TRL} (see docstring)"
-        )
+    options.trl_value = "full" if options.full else options.trl_value
+    installed = {one.version for one in metadata.distributions(name="trl")}
+    if installed != {TRL}:
+        raise SystemExit(f"trl {TRL} is needed, found {installed or 'none'}: pip install --no-deps trl=={TRL}")
     if options.side is None:
         compare(options)
         return
-    os.environ.update(
-        HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TRANSFORMERS_VERBOSITY="error", TQDM_DISABLE="1"
-    )
+    os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TRANSFORMERS_VERBOSITY="error")
     options.artifacts = options.artifacts.resolve()
     print(json.dumps(SIDES[options.side](options)))
 
