@@ -187,7 +187,7 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
     coefficient = state.get("coefficient", params.kl_coefficient)
     text = ptx.rows(params, plan.steps, task.data, task.tokenizer, context) if arm.ptx else None
     pretraining = ppo_step.Pretraining(text, arm.ptx) if text else None
-    phases = Phases(actors, params, state.get("spent", {}), context)
+    phases = Phases(actors, params, state.get("spent", {}), context, arm.name)
     for iteration in range(state["iteration"], params.iterations):
         # 1. Generate and score: responses of the policy, and what the four roles say of every token.
         found = _experience(arm, params, actors, task, iteration, phases, context)

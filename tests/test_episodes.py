@@ -2,99 +2,24 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from models import tokenizer
-from test_ppo_params import PLAIN
-from test_reward_adapter import ARCHITECTURES, MEAN, disturb, store
+from rollouts import METHODS, PARAMS, case, plain_hidden, plain_logits, plain_scores, plain_values, roles
+from test_reward_adapter import ARCHITECTURES, MEAN, store
 
-from pipelines.core import actors, distributed, episodes, k_way, losses, segments
+from pipelines.core import distributed, episodes, k_way, losses
 from pipelines.core.actors import Actors
 from pipelines.core.completions import Prompt
 from pipelines.core.context import StageContext
 from pipelines.core.distributed import World
-from pipelines.core.params.ppo import PpoParams
 
-METHODS = ("shared", "separate")
-PARAMS = PpoParams.model_validate(
-    PLAIN
-    | {"batch_prompts": 6, "samples_per_prompt": 3, "max_new_tokens": 8, "micro_tokens": 64, "missing_eos_score": None}
-    | {"ptx_rows": 3, "ptx_length": 32}
-)
 COOL = PARAMS.model_copy(update={"temperature": 0.7})
-
-
-class Case(NamedTuple):
-    """A rollout made by hand, and its episodes one by one."""
-
-    rollout: episodes.Rollout
-    said: list[tuple[list[int], list[int]]]  # (prompt, response) of each episode
-
-    def ragged(self, rows: list[torch.Tensor]) -> torch.Tensor:
-        """A vector for each episode as a table (N, T)."""
-        table = torch.zeros(self.rollout.mask.shape)
-        for number, row in enumerate(rows):
-            table[number, : len(row)] = row
-        return table
-
-
-def case(seed: int = 0, prompts: int = 6, samples: int = 3) -> Case:
-    """Prompts that begin alike, with responses of 1 to 7 random tokens."""
-    draw = random.Random(seed)
-    asked, said = [], []
-    for number in range(prompts):
-        ids = [5, 6, 7, *draw.choices(range(10, 290), k=draw.randint(1, 9))]
-        asked.append(Prompt(str(number), str(number), "train", f"prompt {number}", None, ids))
-        said.append([draw.choices(range(10, 290), k=draw.randint(1, 7)) for _ in range(samples)])
-    flat = [(prompt.ids, one) for prompt, of_prompt in zip(asked, said, strict=True) for one in of_prompt]
-    longest = max(len(one) for _, one in flat)
-    mask = torch.tensor([[place < len(one) for place in range(longest)] for _, one in flat])
-    sequences = [segments.of_completions(prompt.ids, one) for prompt, one in zip(asked, said, strict=True)]
-    texts = [[f"{number}.{k}" for k in range(samples)] for number in range(prompts)]
-    ended = [[draw.random() < 0.5 for _ in range(samples)] for _ in range(prompts)]
-    return Case(episodes.Rollout(asked, sequences, texts, ended, torch.zeros(mask.shape), mask), flat)
-
-
-def roles(root: Path, method: str, context: StageContext, reward: bool = True) -> Actors:
-    """Actors whose policy has left the SFT model, and whose value model the reward model."""
-    if method == "shared":
-        made = actors.shared(root / "sft", root / "reward" if reward else None, 4, 64, 7, context)
-    else:
-        made = actors.separate(root / "sft", root / "reward/model" if reward else None, 64, 7, context)
-    torch.manual_seed(11)
-    for role in ("policy", "value"):
-        disturb(made._named[role].items(), scale=0.02)
-    return made
-
-
-def plain_logits(made: Actors, role: Any, prompt: list[int], said: list[int], temperature: float) -> torch.Tensor:
-    """(tokens, vocabulary): what each token of a response is drawn from, by transformers, with nothing beside it."""
-    with made.using(role) as lm:
-        logits: torch.Tensor = lm(input_ids=torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
-    return torch.log_softmax(logits / temperature, dim=1)
-
-
-def plain_scores(made: Actors, role: Any, prompt: list[int], said: list[int], temperature: float) -> torch.Tensor:
-    return plain_logits(made, role, prompt, said, temperature)[range(len(said)), said]
-
-
-def plain_hidden(made: Actors, role: Any, prompt: list[int], said: list[int]) -> torch.Tensor:
-    """(prompt + response, width)."""
-    with made.using(role) as model:
-        body = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
-        hidden: torch.Tensor = body(input_ids=torch.tensor([prompt + said])).last_hidden_state[0]
-    return hidden
-
-
-def plain_values(made: Actors, prompt: list[int], said: list[int]) -> torch.Tensor:
-    hidden = plain_hidden(made, "value", prompt, said)[len(prompt) - 1 : -1]
-    return hidden @ made.value_head.weight[0] + made.value_head.bias
 
 
 @pytest.fixture(scope="module")
@@ -157,17 +82,19 @@ def test_each_prompt_is_in_one_minibatch(minibatches: int, micro_tokens: int) ->
     assert [len(one) for one in each] == [6 // minibatches] * minibatches, "each step learns from as many"
     every = [batch for minibatch in found for batch in minibatch]
     assert all(batch.rows.ids.numel() <= micro_tokens or len(batch.numbers) == 1 for batch in every)
-    assert (len(every) > minibatches) == (micro_tokens < 200)
+    assert (len(every) > minibatches) == (micro_tokens <= 16 or micro_tokens == 64 and minibatches == 1)
 
 
 # --- sampling ------------------------------------------------------------------------------------------------
 
 
-def generate(made: Actors, known: Any, context: StageContext, iteration: int = 0) -> episodes.Rollout:
+def generate(
+    made: Actors, known: Any, context: StageContext, iteration: int = 0, asked: list[Prompt] | None = None
+) -> episodes.Rollout:
     seen: list[tuple[int, int]] = []
-    asked = case().rollout.prompts
+    asked = asked or case().rollout.prompts
     found = episodes.generate(made, known, asked, COOL, iteration, context, lambda *told: seen.append(told))
-    assert found.prompts == asked and seen and all(done == total for done, total in seen[-1:])
+    assert found.prompts == asked and seen[-1][0] == seen[-1][1]
     return found
 
 
@@ -184,34 +111,30 @@ def responses(found: episodes.Rollout) -> list[list[list[int]]]:
 
 def check_sampled(found: episodes.Rollout, made: Actors) -> None:
     """Each row of the tables is about the response of its place, to the prompt of its place."""
-    flat = [
-        (prompt.ids, ids)
-        for prompt, of_prompt in zip(found.prompts, responses(found), strict=True)
-        for ids in of_prompt
-    ]
-    assert found.mask.sum(dim=1).tolist() == [len(ids) for _, ids in flat] and found.mask[:, 0].all()
+    said = zip(found.prompts, responses(found), strict=True)
+    flat = [(prompt.ids, ids) for prompt, of_prompt in said for ids in of_prompt]
+    assert found.mask.sum(dim=1).tolist() == [len(ids) for _, ids in flat]
     for row, mask, (prompt, ids) in zip(found.sampled, found.mask, flat, strict=True):
         with torch.no_grad():
             expected = plain_scores(made, "policy", prompt, ids, 0.7)
         torch.testing.assert_close(row[mask], expected, atol=1e-4, rtol=1e-4)
-        assert not row[~mask].any() and mask.tolist() == sorted(mask.tolist(), reverse=True)
+        assert mask[: len(ids)].all() and not row[len(ids) :].any()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_rollout_holds_together(places: dict[str, Path], context: StageContext, method: str) -> None:
     known = tokenizer()
     made = roles(places["llama"], method, context)
-    often = Counter(token for of_prompt in responses(generate(made, known, context)) for one in of_prompt for token in one)
-    known.eos_token = known.convert_ids_to_tokens(often.most_common(1)[0][0])  # so that some end and some do not
+    often = Counter(token for one in generate(made, known, context).sequences for token in one.labels)
+    ends = next(token for token, _ in often.most_common() if token != losses.IGNORE)
+    known.eos_token = known.convert_ids_to_tokens(ends)  # so that some end and some do not
     found = generate(made, known, context)
     check_sampled(found, made)
-    flat = [ids for of_prompt in responses(found) for ids in of_prompt]
-    ended = [end for of_prompt in found.ended for end in of_prompt]
-    assert True in ended and False in ended
-    for ids, end, text in zip(flat, ended, [one for texts in found.responses for one in texts], strict=True):
-        assert ids.count(known.eos_token_id) == end == (ids[-1] == known.eos_token_id)
-        assert end or len(ids) == COOL.max_new_tokens
-        assert text == known.decode(ids[:-1] if end else ids).strip()
+    assert len({tuple(one) for one in found.ended}) > 1
+    for of_prompt, ended, texts in zip(responses(found), found.ended, found.responses, strict=True):
+        for ids, end, text in zip(of_prompt, ended, texts, strict=True):
+            assert ids.count(ends) == end == (ids[-1] == ends) and (end or len(ids) == COOL.max_new_tokens)
+            assert text == known.decode(ids, skip_special_tokens=True).strip()
 
 
 def test_every_iteration_draws_anew(places: dict[str, Path], known: Any, context: StageContext) -> None:
@@ -225,19 +148,131 @@ def test_every_iteration_draws_anew(places: dict[str, Path], known: Any, context
 def test_two_processes_share_the_prompts(
     places: dict[str, Path], known: Any, context: StageContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What each has sampled comes back to the prompt that it was sampled for."""
-    made, dealt = roles(places["llama"], "shared", context), {}
+    """What each has sampled comes back to the prompt that it was sampled for, and neither draws what the other does."""
+    made = roles(places["llama"], "shared", context)
+    dealt: dict[int, Any] = {}
 
     def from_all(world: World, value: Any) -> list[Any]:
         dealt[world.rank] = value
         return [dealt[0], dealt.get(1, value)]
 
     monkeypatch.setattr(distributed, "from_all", from_all)
+    for asked in (case().rollout.prompts, case().rollout.prompts[:1] * 2):
+        dealt.clear()
+        for rank in (0, 1):
+            context.world = World(rank, 2)
+            found = generate(made, known, context, asked=asked)
+        assert len(dealt[0]) == len(dealt[1]) == len(asked) / 2
+        check_sampled(found, made)
+    assert responses(found)[0] != responses(found)[1]
+
+
+# --- scoring -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "architecture", "temperature"),
+    [("shared", "llama", 1.0), *((method, one, 0.7) for method in METHODS for one in ARCHITECTURES)],
+)
+def test_scores_are_those_of_each_text_alone(
+    places: dict[str, Path], context: StageContext, method: str, architecture: str, temperature: float
+) -> None:
+    made, known = roles(places[architecture], method, context), case()
+    params = PARAMS.model_copy(update={"temperature": temperature})
+    found = episodes.score(made, known.rollout, None, params, 0, context)
+    close = partial(torch.testing.assert_close, atol=2e-5, rtol=1e-4)
+    with torch.no_grad():
+        spread = [plain_logits(made, "policy", *one, temperature) for one in known.said]
+        old = known.ragged([one[range(len(ids)), ids] for one, (_, ids) in zip(spread, known.said, strict=True)])
+        reference = known.ragged([plain_scores(made, "reference", *one, temperature) for one in known.said])
+        values = known.ragged([plain_values(made, *one) for one in known.said])
+        assert made.reward_head is not None
+        ends = torch.stack([plain_hidden(made, "reward", *one)[-1] for one in known.said])
+        rewards = (ends @ made.reward_head.t())[:, 0] - MEAN
+    close(found.old, old)
+    close(found.reference, reference)
+    close(found.entropies, known.ragged([-(one.exp() * one).sum(dim=1) for one in spread]))
+    close(found.values, values)
+    close(found.proxy, rewards)
+    assert torch.equal(found.scores, found.proxy) and not found.external
+    close(found.kl, (old - reference).sum(dim=1))
+    assert (old - reference).abs().mean() > 1e-2 and found.kl.shape == (18,)
+    assert len({tuple(batch.numbers) for one in found.minibatches for batch in one}) > 2, "several forward passes"
+
+
+@pytest.mark.parametrize("instead", [None, -1.5])
+@pytest.mark.parametrize("external", [True, False])
+def test_the_score_of_a_response_that_does_not_end(
+    places: dict[str, Path], context: StageContext, external: bool, instead: float | None
+) -> None:
+    made, known = roles(places["llama"], "shared", context, reward=not external), case()
+    params = PARAMS.model_copy(update={"missing_eos_score": instead})
+    asked: list[episodes.Rollout] = []
+
+    def proxy(rollout: episodes.Rollout) -> list[float]:
+        asked.append(rollout)
+        return [number / 8 for number in range(18)]
+
+    found = episodes.score(made, known.rollout, proxy if external else None, params, 0, context)
+    assert found.external == external and len(asked) == external and all(one is known.rollout for one in asked)
+    if external:
+        assert found.proxy.tolist() == [number / 8 for number in range(18)]
+    ended = [end for of_prompt in known.rollout.ended for end in of_prompt]
+    rule = [one if end or instead is None else instead for one, end in zip(found.proxy.tolist(), ended, strict=True)]
+    assert found.scores.tolist() == rule and 0 < sum(ended) < 18
+
+
+def test_two_processes_share_the_scoring(
+    places: dict[str, Path], context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each fills in its part, and the parts add up to the whole."""
+    made, known = roles(places["llama"], "shared", context), case()
+    whole = episodes.score(made, known.rollout, None, PARAMS, 0, context)
+    added: list[int] = []
+    monkeypatch.setattr(distributed, "add_up", lambda world, table: added.append(world.rank))
+    parts = []
     for rank in (0, 1):
         context.world = World(rank, 2)
-        found = generate(made, known, context)
-    assert len(dealt[0]) == len(dealt[1]) == 3
-    check_sampled(found, made)
-    same = [case().rollout.prompts[0]] * 2
-    twice = episodes.generate(made, known, same, COOL, 0, context._replace_world(World()), lambda *told: None)
-    assert responses(twice)[0] != responses(twice)[1]
+        parts.append(episodes.score(made, known.rollout, None, PARAMS, 0, context))
+    assert added == [0] * 5 + [1] * 5
+    for name in ("old", "reference", "entropies", "values", "proxy"):
+        one, two = (getattr(part, name) for part in parts)
+        assert torch.equal(one + two, getattr(whole, name)) and one.any() and two.any()
+
+
+# --- the value model's scale ---------------------------------------------------------------------------------
+
+
+def rewards_of(returns: torch.Tensor, mask: torch.Tensor, discount: float) -> torch.Tensor:
+    """The rewards of which these are the returns: each is its reward and the next one, discounted."""
+    following = torch.nn.functional.pad(torch.where(mask, returns, 0.0), (0, 1))[:, 1:]
+    return torch.where(mask, returns - discount * following, 0.0)
+
+
+def fitted(made: Actors, slope: float, level: float, noise: float, discount: float, context: StageContext) -> float:
+    """Fit to returns of this line through the values; the mean squared error, as a share of a constant's."""
+    rollout = case().rollout
+    before = episodes.score(made, rollout, None, PARAMS, 0, context)
+    torch.manual_seed(3)
+    targets = slope * before.values + level + noise * torch.randn(rollout.mask.shape)
+    returns = torch.where(rollout.mask, targets, 0.0)
+    found = episodes.fit_values(made, before, rewards_of(returns, rollout.mask, discount), discount)
+    assert torch.equal(found.proxy, before.proxy) and not found.values[~rollout.mask].any()
+    (batch,) = k_way.batches(rollout.sequences, 4096, 0)
+    with torch.no_grad():
+        here, there = made.values(batch, context), episodes.flat(found.values, rollout.mask, batch)
+        torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
+    left = (returns - found.values)[rollout.mask].square().mean()
+    return float(left / returns[rollout.mask].var(correction=0))
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.9])
+@pytest.mark.parametrize("method", METHODS)
+def test_values_are_fitted_to_the_returns(
+    places: dict[str, Path], context: StageContext, method: str, discount: float
+) -> None:
+    """The value model itself moves onto the line, and where there is none it is as good as a constant."""
+    made = roles(places["llama"], method, context)
+    assert fitted(made, 2.5, -4.0, 0.0, discount, context) < 1e-6
+    assert 0.1 < fitted(made, 1.0, 0.0, 2.0, discount, context) < 1
+    assert fitted(made, -1.0, 0.0, 0.0, discount, context) == pytest.approx(1.0), "what is upside down is not used"

@@ -182,6 +182,9 @@ def test_a_reward_that_cannot_be_used(inputs: dict[str, Path], tmp_path: Path, b
     kept = sorted((tmp_path / ".work/ppo").glob("*/checkpoints/step-*"))
     assert [place.name for place in kept] == (["step-1", "step-2"] if "3" in told else [])
     assert not (tmp_path / "out/model").exists() and "own.py:reward" in str(raised.value)
+    assert ("the checkpoint after iteration 2 stays in .work/ppo" if kept else "Nothing was published.") in str(
+        raised.value
+    )
 
 
 def test_a_guard_stops_the_run_and_the_last_good_checkpoint_is_kept(inputs: dict[str, Path], tmp_path: Path) -> None:

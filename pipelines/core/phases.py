@@ -25,7 +25,10 @@ class Phases:
     "PaLM", 2022, appendix B); attention, norms and activations are left out.
     """
 
-    def __init__(self, actors: Actors, params: PpoParams, spent: dict[str, list[float]], context: StageContext) -> None:
+    def __init__(
+        self, actors: Actors, params: PpoParams, spent: dict[str, list[float]], context: StageContext, prefix: str = ""
+    ) -> None:
+        """`spent`: of a run that goes on. `prefix`: of the curves' names."""
         with actors.using("policy") as model:
             inner = model.get_base_model() if hasattr(model, "get_base_model") else model
             body, head = language_models.body_and_head(inner)
@@ -37,7 +40,7 @@ class Phases:
             )
             self.body = sum(value.numel() for value in matrices)
             self.head = head.numel()
-        self.params, self.context = params, context
+        self.params, self.context, self.prefix = params, context, prefix
         self.spent = {name: list(spent.get(name, (0.0, 0.0))) for name in NAMES}
         self.last = dict.fromkeys(NAMES, 0.0)
         self.rates: list[float] = []
@@ -65,7 +68,7 @@ class Phases:
         for name in NAMES:
             self.spent[name][0] += self.last[name]
             self.spent[name][1] += work[name]
-        self.context.curve(iteration + 1, {f"{name}_seconds": seconds for name, seconds in self.last.items()})
+        self.context.curve(iteration + 1, {f"{self.prefix}{name}_seconds": told for name, told in self.last.items()})
         if iteration % max(1, params.iterations // SAMPLES) == 0 or not self.rates:
             self.rates.append(hardware.matmul_rate(self.context.device, self.context.precision, repeats=3))
 
