@@ -157,9 +157,7 @@ def test_the_shared_beginning_ends_where_something_is_learned() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_what_all_sequences_begin_with_opens_the_row_once(
-    known: Any, architecture: str, context: StageContext
-) -> None:
+def test_what_all_sequences_begin_with_opens_the_row_once(known: Any, architecture: str, context: StageContext) -> None:
     lm = model(known, architecture, length=128).eval()
     beginning = some(9, 1)
     prompts = [beginning + some(length, seed) for seed, length in ((2, 4), (3, 7), (4, 1))]
