@@ -103,6 +103,7 @@ def test_sigterm_saves_first(stage: str, before: Callable[[str], Path], undistur
     assert artifacts.content_hash(root / graph.stage(root, stage).output) == undisturbed(stage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", TRAINING)
 def test_a_damaged_checkpoint_is_not_used(
     stage: str, before: Callable[[str], Path], undisturbed: Callable[[str], str]

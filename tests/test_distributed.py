@@ -40,7 +40,8 @@ def weights(root: Path) -> dict[str, Any]:
     return load_file(root / "artifacts/pretrain/model/model.safetensors")
 
 
-@pytest.mark.parametrize("sharding", ["none", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "full"])
 def test_two_processes_train_what_one_does(sharding: str, prepared: Path, tmp_path: Path) -> None:
     alone, both = workspace(prepared, tmp_path / "one", None), workspace(prepared, tmp_path / "two", sharding)
     run_stage(alone, "pretrain")
