@@ -291,7 +291,7 @@ def main() -> None:
     if options.side is None:
         compare(options)
         return
-    os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TRANSFORMERS_VERBOSITY="error")
+    os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TQDM_DISABLE="1")
     options.artifacts = options.artifacts.resolve()
     print(json.dumps(SIDES[options.side](options)))
 
