@@ -202,7 +202,8 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
         targets = ppo_step.Targets(found, whitened, estimates.returns)
 
         # 3. Update: `epochs` times over the minibatches, one step of either optimizer on each.
-        warm = min(1.0, START + (1 - START) * iteration / max(1, params.warmup_iterations))
+        share = iteration / params.warmup_iterations if iteration < params.warmup_iterations else 1.0
+        warm = START + (1 - START) * share
         learner = learner._replace(lr=warm * plan.lr, value_lr=warm * plan.value_lr)
         seen: list[dict[str, float]] = []
         step = iteration * params.epochs * params.minibatches
