@@ -260,6 +260,25 @@ def test_samples_of_a_role_have_its_probabilities(make: Make, context: StageCont
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("method", METHODS)
+def test_sampling_is_from_the_merged_policy_and_leaves_no_trace(
+    make: Make, context: StageContext, method: str, architecture: str
+) -> None:
+    """The merged weights say what backbone and adapter say; afterwards each role says the same to the last bit."""
+    made = make(method, architecture)
+    disturb(made._named["policy"].items())
+    before = everything(made, context)
+    with torch.no_grad(), made.sampling() as lm:
+        merged = plain_scores(lm, TEMPERATURE)
+        if made.shared:
+            assert all(part.merged for part in lm.modules() if hasattr(part, "merged_adapters"))
+    after = everything(made, context)
+    torch.testing.assert_close(merged, in_order(scores(made, "policy", context, TEMPERATURE)), atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(getattr(part, "merged", False) for part in made.models["policy"].modules())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_saved_policy_is_a_plain_model_and_the_actors_go_on(
     make: Make, known: Any, context: StageContext, tmp_path: Path, method: str, architecture: str
 ) -> None:

@@ -78,7 +78,8 @@ def plainly(
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_token_log_probabilities_equal_torch(count: int, temperature: float) -> None:
     hidden, weight, labels, above = token_tensors(count)
-    ours = losses.token_log_probabilities(hidden, weight, labels, temperature)
+    ours = losses.token_log_probabilities(hidden, weight, labels, temperature, entropies=True)
+    assert ours.entropies is not None
     ours_grad = torch.autograd.grad(ours.log_probabilities, (hidden, weight), above)
     theirs, entropies = plainly(hidden, weight, labels, temperature)
     theirs_grad = torch.autograd.grad(theirs, (hidden, weight), above)
@@ -107,7 +108,8 @@ def test_token_log_probabilities_without_a_gradient_are_those_of_labels() -> Non
 
 def test_token_log_probabilities_in_bf16_are_close() -> None:
     hidden, weight, labels, above = token_tensors(300)
-    rounded = losses.token_log_probabilities(hidden.bfloat16(), weight, labels, 0.7)
+    rounded = losses.token_log_probabilities(hidden.bfloat16(), weight, labels, 0.7, entropies=True)
+    assert rounded.entropies is not None
     gradient = torch.autograd.grad(rounded.log_probabilities, (hidden, weight), above)
     exact, entropies = plainly(hidden, weight, labels, 0.7)
     assert rounded.log_probabilities.dtype == torch.float32

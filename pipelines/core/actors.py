@@ -79,20 +79,40 @@ class Actors:
                 self._mark()
             yield model
 
+    @contextmanager
+    def sampling(self) -> Iterator[Any]:
+        """The policy, to sample from: on a shared backbone with its adapter merged, as `save` writes it.
+
+        A token costs a third of the products then. The backbone's own weights are put back as they were, to the bit.
+        """
+        with self.using("policy") as model, torch.no_grad():
+            layers = [part for part in model.modules() if hasattr(part, "merged_adapters")] if self.shared else []
+            kept = [layer.get_base_layer().weight.data for layer in layers]
+            for layer, weights in zip(layers, kept, strict=True):
+                layer.get_base_layer().weight.data = weights.clone()
+                layer.merge(adapter_names=["policy"])
+            try:
+                yield model
+            finally:
+                for layer, weights in zip(layers, kept, strict=True):
+                    layer.get_base_layer().weight.data = weights
+                    layer.merged_adapters.clear()
+
     def hidden(self, role: Role, rows: segments.Rows, context: StageContext) -> torch.Tensor:
         """Last hidden states (rows, length, width)."""
         with self.using(role) as model:
             return segments.hidden_states(model, rows, context)
 
     def log_probabilities(
-        self, role: Literal["policy", "reference"], batch: k_way.Responses, context: StageContext, temperature: float
-    ) -> losses.TokenScores:
+        self, role: Literal["policy", "reference"], batch: k_way.Responses, context: StageContext, temperature: float,
+        entropies: bool = False,
+    ) -> losses.TokenScores:  # fmt: skip
         """Of the response tokens of a forward pass, (tokens,), in the order of its responses."""
         _, head = language_models.body_and_head(_inner(self.models[role]))
         labels = batch.rows.labels.to(context.device)
         said = labels != losses.IGNORE
         hidden = self.hidden(role, batch.rows, context)[said]
-        return losses.token_log_probabilities(hidden, head, labels[said], temperature)
+        return losses.token_log_probabilities(hidden, head, labels[said], temperature, entropies)
 
     def values(self, batch: k_way.Responses, context: StageContext) -> torch.Tensor:
         """What is expected before each response token, (tokens,) fp32."""

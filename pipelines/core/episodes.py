@@ -79,7 +79,7 @@ def generate(
 ) -> Rollout:
     """`samples_per_prompt` responses of the policy to each prompt; the processes share the prompts."""
     asked, world = [prompt.ids for prompt in prompts], context.world
-    with actors.using("policy") as model:
+    with actors.sampling() as model:
         found = sampling.sample(
             model,
             asked[world.rank :: world.size],
@@ -137,7 +137,8 @@ def score(
     with torch.no_grad():
         every = [batch for minibatch in minibatches for batch in minibatch]
         for batch in every[context.world.rank :: context.world.size]:
-            policy = actors.log_probabilities("policy", batch, context, params.temperature)
+            policy = actors.log_probabilities("policy", batch, context, params.temperature, entropies=True)
+            assert policy.entropies is not None
             reference = actors.log_probabilities("reference", batch, context, params.temperature)
             put(tables["old"], rollout.mask, batch, policy.log_probabilities)
             put(tables["entropies"], rollout.mask, batch, policy.entropies)

@@ -99,7 +99,7 @@ class TokenScores(NamedTuple):
     """Of each token, (N,) fp32."""
 
     log_probabilities: torch.Tensor  # in nats, with a gradient
-    entropies: torch.Tensor  # of the distribution the token was drawn from, in nats; without one
+    entropies: torch.Tensor | None  # of the distribution the token was drawn from, in nats; without one; if asked for
 
 
 class _TokenScores(torch.autograd.Function):
@@ -107,8 +107,8 @@ class _TokenScores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float, spread: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         head = weight.to(hidden.dtype)
         buffer = _buffer(hidden, head)
         chosen, entropies = [], []
@@ -116,15 +116,18 @@ class _TokenScores(torch.autograd.Function):
             part = slice(start, start + CHUNK)
             scores = _log_probabilities(hidden[part], head, buffer, temperature)
             chosen.append(scores.gather(1, labels[part, None])[:, 0])
-            entropies.append(-(scores.exp() * scores).sum(dim=1))
+            if spread:
+                entropies.append(-(scores.exp() * scores).sum(dim=1))
         ctx.save_for_backward(hidden, weight, labels)
         ctx.temperature = temperature
-        found, spread = torch.cat(chosen), torch.cat(entropies)
-        ctx.mark_non_differentiable(spread)
-        return found, spread
+        if not spread:
+            return torch.cat(chosen), None
+        found = torch.cat(entropies)
+        ctx.mark_non_differentiable(found)
+        return torch.cat(chosen), found
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:
         hidden, weight, labels = ctx.saved_tensors
         head = weight.to(hidden.dtype)
         buffer = _buffer(hidden, head)
@@ -141,11 +144,11 @@ class _TokenScores(torch.autograd.Function):
             torch.mm(logits_grad, head, out=hidden_grad[part])
             if weight_grad is not None:
                 weight_grad += (logits_grad.t() @ hidden[part]).to(weight.dtype)
-        return hidden_grad, weight_grad, None, None
+        return hidden_grad, weight_grad, None, None, None
 
 
 def token_log_probabilities(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0, entropies: bool = False
 ) -> TokenScores:
     """Log-probabilities of the labels under softmax(logits / temperature), and its entropies, chunk by chunk.
 
@@ -153,5 +156,6 @@ def token_log_probabilities(
         hidden: (N, D), in the type to compute in; gets a gradient.
         weight: (V, D), the output embedding; gets a gradient if it asks for one.
         labels: (N,) int64, each a token.
+        entropies: they cost as much as the softmax.
     """
-    return TokenScores(*_TokenScores.apply(hidden, weight, labels, temperature))  # type: ignore[no-untyped-call]
+    return TokenScores(*_TokenScores.apply(hidden, weight, labels, temperature, entropies))  # type: ignore[no-untyped-call]
