@@ -113,15 +113,17 @@ def write_table(
     from pipelines.core.suites import row_expectations
 
     staged, sides = taken.staged[key], numbers(taken.marks[key].sides)
+    labels = taken.labels.get(key)
+    scores = labels is not None and labels.scores
     names = ("all",) if key == UNSPLIT else SPLITS
     files = [Published(outputs / key / f"{name}.parquet", staged.schema) for name in names]
     for first, batch in staged.batches():
         here = slice(first, first + batch.num_rows)
-        rows = named_labels(batch.filter(keep[here]), taken.labels.get(key))
+        rows = named_labels(batch.filter(keep[here]), labels)
         if not rows.num_rows:
             continue
         frame = chunk(key, rows)
-        judge.check(key, partial(row_expectations, key, list(frame.columns)), frame)
+        judge.check(key, partial(row_expectations, key, list(frame.columns), scores), frame)
         own = sides[here][keep[here]]
         for side, file in enumerate(files):
             file.write(rows if key == UNSPLIT else rows.filter(own == side))

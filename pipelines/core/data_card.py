@@ -65,4 +65,5 @@ def _source(source: Source) -> str:
         name += "".join(f", {part}" for part in (source.config, source.hub_split, source.revision) if part)
     table = f"{source.table}/{source.task}" if source.task else source.table
     given = f", all {source.split}" if source.split else ""
+    given += ", labels are scores (real numbers)" if source.label_type == "score" else ""
     return f"{name} -> {table}{given}; licence: {source.licence or 'not told'}"

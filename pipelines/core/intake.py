@@ -30,6 +30,7 @@ class Labels:
 
     shape: tuple[str, ...]
     named: bool  # classes are told as text and numbered here, in sorted order
+    scores: bool = False  # labels are real numbers, not classes
     classes: set[str] = field(default_factory=set)
 
     def check(self, row: dict[str, Any], column: str) -> None:
@@ -38,11 +39,14 @@ class Labels:
             raise BadRow(
                 "(row)", f"the columns {', '.join(_shape(row))}", f"{', '.join(self.shape)}, as in the task's first row"
             )
+        if isinstance(row["label"], float) != self.scores:
+            found, accepted = ("class", "score") if self.scores else ("score", "class")
+            raise BadRow(column, f"a {found}", f"a {accepted}, as in the task's first row (label_type of its sources)")
         if (row["label"] is None) != self.named:
             found = shown(row["label_text"] if row["label"] is None else row["label"])
             kind = "text" if self.named else "a whole number"
             raise BadRow(column, found, f"{kind}, as in the task's first row")
-        if "choices" not in self.shape:
+        if "choices" not in self.shape and not self.scores:
             self.classes.add(row["label_text"])
         if len(self.classes) > MOST_LABELS:
             raise BadRow(column, f"class number {len(self.classes)}", f"at most {MOST_LABELS} classes in a task")
@@ -96,10 +100,11 @@ def _take(
 ) -> None:
     """One raw row into its table, or into the ledger of bad ones."""
     columns: dict[str, str | None] = {} if isinstance(source, PydocsSource) else source.columns
+    label_type = "class" if isinstance(source, PydocsSource) else source.label_type
     try:
         if isinstance(entry.record, BadRow):
             raise entry.record
-        rows = canonical(table, entry.record, columns)
+        rows = canonical(table, entry.record, columns, label_type)
         own_id, group = identify(entry.record, columns, None if isinstance(source, PydocsSource) else source.group)
         key = table
         if table == "tasks":
@@ -110,8 +115,8 @@ def _take(
         return
     ledger.good += 1
     if key not in taken.staged:
-        shape = taken.labels[key].shape if table == "tasks" else ()
-        taken.staged[key] = Staged(work / f"{key.replace('/', '.')}.arrow", schema(key, shape))
+        own = (taken.labels[key].shape, taken.labels[key].scores) if table == "tasks" else ()
+        taken.staged[key] = Staged(work / f"{key.replace('/', '.')}.arrow", schema(key, *own))
         taken.marks[key] = Marks()
     given = None if isinstance(source, PydocsSource) else source.split
     whole = [normalised(whole_text(key, row)) for row in rows]
@@ -135,7 +140,7 @@ def _take(
 
 def _labels(taken: Taken, key: str, row: dict[str, Any]) -> Labels:
     if key not in taken.labels:
-        taken.labels[key] = Labels(_shape(row), row["label"] is None)
+        taken.labels[key] = Labels(_shape(row), row["label"] is None, isinstance(row["label"], float))
     return taken.labels[key]
 
 

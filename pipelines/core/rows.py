@@ -7,6 +7,7 @@ hh-rlhf's transcripts, and InstructGPT's K ranked responses (or their scores).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +17,17 @@ from pipelines.core.fields import Fields, conversation, filled, prompt_of, whole
 from pipelines.core.readers import Cells
 
 Row = dict[str, Any]
-TASK_SHAPES = (("text",), ("premise", "hypothesis"), ("first", "second"), ("context", "choices"))
+SCORED = ("first", "second")  # the columns of a task whose labels may be real numbers
+TASK_SHAPES = (("text",), ("premise", "hypothesis"), SCORED, ("context", "choices"))
 PART_CHARACTERS = 16_000
 
 
-def canonical(table: str, record: Mapping[str, Any], columns: Mapping[str, str | None]) -> list[Row]:
+def canonical(
+    table: str, record: Mapping[str, Any], columns: Mapping[str, str | None], label_type: str = "class"
+) -> list[Row]:
     """Rows of a table out of one raw record (without `id` and `group`, see `identify`).
+
+    `label_type`, `class` or `score`, says what the labels of a task are.
 
     Raises:
         BadRow: what is wrong with it.
@@ -40,7 +46,7 @@ def canonical(table: str, record: Mapping[str, Any], columns: Mapping[str, str |
         return [{"title": fields.text("title"), "text": fields.text("text"), "url": fields.optional("url")}]
     if table == "queries":
         return [{name: fields.text(name) for name in ("query", "target", "referrer")}]
-    return [_example(fields)]
+    return [_scored(fields) if label_type == "score" else _example(fields)]
 
 
 def identify(record: Mapping[str, Any], columns: Mapping[str, str | None], group: str | None) -> tuple[str | None, ...]:
@@ -110,5 +116,22 @@ def _example(fields: Fields) -> Row:
     if isinstance(label, str):
         return row | {"label": None, "label_text": filled(label, column)}
     if not whole(label, 0):
-        raise BadRow(column, shown(label), "the class as text or as a whole number from 0")
+        score = "; real numbers with label_type: score in the source" if shape == SCORED else ""
+        raise BadRow(column, shown(label), f"the class as text or as a whole number from 0{score}")
     return row | {"label": label, "label_text": fields.optional("label_text") or str(label)}
+
+
+def _scored(fields: Fields) -> Row:
+    """Two texts with a real number, for example how alike they are: `label` (finite, any sign), no `label_text`."""
+    row: Row = {name: fields.text(name) for name in SCORED}
+    label, column = fields.value("label"), fields.column("label")
+    cell = isinstance(fields.record, Cells)  # in a CSV file every value is text
+    try:
+        if isinstance(label, bool) or not (cell or isinstance(label, int | float)):
+            raise ValueError
+        score = float(label)
+    except (ValueError, OverflowError):
+        raise BadRow(column, shown(label), "a number, since the source says label_type: score") from None
+    if not math.isfinite(score):
+        raise BadRow(column, f"the number {score}", "a finite number")
+    return row | {"label": score, "label_text": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from pipelines.core.tables import SPLITS
@@ -18,8 +19,8 @@ REQUIRED = {
 }
 
 
-def row_expectations(key: str, columns: list[str]) -> list[Any]:
-    """What every row of a table must fulfil. `columns` are those of its chunks (`chunk`)."""
+def row_expectations(key: str, columns: list[str], scores: bool = False) -> list[Any]:
+    """What every row of a table must fulfil. `columns` are those of its chunks; `scores`: a task's labels are real."""
     import great_expectations.expectations as gxe
 
     from pipelines.core.expectations import ExpectRanksToOrderResponses
@@ -44,7 +45,9 @@ def row_expectations(key: str, columns: list[str]) -> list[Any]:
         found.append(ExpectRanksToOrderResponses(column_A="responses", column_B="ranks"))
     if table == "tasks":
         found.append(gxe.ExpectColumnValuesToNotBeNull(column="label"))
-        found.append(gxe.ExpectColumnValuesToBeBetween(column="label", min_value=0))
+        # A score is any finite number, a class or a choice is counted from 0.
+        bounds = {"min_value": -sys.float_info.max, "max_value": sys.float_info.max} if scores else {"min_value": 0}
+        found.append(gxe.ExpectColumnValuesToBeBetween(column="label", **bounds))
     return found
 
 

@@ -26,8 +26,8 @@ COMMON = ("id", "group", "source", "row")
 SPEAKER = r"(?:^|\n\n)(?:System|Human|Assistant):"  # of a transcript in hh-rlhf's form; read by re and by RE2
 
 
-def schema(key: str, columns: tuple[str, ...] = ()) -> pa.Schema:
-    """Columns of a table. `columns` are the text columns of a task, which differ from task to task."""
+def schema(key: str, columns: tuple[str, ...] = (), scores: bool = False) -> pa.Schema:
+    """Columns of a table. `columns` are the text columns of a task; its labels are classes, or real `scores`."""
     import pyarrow as pa
 
     text, message = pa.string(), pa.struct([("role", pa.string()), ("content", pa.string())])
@@ -44,7 +44,7 @@ def schema(key: str, columns: tuple[str, ...] = ()) -> pa.Schema:
     }.get(key)
     if own is None:
         own = [(name, pa.list_(text) if name == "choices" else text) for name in columns]
-        own += [("label", pa.int64()), ("label_text", text)]
+        own += [("label", pa.float64() if scores else pa.int64()), ("label_text", text)]
     return pa.schema([("id", text), ("group", text), ("source", text), ("row", pa.int64()), *own])
 
 

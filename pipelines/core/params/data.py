@@ -43,6 +43,7 @@ FIELDS: dict[TableName, tuple[str, ...]] = {
         *("label", "label_text"),
     ),
 }
+SCORE_FIELDS = ("id", "first", "second", "label")
 
 
 class RowsSource(Section):
@@ -60,17 +61,23 @@ class RowsSource(Section):
         None, description="put every row on this side instead of splitting by hash of the group"
     )
     licence: str | None = Field(None, description="named on the data card")
+    label_type: Literal["class", "score"] = Field(
+        "class", description="table: tasks with first and second: score means that labels are real numbers"
+    )
 
     @model_validator(mode="after")
     def _fits_its_table(self) -> RowsSource:
         if (self.table == "tasks") != (self.task is not None):
             raise ValueError("table: tasks needs task: NAME, and no other table has one")
+        if self.label_type == "score" and self.table != "tasks":
+            raise ValueError("label_type: score is only for table: tasks with the columns first and second")
         if self.table == "knowledge" and self.split is not None:
             raise ValueError("table: knowledge is an index and is not split: leave out split")
-        fields = FIELDS[self.table]
+        fields = FIELDS[self.table] if self.label_type == "class" else SCORE_FIELDS
         for field, column in self.columns.items():
             if field not in fields:
-                raise ValueError(f"columns: {self.table} has no field {field!r}; it has {', '.join(fields)}")
+                table = self.table if self.label_type == "class" else "tasks with label_type: score"
+                raise ValueError(f"columns: {table} has no field {field!r}; it has {', '.join(fields)}")
             if column is None and (self.table, field) != ("comparisons", "prompt"):
                 raise ValueError(f"columns: {field}: null is only for the prompt of comparisons without prompts")
         return self
