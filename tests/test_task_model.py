@@ -6,35 +6,53 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tasks
 import torch
+import toy_tasks
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pipelines.core import task_frozen, task_layers, task_model, task_objective, task_saved, task_training
+from pipelines.core import (
+    k_way,
+    task_frozen,
+    task_layers,
+    task_model,
+    task_objective,
+    task_saved,
+    task_training,
+    training,
+)
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError, ParamsError
-from pipelines.core.task_inputs import Kind
+from pipelines.core.task_inputs import Example, Kind
 
 KINDS: list[Kind] = ["classification", "entailment", "similarity", "choice"]
 EXACT: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> tasks.Base:
-    return tasks.base(tmp_path_factory.mktemp("base"))
+def base(tmp_path_factory: pytest.TempPathFactory) -> toy_tasks.Base:
+    return toy_tasks.base(tmp_path_factory.mktemp("base"))
 
 
 def alone(model: Any, score: torch.Tensor, sequence: tuple[int, ...]) -> torch.Tensor:
     """Logits of one sequence, by transformers' own forward pass."""
     hidden = model.base_model(input_ids=torch.tensor([sequence])).last_hidden_state[0, -1]
-    return hidden @ score.t()
+    found: torch.Tensor = hidden @ score.t()
+    return found
+
+
+def moved(model: task_model.TaskModel) -> None:
+    """As if it had been trained."""
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(torch.randn(value.shape), alpha=0.02)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_each_sequence_alone(kind: Kind, base: tasks.Base, context: StageContext) -> None:
-    one = tasks.task(kind, base.special, 9)
-    model = tasks.load(base, tasks.params(), context).eval()
-    batch = tasks.batch_of(one, model)
+def test_logits_are_those_of_each_sequence_alone(kind: Kind, base: toy_tasks.Base, context: StageContext) -> None:
+    one = toy_tasks.task(kind, base.special, 9)
+    model = toy_tasks.load(base, toy_tasks.params(), context).eval()
+    batch = toy_tasks.batch_of(one, model)
     found = task_model.logits(model, batch, context)
     sequences = [sequence for number in batch.numbers for sequence in one.train[number].sequences]
     assert batch.sizes == [len(one.train[number].sequences) for number in batch.numbers]
@@ -42,8 +60,6 @@ def test_logits_are_those_of_each_sequence_alone(kind: Kind, base: tasks.Base, c
 
 
 def test_what_sequences_share_is_encoded_once_and_every_token_predicts_the_next() -> None:
-    from pipelines.core.task_inputs import Example
-
     one = Example("1", "1", ((7, 1, 2, 8, 3, 9), (7, 1, 2, 8, 4, 5, 9)), 0, (), ())
     found = task_model.encode(one)
     assert found.ids == [7, 1, 2, 8, 3, 9, 8, 4, 5, 9]
@@ -51,12 +67,12 @@ def test_what_sequences_share_is_encoded_once_and_every_token_predicts_the_next(
     assert found.branches == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
 
 
-def test_similarity_does_not_know_which_text_comes_first(base: tasks.Base, context: StageContext) -> None:
-    one = tasks.task("similarity", base.special, 6)
-    model = tasks.load(base, tasks.params(), context)
+def test_similarity_does_not_know_which_text_comes_first(base: toy_tasks.Base, context: StageContext) -> None:
+    one = toy_tasks.task("similarity", base.special, 6)
+    model = toy_tasks.load(base, toy_tasks.params(), context)
     swapped = [example._replace(sequences=example.sequences[::-1]) for example in one.train]
     found, other = (
-        torch.tensor(task_training.predict(model, "similarity", examples, context, tasks.quiet))
+        torch.tensor(task_training.predict(model, "similarity", examples, context, toy_tasks.quiet))
         for examples in (one.train, swapped)
     )
     torch.testing.assert_close(found, other, **EXACT)
@@ -84,17 +100,17 @@ def test_example_loss_by_hand() -> None:
 @pytest.mark.parametrize(("method", "layers"), [("head", 3), ("last_n", 2), ("last_n", 1), ("last_n", 3)])
 @pytest.mark.parametrize("kind", ["classification", "choice"])
 def test_from_the_frozen_part_on_it_is_the_whole_forward(
-    method: str, layers: int, kind: Kind, base: tasks.Base, context: StageContext
+    method: str, layers: int, kind: Kind, base: toy_tasks.Base, context: StageContext
 ) -> None:
-    one = tasks.task(kind, base.special, 9)
-    model = tasks.load(base, tasks.params(method=method, trained_layers=layers), context)
+    one = toy_tasks.task(kind, base.special, 9)
+    model = toy_tasks.load(base, toy_tasks.params(method=method, trained_layers=layers), context)
     sequences = [task_model.encode(example) for example in one.train]
-    frozen = task_frozen.frozen_states(model, sequences, context, tasks.quiet)
+    frozen = task_frozen.frozen_states(model, sequences, context, toy_tasks.quiet)
     assert frozen.blocks == (3 if method == "head" else 3 - layers)
-    (batch,) = task_frozen.k_way.batches(frozen.sequences, 4096, model.pad)
+    (batch,) = k_way.batches(frozen.sequences, 4096, model.pad)
     hidden = task_frozen.forward_from(model, batch, frozen, context)
     found = task_model.head_logits(model, task_model.at_extract(hidden, batch))
-    whole = tasks.batch_of(one, model)
+    whole = toy_tasks.batch_of(one, model)
     expected = task_model.logits(model, whole, context)
     order, other = (
         sorted(zip(part.numbers, torch.split(values, part.sizes), strict=True), key=lambda pair: pair[0])
@@ -106,13 +122,13 @@ def test_from_the_frozen_part_on_it_is_the_whole_forward(
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "qwen3", "opt"])
 def test_frozen_blocks_of_other_architectures(architecture: str, tmp_path: Path, context: StageContext) -> None:
-    made = tasks.base(tmp_path, 2, architecture)
-    one = tasks.task("entailment", made.special, 5)
-    model = tasks.load(made, tasks.params(method="last_n"), context)
+    made = toy_tasks.base(tmp_path, 2, architecture)
+    one = toy_tasks.task("entailment", made.special, 5)
+    model = toy_tasks.load(made, toy_tasks.params(method="last_n"), context)
     frozen = task_frozen.frozen_states(
-        model, [task_model.encode(example) for example in one.train], context, tasks.quiet
+        model, [task_model.encode(example) for example in one.train], context, toy_tasks.quiet
     )
-    batch = tasks.batch_of(one, model)
+    batch = toy_tasks.batch_of(one, model)
     hidden = task_frozen.forward_from(model, batch, frozen, context)
     whole = task_training.hidden_states(model, batch, None, context)
     filled = batch.rows.documents >= 0
@@ -122,15 +138,13 @@ def test_frozen_blocks_of_other_architectures(architecture: str, tmp_path: Path,
 @pytest.mark.parametrize("kind", ["classification", "choice", "similarity"])
 @pytest.mark.parametrize("method", ["full", "lora", "last_n", "head"])
 def test_what_is_saved_is_what_was_trained(
-    method: str, kind: Kind, base: tasks.Base, context: StageContext, tmp_path: Path
+    method: str, kind: Kind, base: toy_tasks.Base, context: StageContext, tmp_path: Path
 ) -> None:
-    one = tasks.task(kind, base.special, 6)
-    dials = tasks.params(method=method, transferred_layers=2)
-    model = tasks.load(base, dials, context, task_model.outputs_of(one))
-    with torch.no_grad():  # as if it had been trained
-        for value in model.parameters():
-            value += 0.02 * torch.randn(value.shape) if value.requires_grad else 0.0
-    before = task_training.predict(model, kind, one.train, context, tasks.quiet)
+    one = toy_tasks.task(kind, base.special, 6)
+    dials = toy_tasks.params(method=method, transferred_layers=2)
+    model = toy_tasks.load(base, dials, context, task_model.outputs_of(one))
+    moved(model)
+    before = task_training.predict(model, kind, one.train, context, toy_tasks.quiet)
     task_saved.save(model, base.tokenizer, one, 32, tmp_path, context)
 
     plain: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path)
@@ -147,13 +161,13 @@ def test_what_is_saved_is_what_was_trained(
 
     again = task_saved.load_saved(tmp_path, context)
     assert again.task["kind"] == kind and again.task["max_length"] == 32
-    loaded = task_training.predict(again.model, kind, one.train, context, tasks.quiet)
+    loaded = task_training.predict(again.model, kind, one.train, context, toy_tasks.quiet)
     for one_row, other in zip(loaded, before, strict=True):
         assert one_row == pytest.approx(other, abs=2e-5)
 
 
-def test_layer_decay_and_unfreezing_by_hand(base: tasks.Base, context: StageContext) -> None:
-    model = tasks.load(base, tasks.params(), context)
+def test_layer_decay_and_unfreezing_by_hand(base: toy_tasks.Base, context: StageContext) -> None:
+    model = toy_tasks.load(base, toy_tasks.params(), context)
     names = {id(value): name for name, value in model.named_parameters()}
     groups = task_layers.groups(model, 0.1, 0.01, 0.5)
     factor = {names[id(value)]: group["factor"] for group in groups for value in group["params"]}
@@ -169,27 +183,64 @@ def test_layer_decay_and_unfreezing_by_hand(base: tasks.Base, context: StageCont
     assert {name for name in factor if factor[name] >= 0.5} == trained
 
 
-def test_random_weights_are_other_weights_and_all_trained(base: tasks.Base, context: StageContext) -> None:
-    found = tasks.load(base, tasks.params(method="head"), context, random=True)
-    given = tasks.load(base, tasks.params(method="head"), context)
+def test_random_weights_are_other_weights_and_all_trained(base: toy_tasks.Base, context: StageContext) -> None:
+    found = toy_tasks.load(base, toy_tasks.params(method="head"), context, random=True)
+    given = toy_tasks.load(base, toy_tasks.params(method="head"), context)
     assert found.method == "full" and all(value.requires_grad for value in found.parameters())
     assert torch.equal(found.score.weight, given.score.weight), "the head is the same draw"
     pairs = zip(found.lm.parameters(), given.lm.parameters(), strict=True)
     assert not any(torch.equal(one, other) for one, other in pairs if one.dim() == 2)
 
 
-def test_mistakes_are_told(base: tasks.Base, context: StageContext, tmp_path: Path) -> None:
+def test_mistakes_are_told(base: toy_tasks.Base, context: StageContext, tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match=r"transferred_layers: 4; the base model has 3"):
-        tasks.load(base, tasks.params(transferred_layers=4), context)
+        toy_tasks.load(base, toy_tasks.params(transferred_layers=4), context)
     with pytest.raises(ParamsError, match=r"trained_layers: 9; the model has 3 blocks"):
-        tasks.load(base, tasks.params(method="last_n", trained_layers=9), context)
+        toy_tasks.load(base, toy_tasks.params(method="last_n", trained_layers=9), context)
     with pytest.raises(ParamsError, match=r"max_length: 65 tokens; the base model's context is 64"):
-        tasks.load(base, tasks.params(max_length=65), context)
+        toy_tasks.load(base, toy_tasks.params(max_length=65), context)
     with pytest.raises(ArtifactError, match=r"no task\.json"):
         task_saved.load_saved(tmp_path, context)
     with pytest.raises(ValueError, match="set transfer.auxiliary: 0"):
-        tasks.params(method="head", auxiliary=0.5)
+        toy_tasks.params(method="head", auxiliary=0.5)
     with pytest.raises(ValueError, match="a weight of at least 0"):
-        tasks.params(auxiliary=-0.5)
+        toy_tasks.params(auxiliary=-0.5)
     with pytest.raises(ValueError, match="has no blocks to tell apart"):
-        tasks.params(method="lora", unfreeze=True)
+        toy_tasks.params(method="lora", unfreeze=True)
+
+
+def test_adapters_over_4_bits_are_merged_into_the_base_as_it_was(
+    base: toy_tasks.Base, context: StageContext, tmp_path: Path
+) -> None:
+    one = toy_tasks.task("similarity", base.special, 6)
+    model, plain = (
+        toy_tasks.load(base, toy_tasks.params(method=method, transferred_layers=2), context)
+        for method in ("qlora", "lora")
+    )
+    moved(model)
+    training.load_trained_state(plain, training.trained_state(model))
+    found, expected = (
+        torch.tensor(task_training.predict(which, "similarity", one.train, context, toy_tasks.quiet))
+        for which in (model, plain)
+    )
+    task_saved.save(model, base.tokenizer, one, 32, tmp_path, context)
+    saved = task_saved.load_saved(tmp_path, context).model
+    after = torch.tensor(task_training.predict(saved, "similarity", one.train, context, toy_tasks.quiet))
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=2e-5)
+    assert (found - expected).abs().max() > 1e-4, "4 bits are not the base as it was"
+
+
+def test_in_bf16_what_is_frozen_is_bf16_and_what_is_trained_fp32(base: toy_tasks.Base, tmp_path: Path) -> None:
+    context = StageContext(stage="test", root=tmp_path, fingerprint="0" * 64, precision="bf16")
+    one = toy_tasks.task("choice", base.special, 9)
+    exact = StageContext(stage="test", root=tmp_path, fingerprint="0" * 64)
+    for method in ("full", "head", "last_n", "lora"):
+        dials = toy_tasks.params(method=method, dropout=0.0)
+        model = toy_tasks.load(base, dials, context, 1)
+        for value in model.parameters():
+            assert value.dtype == (torch.float32 if value.requires_grad else torch.bfloat16)
+        found, expected = (
+            torch.cat([torch.tensor(row) for row in task_training.predict(m, "choice", one.train, c, toy_tasks.quiet)])
+            for m, c in ((model, context), (toy_tasks.load(base, dials, exact, 1), exact))
+        )
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)

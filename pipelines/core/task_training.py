@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,17 +57,13 @@ def train(
         ArtifactError: training diverged.
         Stopped: a signal came; the checkpoint is written.
     """
-    # 1. The optimizer, or where a killed run had got to.
+    # 1. The optimizer, and where a killed run had got to.
     steps = steps_of(task, params)
     an_epoch = steps // params.epochs
     peak = params.lr or learning_rate(task_layers.inner(model.lm).config.hidden_size, model.method)
-    by_layer = model.method in ("full", "last_n")
-    unfreeze = by_layer and params.unfreeze
-    groups = task_layers.groups(model, peak, params.weight_decay, params.layer_decay if by_layer else 1.0)
+    groups = task_layers.groups(model, peak, params.weight_decay, params.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=task_layers.BETAS, fused=True)
     state = distributed.from_leader(context.world, checkpoints.newest) or {"step": 0}
-    if 0 < state["step"] < steps:
-        context.say(f"{name}: resuming after step {state['step']} of {steps}")
 
     # 2. What is learned from: examples, or the frozen part's answer to them.
     sequences = [encode(example) for example in task.train]
@@ -79,15 +75,12 @@ def train(
 
     torch.manual_seed(model.seed)  # dropout's: what was drawn before, such as for another run, plays no part
     if state["step"]:
-        if unfreeze:  # a checkpoint holds what its own epoch trained
+        if params.unfreeze:  # a checkpoint holds what its own epoch trained
             task_layers.thaw(optimizer, (state["step"] - 1) // an_epoch)
-        training.load_trained_state(model, state["trained"])
-        training.load_optimizer_state(optimizer, state["optimizer"])
-        training.set_random_state(state["random"])
-        context.resume(state["history"])
+        _resume(model, optimizer, state, context, f"{name}: resuming after step {state['step']} of {steps}")
     model.train()
     for step in range(state["step"], steps):
-        if unfreeze:
+        if params.unfreeze:
             task_layers.thaw(optimizer, step // an_epoch)
 
         # 3. Gradients of L3, accumulated over forward passes; each example of the step weighs the same.
@@ -106,13 +99,31 @@ def train(
         context.measure(peak_memory_mb=hardware.peak_memory_bytes() / 2**20)
         due, stop = context.after_step(checkpoints.due(step + 1) or step + 1 == steps)
         if due:
-            learned = {"trained": training.trained_state(model), "optimizer": training.optimizer_state(optimizer)}
-            if context.world.leads:
-                rest = {"step": step + 1, "random": training.random_state(), "history": context.history}
-                checkpoints.save(step + 1, learned | rest)
+            _keep(model, optimizer, step + 1, checkpoints, context)
         if stop:
             context.stop_if_asked()
     task_layers.thaw(optimizer, None)
+
+
+def _resume(
+    model: TaskModel, optimizer: torch.optim.Optimizer, state: dict[str, Any], context: StageContext, told: str
+) -> None:
+    """Take over what a checkpoint holds."""
+    context.say(told)
+    training.load_trained_state(model, state["trained"])
+    training.load_optimizer_state(optimizer, state["optimizer"])
+    training.set_random_state(state["random"])
+    context.resume(state["history"])
+
+
+def _keep(
+    model: TaskModel, optimizer: torch.optim.Optimizer, step: int, checkpoints: Checkpoints, context: StageContext
+) -> None:
+    """Write the checkpoint of a step. Every process must ask."""
+    learned = {"trained": training.trained_state(model), "optimizer": training.optimizer_state(optimizer)}
+    if context.world.leads:
+        rest = {"step": step, "random": training.random_state(), "history": context.history}
+        checkpoints.save(step, learned | rest)
 
 
 def _gradients(
