@@ -219,3 +219,14 @@ def test_with_a_frozen_body_a_step_is_at_least_five_times_as_fast(tmp_path: Path
         trained(deep, one, dials, made)
         seconds[method] = statistics.median(b - a for a, b in itertools.pairwise(times))
     assert seconds["full"] > 5 * seconds["head"], seconds
+
+
+def test_a_lower_block_moves_by_less(base: toy_tasks.Base, context: StageContext) -> None:
+    """Adam's first step is the rate itself, wherever there is a gradient."""
+    dials = toy_tasks.params(layer_decay=0.5, weight_decay=0.0, epochs=1)
+    before = {name: value.clone() for name, value in toy_tasks.load(base, dials, context).named_parameters()}
+    model = trained(base, toy_tasks.task("classification", base.special, 8), dials, context)
+    for layer, rate in ((2, 2e-3), (1, 1e-3), (0, 5e-4)):
+        name = f"lm.model.layers.{layer}.mlp.down_proj.weight"
+        moved = (model.get_parameter(name) - before[name]).abs().max()
+        assert float(moved) == pytest.approx(rate, rel=1e-2)
