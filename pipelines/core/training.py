@@ -54,6 +54,8 @@ def update(
 ) -> tuple[float, float]:
     """One optimizer step from the gradients that are there: averaged over the processes, clipped, then cleared.
 
+    A group of the optimizer may have a `factor` on the rate.
+
     Returns the loss, as the mean over the processes, and the gradient's norm before clipping.
 
     Raises:
@@ -69,7 +71,7 @@ def update(
     for same in kinds:
         torch.nn.utils.clip_grads_with_norm_(same, clip_norm, norm)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("factor", 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, float(norm)

@@ -1,0 +1,246 @@
+"""A language model with a linear head for one task: GPT-1, section 3.2 and 3.3.
+
+The last token of every sequence is `extract`; its last hidden state h goes through W_y, which has no bias (equation
+3). What of the model is trained is `method`: `full`: all weights. `head`: W_y alone. `last_n`: the top blocks, the
+final norm and W_y. `lora`, `qlora`: adapters on every linear layer of the blocks, W_y, and the three tokens' input
+embeddings. What is trained is fp32, what is frozen in the compute type.
+
+`head` and `last_n` keep the three tokens' embeddings as they were drawn: what lies below is computed once, so nothing
+there can be learned. With adapters, the output embeddings of the three tokens stay as drawn: only the auxiliary loss
+reads them. With `unfreeze` the embeddings are learned after the bottom block, if there are so many epochs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from pipelines.core import attention, fine_tuning, k_way, language_models, segments, task_layers
+from pipelines.core.context import StageContext
+from pipelines.core.errors import ArtifactError, ParamsError
+from pipelines.core.task_inputs import Example, Special, Task
+
+if TYPE_CHECKING:
+    from pipelines.core.params.transfer import TransferParams
+
+Method = Literal["full", "head", "last_n", "lora", "qlora"]
+DEVIATION = 0.02  # of new weights: GPT-1, section 4.1
+PAPER_LR, PAPER_WIDTH = 6.25e-5, 768  # GPT-1, section 4.1
+PROBE_LR = 1e-3  # Adam's default: W_y alone has a convex problem, and the paper's rate hardly moves it
+
+
+class TaskModel(torch.nn.Module):
+    """A causal language model `lm` (wrapped by peft or not, or a loaded classifier) and its head `score`, W_y.
+
+    `score.weight` is (outputs, width). `special`: (3, width), the input embeddings of the special tokens where they
+    are apart from the rest (adapters), else None. `again` makes the model anew with another method.
+    """
+
+    def __init__(self, lm: Any, score: torch.nn.Linear, method: Method, dropout: float, seed: int, pad: int) -> None:
+        super().__init__()
+        self.lm, self.score = lm, score
+        self.method, self.dropout, self.seed, self.pad = method, dropout, seed, pad
+        self.special: torch.nn.Parameter | None = None
+        self.special_ids: tuple[int, ...] = ()
+        self.again: Callable[[Method], TaskModel] | None = None
+
+    def learn_special(self, ids: tuple[int, ...], drawn: torch.Tensor) -> None:
+        """From now on the input embeddings of the tokens `ids` are the rows of a parameter that begins as `drawn`."""
+        self.special_ids, self.special = ids, torch.nn.Parameter(drawn)
+
+        def replaced(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            assert self.special is not None
+            for row, token in enumerate(self.special_ids):
+                output = torch.where((inputs[0] == token)[..., None], self.special[row].to(output.dtype), output)
+            return output
+
+        task_layers.inner(self.lm).get_input_embeddings().register_forward_hook(replaced)
+
+
+def outputs_of(task: Task) -> int:
+    """Rows of W_y: the classes; one for a choice (a logit a candidate) and for a regression."""
+    return 1 if task.kind == "choice" or task.regression else len(task.labels)
+
+
+def learning_rate(width: int, method: Method) -> float:
+    """Peak rate: the paper's at its width, in inverse proportion to the width; ten times that for adapters."""
+    paper = PROBE_LR if method == "head" else PAPER_LR
+    return paper * PAPER_WIDTH / width * (fine_tuning.LORA_FACTOR if method in ("lora", "qlora") else 1.0)
+
+
+def load(
+    place: Path,
+    tokenizer: Any,
+    special: Special,
+    params: TransferParams,
+    outputs: int,
+    seed: int,
+    context: StageContext,
+    random: bool = False,
+) -> TaskModel:
+    """The pre-trained model of a Hugging Face directory with a new head, ready to be trained.
+
+    Args:
+        tokenizer: the base's, with the special tokens added.
+        outputs: see `outputs_of`.
+        seed: of W_y, of the special tokens' embeddings, of adapters and dropout.
+        random: the same architecture with random weights, all of them trained whatever the method: the paper's
+            "without pre-training" (section 5).
+
+    Raises:
+        ArtifactError: no causal language model, one without a classifier in transformers, or another tokenizer's.
+        ParamsError: more layers or a longer context are asked for than there are.
+    """
+
+    def make(method: Method) -> TaskModel:
+        return _made(place, tokenizer, special, params, outputs, seed, context, method, random)
+
+    model = make("full" if random else params.method)
+    model.again = make
+    return model
+
+
+def _made(
+    place: Path,
+    tokenizer: Any,
+    special: Special,
+    params: TransferParams,
+    outputs: int,
+    seed: int,
+    context: StageContext,
+    method: Method,
+    random: bool,
+) -> TaskModel:
+    torch.manual_seed(seed)
+    lm = _language_model(place, params, context, method)
+    if random:
+        from transformers import AutoModelForCausalLM
+
+        kind = lm.config._attn_implementation
+        lm = AutoModelForCausalLM.from_config(lm.config, dtype=torch.float32, attn_implementation=kind)
+    plain = task_layers.inner(lm)
+    width, room = plain.config.hidden_size, getattr(plain.config, "max_position_embeddings", None)
+    if room and params.max_length > room:
+        raise ParamsError(f"transfer.max_length: {params.max_length} tokens; the base model's context is {room}")
+    task_layers.keep_first(lm, params.transferred_layers)
+    language_models.fit_vocabulary(plain, tokenizer)
+    _, output = language_models.body_and_head(plain)
+    classifier(plain.config, outputs, torch.float32, "meta")  # refused now if it cannot be saved
+
+    # The same numbers whatever the method and the size of the vocabulary.
+    generator = torch.Generator().manual_seed(seed)
+    head, tokens = (torch.randn(rows, width, generator=generator) * DEVIATION for rows in (outputs, len(special)))
+    score = torch.nn.Linear(width, outputs, bias=False)
+    with torch.no_grad():
+        score.weight.copy_(head)
+        for weight in (plain.get_input_embeddings().weight, output):
+            weight[list(special)] = tokens.to(weight)
+    model = TaskModel(lm, score, method, params.dropout, seed, pad_id(tokenizer))
+    _choose(model, params, special, tokens)
+    return model.to(context.device)
+
+
+def _language_model(place: Path, params: TransferParams, context: StageContext, method: Method) -> Any:
+    """The pre-trained model, with adapters where the method has them; frozen weights in the compute type."""
+    longest = max(k_way.ROW_TOKENS, params.max_length)
+    if method in ("lora", "qlora"):
+        return fine_tuning.load(place, method, params.lora_rank, longest, context)
+    kind = attention.choose(context.device, longest)
+    return language_models.load(str(place), torch.float32 if method == "full" else context.dtype, kind)
+
+
+def _choose(model: TaskModel, params: TransferParams, special: Special, tokens: torch.Tensor) -> None:
+    """Say what is trained."""
+    plain = task_layers.inner(model.lm)
+    embeddings = (plain.get_input_embeddings(), plain.get_output_embeddings())
+    if model.method in ("lora", "qlora"):
+        for part in embeddings:  # a resized one is a new one
+            part.requires_grad_(False)
+        model.learn_special(tuple(special), tokens.clone())
+        return
+    model.lm.requires_grad_(model.method == "full")
+    if model.method == "last_n":
+        for part in (*task_layers.top(model.lm, params.trained_layers), task_layers.final_norm(model.lm)):
+            part.float().requires_grad_(True)
+    if model.method == "full" and embeddings[1].weight is not embeddings[0].weight:
+        embeddings[1].requires_grad_(params.auxiliary > 0)  # nothing else reads it
+
+
+def encode(example: Example) -> segments.Sequence:
+    """An example as one sequence: what its token sequences begin with is encoded once, the rest are branches.
+
+    Every token but `extract` is labelled with the one that follows it. What several sequences share counts once.
+    """
+    shared = 0
+    for column in zip(*example.sequences, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared += 1
+    # The last shared token opens each branch, since it predicts another token in each.
+    prefix = example.sequences[0][: max(0, shared - 1)]
+    ids, labels = list(prefix), list(example.sequences[0][1 : len(prefix) + 1])
+    branches = [0] * len(prefix)
+    for number, sequence in enumerate(example.sequences, 1):
+        rest = sequence[len(prefix) :]
+        ids += rest
+        labels += [*rest[1:], segments.UNSUPERVISED]
+        branches += [number] * len(rest)
+    return segments.Sequence(ids, labels, branches)
+
+
+def at_extract(hidden: torch.Tensor, batch: k_way.Responses) -> torch.Tensor:
+    """Hidden states (rows, length, width) where each of the N sequences of a forward pass ends: (N, width)."""
+    return hidden[batch.row.to(hidden.device), batch.column.to(hidden.device)]
+
+
+def head_logits(model: TaskModel, ends: torch.Tensor) -> torch.Tensor:
+    """h W_y^T in fp32: (N, width) -> (N, outputs); in training mode a share of h is dropped."""
+    dropped = torch.nn.functional.dropout(ends.float(), model.dropout, model.training)
+    return torch.nn.functional.linear(dropped, model.score.weight.float())
+
+
+def logits(model: TaskModel, batch: k_way.Responses, context: StageContext) -> torch.Tensor:
+    """What the head says of each sequence of a forward pass: (N, outputs) fp32, in the order of their examples."""
+    return head_logits(model, at_extract(segments.hidden_states(model.lm, batch.rows, context), batch))
+
+
+def pad_id(tokenizer: Any) -> int:
+    """What rows are filled up with; transformers' classifiers read the last token that is another.
+
+    Raises:
+        ArtifactError: the tokenizer has neither a padding token nor an EOS.
+    """
+    found = next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), None)
+    if found is None:
+        raise ArtifactError("the tokenizer has neither a padding token nor an EOS: rows cannot be filled up")
+    return int(found)
+
+
+def classifier(config: Any, outputs: int, dtype: torch.dtype, device: str) -> Any:
+    """A classifier of transformers with this model's body and `outputs` labels; its weights are not set.
+
+    Raises:
+        ArtifactError: transformers has none for the architecture, or one whose head is not a plain `score`.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(config)
+    config.num_labels = outputs
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with torch.device(device):
+            made = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    except ValueError:
+        made = None
+    head = getattr(made, "score", None)
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        raise ArtifactError(
+            f"architecture {config.model_type}: transformers has no classifier of it with a plain head 'score'; "
+            "a decoder-only one is needed, for example llama, gpt2, qwen3, mistral"
+        )
+    return made
