@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ KEY_METRICS: Mapping[str, tuple[str, ...]] = {
         "accuracy", "accuracy_length_only", "gold_win_rate", "gold_win_rate_low", "gold_greedy", "gold_greedy_sft",
         "best_of_n_gold_at_equal_kl", "kl", "alignment_tax_bits",
     ),
+    "transfer": ("score", "*/score", "*/tfidf", "*/majority", "*/random"),
 }  # fmt: skip
 _SAMPLE = re.compile(r"^(?=\*\*Prompt:\*\*)", re.MULTILINE)
 
@@ -50,7 +52,8 @@ class Stage(NamedTuple):
     def key_metrics(self) -> list[tuple[str, float]]:
         """Those that tell most; all of them, time aside, for a stage of which that is not known."""
         keys = KEY_METRICS.get(self.name) or [key for key in sorted(self.metrics) if key != "seconds"]
-        return [(key, self.metrics[key]) for key in keys if key in self.metrics]
+        found = [key for pattern in keys for key in self.metrics if fnmatchcase(key, pattern)]
+        return [(key, self.metrics[key]) for key in found]
 
 
 class Change(NamedTuple):

@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
 
@@ -236,8 +237,10 @@ def _fingerprint(
 
 
 def _check_metrics(name: str, metrics: dict[str, float], declared: frozenset[str], optional: frozenset[str]) -> None:
-    """A stage returns the keys it declares, each a finite number: gates and the report rely on them."""
-    missing, extra = sorted(declared - set(metrics)), sorted(set(metrics) - declared - optional)
+    """A stage returns the keys, or patterns of keys, it declares, each finite: gates and the report rely on them."""
+    known = declared | optional
+    missing = sorted(declared - set(metrics))
+    extra = sorted(key for key in metrics if not any(fnmatchcase(key, pattern) for pattern in known))
     if missing or extra:
         raise AssertionError(f"{name}: metrics differ from METRICS (missing {missing}, not declared {extra})")
     wrong = {key: value for key, value in metrics.items() if value != value or value in (float("inf"), -float("inf"))}

@@ -88,8 +88,8 @@ def load(
         tokenizer: the base's, with the special tokens added.
         outputs: see `outputs_of`.
         seed: of W_y, of the special tokens' embeddings, of adapters and dropout.
-        random: the same architecture with random weights, all of them trained whatever the method: the paper's
-            "without pre-training" (section 5).
+        random: the same architecture with random weights: the paper's "without pre-training" (section 5), where all of
+            them are trained (`method: full`). Adapters on them would teach nothing: with `lora` all are trained too.
 
     Raises:
         ArtifactError: no causal language model, one without a classifier in transformers, or another tokenizer's.
@@ -99,7 +99,7 @@ def load(
     def make(method: Method) -> TaskModel:
         return _made(place, tokenizer, special, params, outputs, seed, context, method, random)
 
-    model = make("full" if random else params.method)
+    model = make("full" if random and params.method in ("lora", "qlora") else params.method)
     model.again = make
     return model
 
@@ -121,7 +121,7 @@ def _made(
         from transformers import AutoModelForCausalLM
 
         kind = lm.config._attn_implementation
-        lm = AutoModelForCausalLM.from_config(lm.config, dtype=torch.float32, attn_implementation=kind)
+        lm = AutoModelForCausalLM.from_config(lm.config, dtype=lm.dtype, attn_implementation=kind)
     plain = task_layers.inner(lm)
     width, room = plain.config.hidden_size, getattr(plain.config, "max_position_embeddings", None)
     if room and params.max_length > room:

@@ -26,6 +26,7 @@ from pipelines.core.params.reward import RewardParams
 from pipelines.core.params.section import Location, Section, explain
 from pipelines.core.params.sft import SftParams
 from pipelines.core.params.tokenizer import TokenizerParams
+from pipelines.core.params.transfer import TransferParams
 
 
 class Params(Section):
@@ -41,6 +42,7 @@ class Params(Section):
     reward: RewardParams
     ppo: PpoParams
     dpo: DpoParams
+    transfer: TransferParams
     report: ReportParams
 
     @model_validator(mode="after")

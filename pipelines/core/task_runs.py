@@ -1,0 +1,142 @@
+"""The runs of stage `transfer`: each task with each seed, and the same run with one thing different (ablations).
+
+A run that has ended is kept in the stage's scratch: what it said of the examples, its curves, and the model where it
+is wanted. A stage that is killed starts no ended run again, and goes on in the one that was under way.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipelines.core import artifacts, distributed, k_way, task_model, task_saved, task_training
+from pipelines.core.checkpoint import Checkpoints
+from pipelines.core.context import StageContext
+from pipelines.core.task_inputs import Special, Task
+
+if TYPE_CHECKING:
+    from pipelines.core.params.transfer import TransferParams
+
+MAIN = ""
+
+
+class Variant(NamedTuple):
+    """What is different from the run whose model is kept."""
+
+    name: str  # MAIN, random, no_auxiliary, layers_N
+    changes: dict[str, Any]  # of the params
+    random: bool = False  # random weights in place of the pre-trained ones
+
+
+class Base(NamedTuple):
+    """What all runs start from."""
+
+    place: Path  # the pre-trained model
+    tokenizer: Any  # with the special tokens
+    special: Special
+
+
+class Run(NamedTuple):
+    """What an ended run has left."""
+
+    test: list[list[float]]  # logits of each test example
+    validation: list[list[float]]  # the same of the validation side; empty where there is one seed
+    seconds: float  # of training
+    trained: int  # parameters that were trained
+    parameters: int
+    model: Path | None  # where it lies, if it was saved
+
+
+def variants(params: TransferParams, layers: int) -> Iterator[Variant]:
+    """The run to keep, then the ablations asked for. `layers`: blocks of the pre-trained model.
+
+    * `auxiliary`: without the auxiliary loss (GPT-1, table 5).
+    * `random`: without pre-training: the same from random weights (table 5; there, and with `method: full`, all of them
+      are trained).
+    * `layers`: the first quarter, half and three quarters of the blocks (figure 2, left).
+    """
+    yield Variant(MAIN, {})
+    if "auxiliary" in params.ablations:
+        yield Variant("no_auxiliary", {"auxiliary": 0.0})
+    if "random" in params.ablations:
+        yield Variant("random", {}, random=True)
+    if "layers" in params.ablations:
+        whole = params.transferred_layers or layers
+        for kept in sorted({max(1, whole * part // 4) for part in (1, 2, 3)} - {whole}):
+            changes = {"transferred_layers": kept, "trained_layers": min(params.trained_layers, kept)}
+            yield Variant(f"layers_{kept}", changes)
+
+
+def run(task: Task, variant: Variant, number: int, params: TransferParams, base: Base, context: StageContext) -> Run:
+    """Fine-tune, answer, and keep; or what was kept. `number` of the seed, from 0.
+
+    Raises:
+        ArtifactError, ParamsError: a model that cannot be trained, a run that diverged.
+        Stopped: a signal came; the checkpoint is written.
+    """
+    name = "-".join(part for part in (task.name, variant.name, str(number) if number else "") if part)
+    place = context.work / "runs" / name
+    ended = distributed.from_leader(context.world, lambda: (place / "run.json").exists())
+    if not ended:
+        made = _train(task, variant, number, params, base, name, context)
+        if context.world.leads:
+            with artifacts.published(place) as draft:
+                _keep(made, task, params, base, variant.name == MAIN, draft, context)
+            shutil.rmtree(_checkpoints(context, name), ignore_errors=True)
+    found = json.loads(distributed.from_leader(context.world, (place / "run.json").read_text))
+    if ended:
+        context.resume(context.history + found["history"])
+    model = place / "model" if variant.name == MAIN else None
+    return Run(**{field: found[field] for field in Run._fields if field != "model"}, model=model)
+
+
+def _train(
+    task: Task, variant: Variant, number: int, params: TransferParams, base: Base, name: str, context: StageContext
+) -> dict[str, Any]:
+    """The trained model and what is known of its training."""
+    changed = params.model_copy(update=variant.changes)
+    asked = (changed, task_model.outputs_of(task), params.seed + number, context, variant.random)
+    model = task_model.load(base.place, base.tokenizer, base.special, *asked)
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    known, began = len(context.history), time.perf_counter()
+    checkpoints = Checkpoints(
+        _checkpoints(context, name), context.fingerprint, params.checkpoint_steps, params.checkpoint_seconds
+    )
+    task_training.train(task, model, changed, context, checkpoints, name)
+    rows = [row for row in context.history[known:] if any(key.startswith(f"{name}_") for key in row)]
+    return {
+        "model": model,
+        "trained": trained,
+        "parameters": sum(value.numel() for value in model.parameters()),
+        "seconds": time.perf_counter() - began,
+        "history": rows,
+        "name": name,
+    }
+
+
+def _keep(
+    made: dict[str, Any],
+    task: Task,
+    params: TransferParams,
+    base: Base,
+    wanted: bool,
+    draft: Path,
+    context: StageContext,
+) -> None:
+    """Write what the run is asked for later: its answers before its model, whose adapters are merged in place."""
+    model = made.pop("model")
+    tell = k_way.teller(context, made.pop("name"))
+    for split in ("validation", "test"):
+        asked = getattr(task, split) if split == "test" or params.seeds > 1 else []
+        made[split] = task_training.predict(model, task.kind, asked, context, tell)
+    if wanted:
+        task_saved.save(model, base.tokenizer, task, params.max_length, draft / "model", context)
+    artifacts.write_json(draft / "run.json", made)
+
+
+def _checkpoints(context: StageContext, name: str) -> Path:
+    return context.work / "checkpoints" / name

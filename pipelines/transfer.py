@@ -1,0 +1,166 @@
+"""Stage `transfer`: the pre-trained model fine-tuned on labelled tasks, one model a task.
+
+In: `data` (tables `tasks/NAME`), `pretrain` (the model). Out: `models/NAME/` (a Hugging Face classifier, its
+tokenizer, `task.json`, a card), `history.csv`, `evaluation.parquet` (one row a held-out example of any task: the score
+of the model and of what it is compared with), `confusion/NAME.csv`, `layers.csv` (score by transferred blocks, where
+asked for), `samples.md`.
+
+Paper: Radford et al., "Improving Language Understanding by Generative Pre-Training" (2018), sections 3.2 to 5. As
+there: start, delimiter and extract tokens, a linear head without bias on the state of `extract`, both orders of a
+similarity added, a softmax over the candidates of a choice; L3 = L2 + lambda x L1; a linear schedule with warm-up;
+dropout on the classifier; ablations without auxiliary loss, without pre-training, and by transferred blocks.
+Departures:
+
+1. `method: last_n` and `head` compute the frozen blocks once; the three tokens' embeddings then stay as drawn.
+2. Rates follow the width from the paper's 6.25e-5 at 768; ten times that for adapters.
+3. A sequence that is too long is cut by a rule that keeps the special tokens (`core/task_sequences.py`), and counted.
+4. Candidates of a choice, and the two orders of a similarity, share the encoding of what they begin with; in the
+   auxiliary loss what they share counts once.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.core import artifacts, hardware, language_models, reading, task_inputs
+from pipelines.core.context import StageContext
+from pipelines.core.errors import ArtifactError, ParamsError
+from pipelines.core.params.transfer import TransferParams
+
+if TYPE_CHECKING:
+    from pipelines.core.task_evaluation import Judged
+    from pipelines.core.task_inputs import Task
+    from pipelines.core.task_runs import Base, Run, Variant
+
+METRICS = frozenset({"score", "tasks", "trained_parameters", "trained_share", "parameters"})
+OPTIONAL = frozenset(
+    {
+        "*/score", "*/score_low", "*/score_high", "*/majority", "*/tfidf", "*/tfidf_all", "*/train", "*/test",
+        "*/truncated", "*/gain_over_*",
+        # by kind of task, by number of seeds, by ablation
+        "*/accuracy", "*/macro_f1", "*/matthews", "*/log_loss", "*/pearson", "*/spearman", "*/score_of_model",
+        "*/no_auxiliary", "*/random", "*/layers_*",
+    }
+)  # fmt: skip
+SCORES = frozenset({"score", "score_majority", "score_tfidf", "score_tfidf_all", "score_random", "examples_*"})
+
+
+def run(params: TransferParams, inputs: dict[str, Path], outputs: Path, context: StageContext) -> dict[str, float]:
+    """Read and check every task, fine-tune a model on each, and measure them on examples they have not seen.
+
+    Raises:
+        ArtifactError: no such task, or a base that cannot be fine-tuned.
+        DataError: a table that cannot be learned from or measured on; all are read before the first is learned.
+        ParamsError: a dial that does not fit the base model.
+        Stopped: a signal came; the checkpoint is written.
+    """
+    from pipelines.core import task_runs
+
+    # 1. Tasks and base, all checked before anything is trained.
+    base, tasks, variants = _prepare(params, inputs, context)
+
+    # 2. Fine-tune: each task, each variant, each seed; what has ended is not made again after a kill.
+    ended: list[dict[str, list[Run]]] = []
+    for task in tasks:
+        ended.append({})
+        for variant in variants:
+            seeds = range(params.seeds)
+            ended[-1][variant.name] = [task_runs.run(task, variant, n, params, base, context) for n in seeds]
+    if not context.world.leads:
+        return {}
+    context.write_history(outputs / "history.csv")
+
+    # 3. Judge on the test side, and publish the models with what is known of them.
+    from pipelines.core import task_evaluation
+
+    judged = [task_evaluation.judge(task, runs) for task, runs in zip(tasks, ended, strict=True)]
+    _publish(params, tasks, judged, ended, outputs, context)
+    named = zip((task.name for task in tasks), judged, strict=True)
+    metrics = {f"{name}/{key}": value for name, one in named for key, value in one.metrics.items()}
+    main = ended[0][task_runs.MAIN][0]
+    for task, runs in zip(tasks, ended, strict=True):
+        context.measure(**{f"{task.name}/seconds": runs[task_runs.MAIN][0].seconds})
+    context.measure(peak_memory_mb=hardware.peak_memory_bytes() / 2**20)
+    return {
+        **metrics,
+        "score": sum(one.metrics["score"] for one in judged) / len(judged),
+        "tasks": float(len(tasks)),
+        "trained_parameters": float(main.trained),
+        "trained_share": main.trained / main.parameters,
+        "parameters": float(main.parameters),
+    }
+
+
+def _prepare(
+    params: TransferParams, inputs: dict[str, Path], context: StageContext
+) -> tuple[Base, list[Task], list[Variant]]:
+    """Base, tasks and runs.
+
+    Raises:
+        ArtifactError: the data have no tasks, or not the one asked for.
+        DataError, ParamsError: see `run`.
+    """
+    from transformers import AutoConfig
+
+    from pipelines.core import task_card, task_runs
+
+    place = inputs["pretrain"] / "model"
+    tokenizer = language_models.load_tokenizer(str(place))
+    special = task_inputs.add_special(tokenizer)
+    there = sorted(found.name for found in (inputs["data"] / "tasks").glob("*") if found.is_dir())
+    if not there:
+        raise ArtifactError(
+            "the data have no labelled task: name a source with table: tasks and task: NAME in params.yaml data.sources"
+        )
+    limits = task_inputs.Limits(params.examples, params.eval_examples, params.max_length, params.seed)
+    tasks = [task_inputs.load(inputs["data"], name, tokenizer, special, limits) for name in params.tasks or there]
+    layers = AutoConfig.from_pretrained(place).num_hidden_layers
+    for key in ("transferred_layers", "trained_layers"):
+        if (asked := getattr(params, key)) is not None and asked > layers:
+            raise ParamsError(f"transfer.{key}: {asked}; the base model has {layers} blocks")
+    for task in tasks:
+        context.say(task_card.example(task, tokenizer))
+        if task.truncated:
+            context.say(
+                f"warning: {task.truncated} examples of {task.name} were cut to max_length ({params.max_length} tokens)"
+            )
+    return task_runs.Base(place, tokenizer, special), tasks, list(task_runs.variants(params, layers))
+
+
+def _publish(
+    params: TransferParams,
+    tasks: list[Task],
+    judged: list[Judged],
+    ended: list[dict[str, list[Run]]],
+    outputs: Path,
+    context: StageContext,
+) -> None:
+    """Models with their cards, rows of the evaluation, tables and samples."""
+    import pandas as pd
+
+    from pipelines.core import task_card, task_evaluation, task_runs
+
+    layers = []
+    for task, one, runs in zip(tasks, judged, ended, strict=True):
+        kept = runs[task_runs.MAIN][one.chosen]
+        assert kept.model is not None
+        shutil.copytree(kept.model, outputs / "models" / task.name)
+        page = task_card.card(params, task, one.metrics, kept.parameters)
+        artifacts.write_text(outputs / "models" / task.name / "README.md", page)
+        if task.labels:
+            (outputs / "confusion").mkdir(exist_ok=True)
+            table = pd.DataFrame(task_evaluation.confusion(task, one.answers))
+            table.to_csv(outputs / "confusion" / f"{task.name}.csv", index=False, lineterminator="\n")
+        layers += [
+            {"task": task.name, "layers": int(key.removeprefix("layers_")), "score": value}
+            for key, value in one.metrics.items()
+            if key.startswith("layers_")
+        ]
+    if layers:
+        pd.DataFrame(layers).to_csv(outputs / "layers.csv", index=False, lineterminator="\n")
+    reading.write_evaluation(outputs / "evaluation.parquet", task_evaluation.rows(tasks, judged))
+    page = task_card.samples(tasks, [one.answers for one in judged], params.samples)
+    context.say(page)
+    artifacts.write_text(outputs / "samples.md", page)

@@ -1,0 +1,196 @@
+"""Stage `transfer` on a two-layer model: what it writes, what it learns, what it refuses, and where it goes on."""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import toy_tasks
+
+from pipelines import transfer
+from pipelines.core import artifacts, task_evaluation
+from pipelines.core.context import StageContext, Stopped
+from pipelines.core.errors import ArtifactError, DataError, ParamsError
+from pipelines.core.task_runs import Run
+
+FAST: dict[str, Any] = {"epochs": 1, "max_length": 24, "samples": 2, "warmup_share": 0.1}
+
+
+def rows(task: str, split: str, count: int) -> list[dict[str, Any]]:
+    """Whoever sees `area` or `shape` knows the answer; a group is two neighbours."""
+    draw, found = random.Random(f"{task}{split}"), []
+    for number in range(count):
+        label = number % 2
+        good, bad = (f"return {name} of w {draw.randint(0, 9)}" for name in ("area", "shape"))
+        texts: dict[str, Any] = {
+            "kind": {"text": bad if label else good},
+            "fits": {"premise": good, "hypothesis": bad if label else good},
+            "close": {"first": good, "second": bad if label else good},
+            "pick": {"context": "w * h", "choices": [bad, good] if label else [good, bad]},
+        }[task]
+        name = {"label_text": ["yes", "no"][label] if task != "pick" else good}
+        common = {"id": f"{split}{number}", "group": f"{split}{number // 2}", "source": "toy", "row": number}
+        found.append(common | texts | {"label": label} | name)
+    return found
+
+
+def write(data: Path, task: str, **counts: int) -> None:
+    for split, count in counts.items():
+        place = data / "tasks" / task / f"{split}.parquet"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows(task, split, count)), place)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("inputs")
+    made = toy_tasks.base(root / "pretrain/model", depth=2)
+    toy_tasks.tokenizer().save_pretrained(root / "pretrain/model")
+    assert made.special.start == len(toy_tasks.tokenizer())
+    for task in ("kind", "fits", "close", "pick"):
+        write(root / "data", task, train=24, validation=8, test=12)
+    return {"data": root / "data", "pretrain": root / "pretrain"}
+
+
+def run(inputs: dict[str, Path], place: Path, context: StageContext, **changed: Any) -> dict[str, float]:
+    place.mkdir(parents=True, exist_ok=True)
+    return transfer.run(toy_tasks.params(**FAST | changed), inputs, place, context)
+
+
+def test_files_metrics_and_rows(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
+    from fnmatch import fnmatchcase
+
+    asked: dict[str, Any] = {"auxiliary": 0.5, "ablations": ("auxiliary", "random", "layers"), "seeds": 3}
+    metrics = run(inputs, tmp_path / "out", context, **asked)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "models", "history.csv", "evaluation.parquet", "confusion", "layers.csv", "samples.md"
+    }  # fmt: skip
+    known = transfer.METRICS | transfer.OPTIONAL
+    assert set(metrics) >= transfer.METRICS
+    assert not [key for key in metrics if not any(fnmatchcase(key, one) for one in known)]
+    for task in ("kind", "fits", "close", "pick"):
+        keys = {
+            "score",
+            "score_low",
+            "score_high",
+            "majority",
+            "tfidf",
+            "tfidf_all",
+            "random",
+            "no_auxiliary",
+            "layers_1",
+        }
+        assert {f"{task}/{key}" for key in keys} <= set(metrics)
+        assert metrics[f"{task}/score_low"] <= metrics[f"{task}/score_of_model"] <= metrics[f"{task}/score_high"]
+        assert json.loads((tmp_path / "out/models" / task / "task.json").read_text())["task"] == task
+        assert (tmp_path / "out/models" / task / "README.md").read_text().startswith("---")
+    assert metrics["score"] == pytest.approx(sum(metrics[f"{t}/score"] for t in ("kind", "fits", "close", "pick")) / 4)
+    table = pq.read_table(tmp_path / "out/evaluation.parquet").to_pandas()
+    assert len(table) == 48 and table["id"].is_unique and table.filter(like="examples_").sum(axis=1).eq(1).all()
+    mine = table[table.examples_kind == 1]
+    assert mine.score.mean() == pytest.approx(metrics["kind/score_of_model"])
+    assert mine.score_majority.mean() == pytest.approx(metrics["kind/majority"])
+    assert pd.read_csv(tmp_path / "out/confusion/fits.csv").iloc[:, 1:].to_numpy().sum() == 12
+    assert not (tmp_path / "out/confusion/pick.csv").exists()
+    history = pd.read_csv(tmp_path / "out/history.csv")
+    assert {"kind_loss", "kind_language_loss", "kind-random_loss", "pick-layers_1-2_loss"} <= set(history)
+    assert "<|start|>" in context.samples[0] and "answer:" in context.samples[0]
+
+
+def test_learns_what_words_tell_and_random_weights_learn_less_of_a_frozen_body(
+    inputs: dict[str, Path], tmp_path: Path, context: StageContext
+) -> None:
+    metrics = run(inputs, tmp_path / "out", context, tasks=("kind",), epochs=12, lr=5e-3)
+    assert metrics["kind/score"] == 1.0 > metrics["kind/majority"] and metrics["kind/gain_over_majority_low"] > 0
+    assert metrics["trained_share"] == 1.0
+    frozen = run(inputs, tmp_path / "head", context_at(tmp_path / "b"), tasks=("kind",), method="head")
+    assert 0 < frozen["trained_share"] < 0.01
+
+
+def context_at(root: Path) -> StageContext:
+    root.mkdir(parents=True, exist_ok=True)
+    return StageContext("transfer", root, "f" * 64)
+
+
+def test_stopped_anywhere_it_ends_with_the_same_bytes(inputs: dict[str, Path], tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"tasks": ("kind", "pick"), "ablations": ("random",), "checkpoint_steps": 1, "epochs": 2}
+    run(inputs, tmp_path / "whole", context_at(tmp_path / "a"), **asked)
+    stops = {"in the first run": 2, "in the second task": 15}
+    for name, after in stops.items():
+        context = context_at(tmp_path / name)
+        heard = context.after_step
+
+        def step(
+            due: int | bool, left: list[int] = [after], context: StageContext = context, heard: Any = heard
+        ) -> Any:  # noqa: B006
+            left[0] -= 1
+            if left[0] == 0:
+                context.signal_number = 15
+            return heard(due)
+
+        stepping = partial(step, left=iter(range(after, -99, -1)), context=context, heard=heard)
+        context.after_step = stepping  # type: ignore[method-assign]
+        with pytest.raises(Stopped):
+            run(inputs, tmp_path / f"{name} out", context, **asked)
+        again = context_at(tmp_path / name)
+        run(inputs, tmp_path / f"{name} out", again, **asked)
+        assert any("resuming" in one for one in again.samples)
+        assert artifacts.content_hash(tmp_path / f"{name} out") == artifacts.content_hash(tmp_path / "whole"), name
+
+
+def test_the_saved_model_is_that_of_the_median_seed(inputs: dict[str, Path], tmp_path: Path) -> None:
+    assert [task_evaluation.median_place(one) for one in ([3.0, 1.0, 2.0], [1.0, 2.0], [5.0])] == [2, 0, 0]
+    one = toy_tasks.task("classification", toy_tasks.Special(301, 302, 303))
+    one = one._replace(test=one.train[:4], validation=one.train[:4])
+    right, wrong = [[1.0, 0.0], [0.0, 1.0]] * 2, [[0.0, 1.0], [1.0, 0.0]] * 2
+    half = [[1.0, 0.0]] * 4
+    runs = [Run(said, said, 0.0, 1, 1, None) for said in (right, wrong, half)]
+    texts = [example._replace(parts=(str(example.label),)) for example in one.train]
+    judged = task_evaluation.judge(one._replace(train=texts, train_all=texts, test=texts[:4]), {"": runs})
+    assert judged.chosen == 2 and judged.metrics["score"] == judged.metrics["score_of_model"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "told"),
+    [
+        ({"tasks": ("absent",)}, ArtifactError, "absent"),
+        ({"trained_layers": 3, "method": "last_n"}, ParamsError, r"trained_layers: 3; the base model has 2 blocks"),
+        ({"transferred_layers": 5}, ParamsError, r"transferred_layers: 5; the base model has 2 blocks"),
+    ],
+)
+def test_refused_before_any_training(
+    inputs: dict[str, Path], tmp_path: Path, context: StageContext, changed: dict[str, Any], kind: Any, told: str
+) -> None:
+    with pytest.raises(kind, match=told):
+        run(inputs, tmp_path / "out", context, **changed)
+    assert not list((tmp_path / "out").iterdir()) and not context.history
+
+
+def test_the_last_task_is_checked_before_the_first_is_trained(
+    inputs: dict[str, Path], tmp_path: Path, context: StageContext
+) -> None:
+    write(tmp_path / "data", "kind", train=24, validation=8, test=12)
+    write(tmp_path / "data", "pick", train=24, validation=8, test=0)
+    with pytest.raises((DataError, ArtifactError), match="pick"):
+        run(inputs | {"data": tmp_path / "data"}, tmp_path / "out", context)
+    assert not context.history
+
+
+def test_data_without_tasks(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ArtifactError, match="no labelled task: name a source with table: tasks"):
+        run(inputs | {"data": tmp_path / "data"}, tmp_path / "out", context)
+
+
+def test_what_is_cut_is_counted_and_told(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
+    write(tmp_path / "data", "fits", train=24, validation=8, test=12)
+    metrics = run(inputs | {"data": tmp_path / "data"}, tmp_path / "out", context, max_length=16)
+    assert metrics["fits/truncated"] > 0
+    assert any("were cut to max_length (16 tokens)" in one for one in context.samples)
