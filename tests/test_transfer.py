@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import toy_tasks
+from models import tokenizer
 
 from pipelines import transfer
-from pipelines.core import artifacts, task_evaluation
+from pipelines.core import artifacts, task_evaluation, task_inputs
 from pipelines.core.context import StageContext, Stopped
 from pipelines.core.errors import ArtifactError, DataError, ParamsError
 from pipelines.core.task_runs import Run
@@ -29,15 +30,15 @@ def rows(task: str, split: str, count: int) -> list[dict[str, Any]]:
     for number in range(count):
         label = number % 2
         good, bad = (f"return {name} of w {draw.randint(0, 9)}" for name in ("area", "shape"))
-        texts: dict[str, Any] = {
+        every: dict[str, dict[str, Any]] = {
             "kind": {"text": bad if label else good},
             "fits": {"premise": good, "hypothesis": bad if label else good},
             "close": {"first": good, "second": bad if label else good},
             "pick": {"context": "w * h", "choices": [bad, good] if label else [good, bad]},
-        }[task]
+        }
         name = {"label_text": ["yes", "no"][label] if task != "pick" else good}
         common = {"id": f"{split}{number}", "group": f"{split}{number // 2}", "source": "toy", "row": number}
-        found.append(common | texts | {"label": label} | name)
+        found.append(common | every[task] | {"label": label} | name)
     return found
 
 
@@ -52,8 +53,8 @@ def write(data: Path, task: str, **counts: int) -> None:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("inputs")
     made = toy_tasks.base(root / "pretrain/model", depth=2)
-    toy_tasks.tokenizer().save_pretrained(root / "pretrain/model")
-    assert made.special.start == len(toy_tasks.tokenizer())
+    tokenizer().save_pretrained(root / "pretrain/model")
+    assert made.special.start == len(tokenizer())
     for task in ("kind", "fits", "close", "pick"):
         write(root / "data", task, train=24, validation=8, test=12)
     return {"data": root / "data", "pretrain": root / "pretrain"}
@@ -127,15 +128,12 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(inputs: dict[str, Path], t
         context = context_at(tmp_path / name)
         heard = context.after_step
 
-        def step(
-            due: int | bool, left: list[int] = [after], context: StageContext = context, heard: Any = heard
-        ) -> Any:  # noqa: B006
-            left[0] -= 1
-            if left[0] == 0:
+        def step(due: Any, left: Any, context: StageContext, heard: Any) -> Any:
+            if next(left) == 0:
                 context.signal_number = 15
             return heard(due)
 
-        stepping = partial(step, left=iter(range(after, -99, -1)), context=context, heard=heard)
+        stepping = partial(step, left=iter(range(after - 1, -99, -1)), context=context, heard=heard)
         context.after_step = stepping  # type: ignore[method-assign]
         with pytest.raises(Stopped):
             run(inputs, tmp_path / f"{name} out", context, **asked)
@@ -147,7 +145,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(inputs: dict[str, Path], t
 
 def test_the_saved_model_is_that_of_the_median_seed(inputs: dict[str, Path], tmp_path: Path) -> None:
     assert [task_evaluation.median_place(one) for one in ([3.0, 1.0, 2.0], [1.0, 2.0], [5.0])] == [2, 0, 0]
-    one = toy_tasks.task("classification", toy_tasks.Special(301, 302, 303))
+    one = toy_tasks.task("classification", task_inputs.Special(301, 302, 303))
     one = one._replace(test=one.train[:4], validation=one.train[:4])
     right, wrong = [[1.0, 0.0], [0.0, 1.0]] * 2, [[0.0, 1.0], [1.0, 0.0]] * 2
     half = [[1.0, 0.0]] * 4
