@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import model, tokenizer
+from models import LORA, model, prepared, tokenizer
 
 from pipelines.core import actors, artifacts, reward_model
 from pipelines.core.context import StageContext
@@ -30,7 +30,7 @@ def store(known: Any, root: Path, architecture: str) -> Path:
         sft.get_output_embeddings().weight.mul_(2.0)
     sft.save_pretrained(root / "sft")
     torch.manual_seed(5)
-    judge = reward_model.with_lora(reward_model.initial(root / "sft", known, 3, torch.float32, "sdpa"), 4)
+    judge = prepared(reward_model.initial(root / "sft", known, 3, torch.float32, "sdpa"), head=reward_model.HEAD)
     disturb(judge.named_parameters(), "lora_B")
     reward_model.save_adapter(judge, root / "sft", root / "reward/adapter")
     reward_model.save(judge, known, root / "reward/model", torch.float32)
@@ -80,18 +80,18 @@ def test_an_adapter_that_does_not_belong_is_refused(known: Any, context: StageCo
     with pytest.raises(
         ArtifactError, match=r"trained on another SFT model than .*/sft\. Make it again: dvc repro reward"
     ):
-        actors.shared(tmp_path / "sft", root / "reward", 4, 64, 1, context)
+        actors.shared(tmp_path / "sft", root / "reward", LORA, 64, 1, context)
     file = root / "reward/adapter" / reward_model.ADAPTER
     kept = load_file(file)
     name = next(iter(kept))
     save_file({key: value for key, value in kept.items() if key != name}, file)
     with pytest.raises(ArtifactError, match=r"the adapter does not fit .*: 1 weights, e\.g\. .*reward"):
-        actors.shared(root / "sft", root / "reward", 4, 64, 1, context)
+        actors.shared(root / "sft", root / "reward", LORA, 64, 1, context)
     save_file(kept | {name.replace("layers.0", "layers.9"): kept[name].clone()}, file)
     with pytest.raises(ArtifactError, match=r"does not fit .*: 1 weights, e\.g\. .*layers\.9"):
-        actors.shared(root / "sft", root / "reward", 4, 64, 1, context)
+        actors.shared(root / "sft", root / "reward", LORA, 64, 1, context)
     save_file(kept, file)
     config = json.loads((root / "reward/model/config.json").read_text())
     (root / "reward/model/config.json").write_text(json.dumps({**config, "reward_mean": None}))
     with pytest.raises(ArtifactError, match="has no reward_mean"):
-        actors.shared(root / "sft", root / "reward", 4, 64, 1, context)
+        actors.shared(root / "sft", root / "reward", LORA, 64, 1, context)

@@ -80,7 +80,7 @@ def run(inputs: dict[str, Path], root: Path, **changes: Any) -> tuple[dict[str, 
 
 def test_files_metrics_and_learning(inputs: dict[str, Path], tmp_path: Path) -> None:
     metrics, out, context = run(inputs, tmp_path, epochs=8)
-    assert set(metrics) == sft.METRICS
+    assert set(metrics) == sft.METRICS | {"trained_share"}
     assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == {
         "evaluation.parquet", "history.csv", "samples.md", "model/README.md", "model/chat_template.jinja",
         "model/config.json", "model/generation_config.json", "model/model.safetensors", "model/tokenizer.json",
