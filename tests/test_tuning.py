@@ -287,3 +287,20 @@ def test_weights_in_4_bits_count_as_what_they_stand_for(context: StageContext, k
         for method in ("lora", "qlora")
     )
     assert tuning.report(lora) == tuning.report(qlora)
+
+
+def test_8_bit_moments(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' paged optimizer gets the groups that torch's would."""
+    made: list[Any] = []
+
+    class Paged(torch.optim.AdamW):
+        def __init__(self, groups: Any, lr: float, betas: tuple[float, float]) -> None:
+            made.append((groups, lr, betas))
+            super().__init__(groups, lr=lr, betas=betas)
+
+    monkeypatch.setattr("bitsandbytes.optim.PagedAdamW8bit", Paged)
+    dials = {"optimizer": "adamw8bit", "layer_decay": 0.5}
+    optimizer = train(model(known), Tuning.model_validate({"method": "full", "lora_rank": 4, "tuning": dials}))
+    ((groups, lr, betas),) = made
+    assert isinstance(optimizer, Paged) and (lr, betas) == (1e-2, training.BETAS)
+    assert [group["factor"] for group in groups if group["weight_decay"]] == [1.0, 0.5, 0.25]
