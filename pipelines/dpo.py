@@ -171,7 +171,7 @@ def _learn(
 
 
 def _model(params: DpoParams, sft: Path, train: Elements, context: StageContext) -> Any:
-    """The policy, on its device, without dropout: the SFT model to the last bit.
+    """The policy, on its device, without dropout: the SFT model, to the last bit where adapters begin at zero.
 
     Raises:
         ParamsError: what it is to read does not fit its context.

@@ -69,10 +69,10 @@ class Tuning(Section):
     @model_validator(mode="after")
     def _dials_that_fit_together(self) -> Tuning:
         dials = self.tuning
-        if self.method == "qlora" and dials.lora_init in MOVES_BASE:
+        if self.method == "qlora" and dials.lora_init not in (None, "default", "gaussian"):
             raise ValueError(
-                f"tuning.lora_init: {dials.lora_init} takes weights out of the base, which method qlora has rounded to "
-                "4 bits; accepted: default, gaussian, orthogonal; or method: lora"
+                f"tuning.lora_init: {dials.lora_init} needs the base's weights, which method qlora has packed in "
+                "4 bits; accepted: default, gaussian; or method: lora"
             )
         if dials.lora_init == "orthogonal" and self.lora_rank % 2:
             raise ValueError(f"tuning.lora_init: orthogonal needs an even lora_rank (found {self.lora_rank})")
