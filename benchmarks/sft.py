@@ -77,9 +77,10 @@ def adapted(place: Path, machine: Any) -> Any:
     import torch
 
     from pipelines.core import fine_tuning
+    from pipelines.core.params.tuning import Tuning
 
     torch.manual_seed(0)
-    return fine_tuning.load(place, "lora", RANK, 512, machine)
+    return fine_tuning.load(place, Tuning(method="lora", lora_rank=RANK), 512, machine)
 
 
 def ours(model: Any, tokenizer: Any, chosen: list[Any], options: argparse.Namespace, machine: Any) -> float:

@@ -25,7 +25,7 @@ from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.core import artifacts, distributed, language_models, preference_data, reward_examples
 from pipelines.core.checkpoint import Checkpoints
@@ -37,6 +37,9 @@ from pipelines.core.reward_examples import Elements, Examples
 
 PAPER_LR, PAPER_WIDTH = 1e-6, 2560  # appendix B; Pythia-2.8B
 
+if TYPE_CHECKING:
+    from pipelines.core import tuning
+
 METRICS = frozenset(
     {
         "accuracy", "accuracy_low", "accuracy_high", "accuracy_length_only", "margin", "pairs_test", "prompts_test",
@@ -47,6 +50,7 @@ METRICS = frozenset(
 )  # fmt: skip
 OPTIONAL = frozenset(
     {
+        "trained_share",
         # where prompts can be judged
         "gold_win_rate", "gold_win_rate_low", "gold_win_rate_high", "gold", "gold_sft", "gold_gain", "gold_gain_low",
         "gold_gain_high", "gold_greedy", "gold_greedy_sft", "best_of_n_gold_at_equal_kl", "best_of_n_at_equal_kl",
@@ -67,7 +71,7 @@ class Plan(NamedTuple):
     steps: int
     lr: float
     tokens: int  # that pass through the model in training
-    trained: int  # parameters that get a gradient
+    trained: tuning.Report
 
 
 class Learned(NamedTuple):
@@ -112,7 +116,7 @@ def run(params: DpoParams, inputs: dict[str, Path], outputs: Path, context: Stag
         "steps": float(plan.steps),
         "epochs": float(params.epochs),
         "training_tokens": float(plan.tokens),
-        "trained_parameters": float(plan.trained),
+        **plan.trained.metrics(),
         "parameters": float(parameters),
     }
     return _evaluate(params, prompts, metrics, inputs, outputs, context)
@@ -162,14 +166,12 @@ def _learn(
     if context.world.sharding == "full":
         model = _model(params, sft, elements, context)
         training.load_trained_state(model, trained)
-    plain = fine_tuning.merged(model, sft, params.method, params.lora_rank, context)
-    plain.save_pretrained(outputs / "model")
-    tokenizer.save_pretrained(outputs / "model")
+    plain = fine_tuning.save(model, sft, params, tokenizer, outputs / "model", context)
     return Learned(plan, sum(value.numel() for value in plain.parameters()), state["held_out"])
 
 
 def _model(params: DpoParams, sft: Path, train: Elements, context: StageContext) -> Any:
-    """The policy, on its device, without dropout: the SFT model to the last bit.
+    """The policy, on its device, without dropout: the SFT model, to the last bit where adapters begin at zero.
 
     Raises:
         ParamsError: what it is to read does not fit its context.
@@ -180,7 +182,7 @@ def _model(params: DpoParams, sft: Path, train: Elements, context: StageContext)
 
     torch.manual_seed(params.seed)
     longest = max(k_way.ROW_TOKENS, *(len(one.ids) for one in train.sequences))
-    model = fine_tuning.load(sft, params.method, params.lora_rank, longest, context)
+    model = fine_tuning.load(sft, params, longest, context)
     room = sampling.context_length(model.config)
     asked = params.max_prompt_tokens + params.max_new_tokens
     if room is not None and max(params.max_length, asked) > room:
@@ -193,14 +195,13 @@ def _model(params: DpoParams, sft: Path, train: Elements, context: StageContext)
 
 def _plan(params: DpoParams, model: Any, train: Elements) -> Plan:
     """How long, how fast: from the params where they say so, else from the model's size."""
-    from pipelines.core import fine_tuning
+    from pipelines.core import fine_tuning, tuning
 
-    factor = fine_tuning.LORA_FACTOR if params.method == "lora" else 1.0
     return Plan(
         steps=params.epochs * -(-len(train.sequences) // params.batch_prompts),
-        lr=params.lr or PAPER_LR * PAPER_WIDTH / model.config.hidden_size * factor,
+        lr=params.lr or PAPER_LR * PAPER_WIDTH / model.config.hidden_size * fine_tuning.rate_factor(params.method),
         tokens=params.epochs * sum(len(one.ids) for one in train.sequences),
-        trained=sum(value.numel() for value in model.parameters() if value.requires_grad),
+        trained=tuning.report(model),
     )
 
 
@@ -215,9 +216,9 @@ def _train(
     context: StageContext,
 ) -> None:
     """The loop. `state` is where to start: what a checkpoint holds, or step 0 and what was measured before it."""
-    from pipelines.core import direct_preference, hardware, k_way, training
+    from pipelines.core import direct_preference, hardware, k_way, training, tuning
 
-    optimizer = training.adamw(model.parameters(), plan.lr, params.weight_decay)
+    optimizer = training.optimizer(model, params, plan.lr, params.weight_decay)
     if state["step"]:
         training.load_trained_state(model, state["trained"])
         training.load_optimizer_state(optimizer, state["optimizer"])
@@ -231,7 +232,9 @@ def _train(
 
         # 2. Gradients, accumulated over forward passes; each prompt of the step weighs the same.
         batches = k_way.batches(share.sequences, params.micro_tokens, pad)
-        loss, accuracy, margin = direct_preference.accumulate(model, batches, share.pairs, known, params.beta, context)
+        step_of = (model, batches, share.pairs, known, params.beta, context)
+        with tuning.unfreezing(model, params, step, plan.steps):
+            loss, accuracy, margin = direct_preference.accumulate(*step_of)
 
         # 3. Clip, update at the rate of this step.
         lr = plan.lr * training.cosine_with_warmup(step, plan.steps, params.warmup_share)
@@ -283,7 +286,7 @@ def _evaluate(
     page = policy_card.samples(compared, params.samples)
     context.say(page)
     artifacts.write_text(outputs / "samples.md", page)
-    weights = f"LoRA of rank {params.lora_rank}, merged" if params.method == "lora" else "all weights"
+    weights = params.words(where="")
     how = (
         f"Trained from the SFT model by direct preference optimization (beta {params.beta:g}): {weights}, on "
         f"{metrics['comparisons_train']:,.0f} rankings ({metrics['pairs_train']:,.0f} pairs, {metrics['steps']:.0f} "

@@ -63,6 +63,7 @@ METRICS = frozenset(
 )  # fmt: skip
 OPTIONAL = frozenset(
     {
+        "trained_share",
         # where prompts can be judged
         "gold_win_rate", "gold_win_rate_low", "gold_win_rate_high", "gold", "gold_sft", "gold_gain", "gold_gain_low",
         "gold_gain_high", "gold_greedy", "gold_greedy_sft", "best_of_n_gold_at_equal_kl", "best_of_n_at_equal_kl",
@@ -130,7 +131,7 @@ def run(params: PpoParams, inputs: dict[str, Path], outputs: Path, context: Stag
             parameters = actors.save(place, tokenizer, context)
     if not context.world.leads:
         return {}
-    trained = sum(value.numel() for role in ("policy", "value") for value in actors.trained(role))
+    trained = actors.report()
     del actors, task, score
     context.write_history(outputs / "history.csv")
 
@@ -145,7 +146,7 @@ def run(params: PpoParams, inputs: dict[str, Path], outputs: Path, context: Stag
         "prompts_test": float(len(held_out)),
         "episodes": float(params.iterations * params.episodes),
         "steps": float(plan.steps),
-        "trained_parameters": float(trained),
+        **trained.metrics(),
         "parameters": float(parameters),
     }
     samples = policy_card.samples(compared, params.samples)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.core import (
     artifacts,
@@ -35,6 +35,9 @@ from pipelines.core.context import StageContext
 from pipelines.core.held_out import HeldOut
 from pipelines.core.params.pretrain import PretrainParams
 
+if TYPE_CHECKING:
+    from pipelines.core import tuning
+
 METRICS = frozenset(
     {
         "bits_per_byte", "bits_per_byte_low", "bits_per_byte_high", "bits_per_byte_before", "bits_per_byte_classical",
@@ -42,9 +45,11 @@ METRICS = frozenset(
         "parameters", "trained_parameters", "training_tokens", "steps",
     }
 )  # fmt: skip
+OPTIONAL = frozenset({"trained_share"})
 SCORES = frozenset({"bytes", "bits", "bits_before", "bits_classical"})
 
 SAMPLE_TOKENS = 48
+BASE = "base"  # method qlora: the base in the stage's working folder, to be read in 4 bits
 
 
 class Plan(NamedTuple):
@@ -54,7 +59,7 @@ class Plan(NamedTuple):
     steps: int
     lr: float
     micro_batches: int  # forward passes an optimizer step
-    trained: int  # parameters that get a gradient
+    trained: tuning.Report
 
 
 def run(params: PretrainParams, inputs: dict[str, Path], outputs: Path, context: StageContext) -> dict[str, float]:
@@ -66,7 +71,7 @@ def run(params: PretrainParams, inputs: dict[str, Path], outputs: Path, context:
     """
     from transformers import AutoTokenizer
 
-    from pipelines.core import training
+    from pipelines.core import fine_tuning, training
 
     tokenizer = AutoTokenizer.from_pretrained(inputs["tokenizer"])
     held_out = HeldOut.of(inputs["data"], params.eval_bytes)
@@ -87,8 +92,9 @@ def run(params: PretrainParams, inputs: dict[str, Path], outputs: Path, context:
             context.say(f"resuming after step {state['step']} of {plan.steps}")
             return state
         _show_example(rows, tokenizer, context)
-        bits_before = held_out.bits(model, tokenizer, context, "before training")
-        before = generation.greedy(model, tokenizer, held_out.prompts(params.samples), SAMPLE_TOKENS)
+        start_model = _as_it_was(params, model, context)
+        bits_before = held_out.bits(start_model, tokenizer, context, "before training")
+        before = generation.greedy(start_model, tokenizer, held_out.prompts(params.samples), SAMPLE_TOKENS)
         return {"step": 0, "bits_before": bits_before, "before": before}
 
     state = distributed.from_leader(context.world, start)
@@ -102,7 +108,7 @@ def run(params: PretrainParams, inputs: dict[str, Path], outputs: Path, context:
     if context.world.sharding == "full":  # a model that was split cannot be saved whole: another takes its weights
         model = _model(params, tokenizer, context)
         training.load_trained_state(model, trained)
-    _save(model, tokenizer, outputs / "model", context)
+    fine_tuning.save(model, context.work / BASE, params, tokenizer, outputs / "model", context)
     kind = attention.choose(context.device, scoring.WINDOW)
     model = language_models.load(str(outputs / "model"), context.dtype, kind).to(context.device)
     scores = {
@@ -120,7 +126,7 @@ def run(params: PretrainParams, inputs: dict[str, Path], outputs: Path, context:
 
     metrics = held_out.metrics(scores) | {
         "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
-        "trained_parameters": float(plan.trained),
+        **plan.trained.metrics(),
         "training_tokens": float(plan.steps * params.batch_tokens),
         "steps": float(plan.steps),
     }
@@ -143,7 +149,7 @@ def _model(params: PretrainParams, tokenizer: Any, context: StageContext) -> Any
     """The model to train, on its device. Weights that are trained are fp32; frozen ones are in the compute type."""
     import torch
 
-    from pipelines.core import training
+    from pipelines.core import fine_tuning, tuning
 
     torch.manual_seed(params.seed)
     kind = attention.choose(context.device, max(params.sequence_length, scoring.WINDOW))
@@ -153,25 +159,38 @@ def _model(params: PretrainParams, tokenizer: Any, context: StageContext) -> Any
             params.architecture, params.depth, tokenizer, length, torch.float32, kind
         )
     else:
-        dtype = context.dtype if params.method == "lora" else torch.float32
-        model = language_models.load(params.base, dtype, kind)
+        model = language_models.load(params.base, context.dtype if params.adapted else torch.float32, kind)
         language_models.fit_vocabulary(model, tokenizer)
     language_models.body_and_head(model)
-    if params.method == "lora":
-        model = training.with_lora(model, params.lora_rank)
-    return model.to(context.device)
+    if params.method == "qlora":  # quantised as it is read, which a file of GGUF cannot be
+        place = context.work / BASE
+        if context.world.leads:
+            model.save_pretrained(place)
+        del model
+        distributed.from_leader(context.world, lambda: None)  # none reads it before it is whole
+        return fine_tuning.load(place, params, max(params.sequence_length, scoring.WINDOW), context)
+    return tuning.prepare(model, params, context).to(context.device)
+
+
+def _as_it_was(params: PretrainParams, model: Any, context: StageContext) -> Any:
+    """The model before training; under `method: qlora` not in 4 bits, whose loss would count as a gain."""
+    if params.method != "qlora":
+        return model
+    kind = attention.choose(context.device, scoring.WINDOW)
+    return language_models.load(str(context.work / BASE), context.dtype, kind).to(context.device)
 
 
 def _plan(params: PretrainParams, model: Any) -> Plan:
     """How long, how fast: from the params where they say so, else from the model's size."""
-    parameters = list(model.parameters())
-    tokens = params.tokens or round(params.tokens_per_parameter * sum(value.numel() for value in parameters))
+    from pipelines.core import tuning
+
+    tokens = params.tokens or round(params.tokens_per_parameter * sum(value.numel() for value in model.parameters()))
     return Plan(
         tokens=tokens,
         steps=math.ceil(tokens / params.batch_tokens),
         lr=params.lr or language_models.learning_rate(model.config.hidden_size),
         micro_batches=params.batch_tokens // (params.sequence_length * params.micro_batch),
-        trained=sum(value.numel() for value in parameters if value.requires_grad),
+        trained=tuning.report(model),
     )
 
 
@@ -191,9 +210,9 @@ def _train(
     context: StageContext,
 ) -> None:
     """The loop. `state` is where to start: what a checkpoint holds, or step 0 and what was measured before it."""
-    from pipelines.core import training
+    from pipelines.core import training, tuning
 
-    optimizer = training.adamw(model.parameters(), plan.lr, params.weight_decay)
+    optimizer = training.optimizer(model, params, plan.lr, params.weight_decay)
     if state["step"]:
         training.load_trained_state(model, state["trained"])
         training.load_optimizer_state(optimizer, state["optimizer"])
@@ -205,11 +224,12 @@ def _train(
         pace.start(step)
         # 1. Gradients, accumulated over this process's micro-batches; every token of a packed row is supervised.
         loss = 0.0
-        for number in range(context.world.rank, plan.micro_batches, context.world.size):
-            batch = rows.batch((step * plan.micro_batches + number) * params.micro_batch, params.micro_batch)
-            part = training.language_model_loss(model, batch, context) * context.world.size / plan.micro_batches
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += float(part.detach())
+        with tuning.unfreezing(model, params, step, plan.steps):
+            for number in range(context.world.rank, plan.micro_batches, context.world.size):
+                batch = rows.batch((step * plan.micro_batches + number) * params.micro_batch, params.micro_batch)
+                part = training.language_model_loss(model, batch, context) * context.world.size / plan.micro_batches
+                part.backward()  # type: ignore[no-untyped-call]
+                loss += float(part.detach())
 
         # 2. Average, clip, update at the rate of this step.
         lr = plan.lr * training.cosine_with_warmup(step, plan.steps, params.warmup_share)
@@ -239,13 +259,6 @@ def _train(
         if stop:
             context.stop_if_asked()
     pace.report(plan.steps * params.batch_tokens, training.flops_per_token(model, params.sequence_length))
-
-
-def _save(model: Any, tokenizer: Any, place: Path, context: StageContext) -> None:
-    """A whole model in the compute type, adapters merged, with its tokenizer: what others load."""
-    merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    merged.to(context.dtype).save_pretrained(place)
-    tokenizer.save_pretrained(place)
 
 
 def _show_example(rows: packing.PackedRows, tokenizer: Any, context: StageContext) -> None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.core import (
     artifacts,
@@ -40,6 +40,10 @@ from pipelines.core.checkpoint import Checkpoints
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ParamsError
 from pipelines.core.params.reward import RewardParams
+from pipelines.core.params.tuning import WHOLE
+
+if TYPE_CHECKING:
+    from pipelines.core import tuning
 
 METRICS = frozenset(
     {
@@ -51,6 +55,7 @@ METRICS = frozenset(
 )  # fmt: skip
 OPTIONAL = frozenset(
     {
+        "trained_share",
         "accuracy_held_out_labelers", "accuracy_held_out_labelers_low", "accuracy_held_out_labelers_high",
         "best_of_n_gold", "best_of_1_gold", "best_of_n_oracle_gold", "accuracy_gold",
     }
@@ -69,7 +74,7 @@ class Plan(NamedTuple):
     steps: int
     lr: float
     tokens: int  # that pass through the model in training
-    trained: int  # parameters that get a gradient
+    trained: tuning.Report
 
 
 def run(params: RewardParams, inputs: dict[str, Path], outputs: Path, context: StageContext) -> dict[str, float]:
@@ -133,7 +138,7 @@ def run(params: RewardParams, inputs: dict[str, Path], outputs: Path, context: S
         "steps": float(plan.steps),
         "epochs": float(params.epochs),
         "training_tokens": float(plan.tokens),
-        "trained_parameters": float(plan.trained),
+        **plan.trained.metrics(),
         "parameters": float(sum(value.numel() for value in model.parameters())),
     }
     artifacts.write_text(outputs / "model" / "README.md", reward_card.card(params, model, metrics))
@@ -202,29 +207,27 @@ def _model(
     """The model to train, on its device. Weights that are trained are fp32; frozen ones are in the compute type."""
     import torch
 
-    from pipelines.core import k_way, reward_model
+    from pipelines.core import k_way, reward_model, tuning
 
     torch.manual_seed(params.seed)
-    dtype = context.dtype if params.method == "lora" else torch.float32
+    dtype = torch.float32 if params.method in WHOLE else context.dtype
     kind = k_way.kind(context.device, train.sequences)
     model = reward_model.initial(place, tokenizer, params.seed, dtype, kind)
     room = getattr(model.config, "max_position_embeddings", None) or params.max_length
     if params.max_length > room:
         raise ParamsError(f"reward.max_length: {params.max_length} tokens; the SFT model's context is {room}")
-    if params.method == "lora":
-        model = reward_model.with_lora(model, params.lora_rank)
-    return model.to(context.device)
+    return tuning.prepare(model, params, context, head=reward_model.HEAD).to(context.device)
 
 
 def _plan(params: RewardParams, model: Any, train: reward_examples.Elements) -> Plan:
     """How long, how fast: from the params where they say so, else from the model's size."""
-    from pipelines.core import reward_model
+    from pipelines.core import reward_model, tuning
 
     return Plan(
         steps=params.epochs * -(-len(train.sequences) // params.batch_prompts),
         lr=params.lr or reward_model.learning_rate(model.config.hidden_size, params.method),
         tokens=params.epochs * sum(len(one.ids) for one in train.sequences),
-        trained=sum(value.numel() for value in model.parameters() if value.requires_grad),
+        trained=tuning.report(model),
     )
 
 
@@ -238,9 +241,9 @@ def _train(
     context: StageContext,
 ) -> None:
     """The loop. `state` is where to start: what a checkpoint holds, or step 0 and what was measured before it."""
-    from pipelines.core import hardware, k_way, preferences, reward_model, training
+    from pipelines.core import hardware, k_way, preferences, reward_model, training, tuning
 
-    optimizer = training.adamw(model.parameters(), plan.lr, params.weight_decay)
+    optimizer = training.optimizer(model, params, plan.lr, params.weight_decay)
     if state["step"]:
         training.load_trained_state(model, state["trained"])
         training.load_optimizer_state(optimizer, state["optimizer"])
@@ -257,14 +260,15 @@ def _train(
         # 2. Gradients, accumulated over forward passes; each prompt of the step weighs the same.
         loss = correct = 0.0
         batches = list(k_way.batches(sequences, params.micro_tokens, model.config.pad_token_id))
-        for batch, weight in context.world.share(batches):
-            ours = [decided[number] for number in batch.numbers]
-            chosen = preferences.flat(ours, batch.sizes, len(numbers)).to(context.device)
-            rewards = reward_model.rewards(model, batch, context)
-            part = preferences.k_way_loss(rewards, chosen) * (weight * context.world.size)
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += float(part.detach())
-            correct += weight * sum(map(preferences.right, k_way.by_sequence(rewards, batch), ours))
+        with tuning.unfreezing(model, params, step, plan.steps):
+            for batch, weight in context.world.share(batches):
+                ours = [decided[number] for number in batch.numbers]
+                chosen = preferences.flat(ours, batch.sizes, len(numbers)).to(context.device)
+                rewards = reward_model.rewards(model, batch, context)
+                part = preferences.k_way_loss(rewards, chosen) * (weight * context.world.size)
+                part.backward()  # type: ignore[no-untyped-call]
+                loss += float(part.detach())
+                correct += weight * sum(map(preferences.right, k_way.by_sequence(rewards, batch), ours))
 
         # 3. Clip, update at the rate of this step.
         lr = plan.lr * training.cosine_with_warmup(step, plan.steps, params.warmup_share)

@@ -31,8 +31,7 @@ from pipelines.core.errors import ArtifactError
 from pipelines.core.params.sft import SftParams
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from pipelines.core import tuning
 
 METRICS = frozenset(
     {
@@ -45,6 +44,7 @@ METRICS = frozenset(
         "dropped_too_long",
     }
 )  # fmt: skip
+OPTIONAL = frozenset({"trained_share", "merge_delta_bits"})
 SCORES = frozenset(
     {
         "bytes", "bits", "bits_before", "rouge_l", "rouge_l_zero_shot", "rouge_l_few_shot", "chrf", "chrf_zero_shot",
@@ -68,7 +68,7 @@ class Plan(NamedTuple):
 
     steps: int
     lr: float
-    trained: int  # parameters that get a gradient
+    trained: tuning.Report
 
 
 def run(params: SftParams, inputs: dict[str, Path], outputs: Path, context: StageContext) -> dict[str, float]:
@@ -112,7 +112,7 @@ def run(params: SftParams, inputs: dict[str, Path], outputs: Path, context: Stag
         model, _ = _model(params, base, examples, context)
 
     # 3. Save the best state; then measure what was saved.
-    parameters = _save(params, model, best["trained"], base, tokenizer, outputs / "model", context)
+    of_saved = _save(params, model, best, examples, base, tokenizer, outputs / "model", context)
     context.write_history(outputs / "history.csv")
     columns, given = sft_evaluation.of_model(params, outputs / "model", examples.held_out, context, "after training")
     columns |= state["before"]["columns"]
@@ -126,11 +126,9 @@ def run(params: SftParams, inputs: dict[str, Path], outputs: Path, context: Stag
         "supervised_tokens": params.epochs * sum(sum(chat.supervised) for chat in chosen),
         "epochs": params.epochs,
         "steps": plan.steps,
-        "trained_parameters": plan.trained,
-        "parameters": parameters,
         "dropped_too_long": examples.dropped,
     }
-    metrics |= {name: float(value) for name, value in figures.items()}
+    metrics |= plan.trained.metrics() | of_saved | {name: float(value) for name, value in figures.items()}
     artifacts.write_text(outputs / "model" / "README.md", sft_evaluation.card(params, outputs / "model", base, metrics))
     return metrics
 
@@ -175,15 +173,15 @@ def _model(params: SftParams, base: Path, examples: Examples, context: StageCont
     """The model on its device, and the plan that follows from it."""
     import torch
 
-    from pipelines.core import fine_tuning
+    from pipelines.core import fine_tuning, tuning
 
     torch.manual_seed(params.seed)
     longest = max(params.max_length, segments.ROW, scoring.WINDOW)
-    model = fine_tuning.load(base, params.method, params.lora_rank, longest, context)
+    model = fine_tuning.load(base, params, longest, context)
     fine_tuning.residual_dropout(model, params.dropout)
     steps = math.ceil(len(examples.train) * params.epochs / params.batch_size)
     lr = params.lr or fine_tuning.learning_rate(model.config.hidden_size, params.method)
-    return model, Plan(steps, lr, sum(value.numel() for value in model.parameters() if value.requires_grad))
+    return model, Plan(steps, lr, tuning.report(model))
 
 
 def _train(
@@ -197,9 +195,9 @@ def _train(
     context: StageContext,
 ) -> dict[str, Any]:
     """The loop. `state` is where to start. Returns the best state: `step`, `loss` (validation) and `trained`."""
-    from pipelines.core import answers, training
+    from pipelines.core import answers, training, tuning
 
-    optimizer = training.adamw(model.parameters(), plan.lr, params.weight_decay)
+    optimizer = training.optimizer(model, params, plan.lr, params.weight_decay)
     best: dict[str, Any] | None = state["best"]
     if state["step"]:
         training.load_trained_state(model, state["trained"])
@@ -207,7 +205,7 @@ def _train(
         training.set_random_state(state["random"])
         context.resume(state["history"])
     pace = training.Pace(context, plan.steps, state.get("seconds", 0.0))
-    order = _order(len(examples.train), params)
+    order = demonstrations.order(len(examples.train), params.epochs, params.seed)
     tokens = sum(len(examples.train[number].chat.ids) for number in order)
     model.train()
     for step in range(state["step"], plan.steps):
@@ -217,7 +215,8 @@ def _train(
         sequences = [segments.of_chat(examples.train[number].chat) for number in chosen]
 
         # 2. Gradients, accumulated over forward passes.
-        loss = backward(model, sequences, params.micro_tokens, tokenizer.pad_token_id, context)
+        with tuning.unfreezing(model, params, step, plan.steps):
+            loss = backward(model, sequences, params.micro_tokens, tokenizer.pad_token_id, context)
 
         # 3. Clip, update at the rate of this step.
         lr = plan.lr * training.cosine_with_warmup(step, plan.steps, params.warmup_share)
@@ -279,22 +278,19 @@ def backward(model: Any, sequences: list[segments.Sequence], tokens: int, pad_id
     return loss
 
 
-def _order(count: int, params: SftParams) -> NDArray[np.int64]:
-    """Which example comes when: each epoch all of them, in a new seeded order."""
-    import numpy as np
-
-    epochs = [np.random.default_rng([params.seed, epoch]).permutation(count) for epoch in range(params.epochs)]
-    return np.concatenate(epochs)
-
-
 def _save(
-    params: SftParams, model: Any, best: dict[str, Any], base: Path, tokenizer: Any, place: Path, context: StageContext
-) -> int:
-    """The best state as a whole model in the compute type, with its tokenizer: what others load. Returns its size."""
-    from pipelines.core import fine_tuning, training
+    params: SftParams, model: Any, best: dict[str, Any], examples: Examples, base: Path, tokenizer: Any, place: Path,
+    context: StageContext,
+) -> dict[str, float]:  # fmt: skip
+    """The best state as a whole model in the compute type, with its tokenizer: what others load. Returns its size,
+    and for adapters what merging cost: bits a token on the validation demonstrations, merged less as trained.
+    """
+    from pipelines.core import answers, fine_tuning, training
 
-    training.load_trained_state(model, best)
-    plain = fine_tuning.merged(model, base, params.method, params.lora_rank, context)
-    plain.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return sum(value.numel() for value in plain.parameters())
+    training.load_trained_state(model, best["trained"])
+    plain = fine_tuning.save(model, base, params, tokenizer, place, context)
+    figures = {"parameters": float(sum(value.numel() for value in plain.parameters()))}
+    if params.adapted:  # the sum is rounded to the compute type; over 4 bits, the base becomes another one as well
+        loss = answers.mean_loss(plain, tokenizer, examples.validation, params.micro_tokens, context)
+        figures["merge_delta_bits"] = (loss - best["loss"]) / math.log(2)
+    return figures

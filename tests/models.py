@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipelines.core import language_models
+from pipelines.core import language_models, tuning
+from pipelines.core.context import StageContext
 from pipelines.core.params.tokenizer import TokenizerParams
+from pipelines.core.params.tuning import Tuning
 from pipelines.tokenizer import _train
+
+LORA = Tuning(method="lora", lora_rank=4)
 
 TEXTS = [f'def area_{n}(w, h):\n    """Return the area of shape {n}."""\n    return w * h * {n}\n' for n in range(60)]
 
@@ -20,3 +25,8 @@ def tokenizer(vocab_size: int = 300) -> Any:
 def model(known: Any, architecture: str = "llama", depth: int = 2, length: int = 64, attention: str = "sdpa") -> Any:
     torch.manual_seed(0)
     return language_models.random_weights(architecture, depth, known, length, torch.float32, attention).eval()
+
+
+def prepared(lm: Any, params: Tuning = LORA, head: str | None = None, root: Path = Path()) -> Any:
+    """The model as a stage prepares it for training; the context is used for messages alone."""
+    return tuning.prepare(lm, params, StageContext(stage="test", root=root, fingerprint="0" * 64), head=head)

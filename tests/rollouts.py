@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from models import LORA
 from test_ppo_params import PLAIN
 from test_reward_adapter import disturb
 
@@ -59,7 +60,7 @@ def case(seed: int = 0, prompts: int = 6, samples: int = 3) -> Case:
 def roles(root: Path, method: str, context: StageContext, reward: bool = True) -> Actors:
     """Actors whose policy has left the SFT model, and whose value model the reward model."""
     if method == "shared":
-        made = actors.shared(root / "sft", root / "reward" if reward else None, 4, 64, 7, context)
+        made = actors.shared(root / "sft", root / "reward" if reward else None, LORA, 64, 7, context)
     else:
         made = actors.separate(root / "sft", root / "reward/model" if reward else None, 64, 7, context)
     torch.manual_seed(11)

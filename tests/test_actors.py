@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import model, tokenizer
+from models import LORA, model, tokenizer
 from test_reward_adapter import ARCHITECTURES, MEAN, disturb, store
 
 from pipelines.core import actors, k_way, sampling, segments, training
@@ -40,7 +40,7 @@ def make(places: dict[str, Path], context: StageContext) -> Make:
     def made(method: str = "shared", architecture: str = "llama", reward: bool = True, seed: int = 7) -> Actors:
         root = places[architecture]
         if method == "shared":
-            return actors.shared(root / "sft", root / "reward" if reward else None, 4, 64, seed, context)
+            return actors.shared(root / "sft", root / "reward" if reward else None, LORA, 64, seed, context)
         return actors.separate(root / "sft", root / "reward/model" if reward else None, 64, seed, context)
 
     return made

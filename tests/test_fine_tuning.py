@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import model, tokenizer
+from models import LORA, model, tokenizer
 
 from pipelines.core import fine_tuning, training
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
+from pipelines.core.params.tuning import Tuning
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gpt_neox"])
@@ -36,8 +37,8 @@ def test_learning_rate_from_the_width() -> None:
 
 def test_adapters_begin_as_the_base(context: StageContext, tmp_path: Path) -> None:
     model(tokenizer()).save_pretrained(tmp_path)
-    base = fine_tuning.load(tmp_path, "full", 4, 128, context)
-    adapted = fine_tuning.load(tmp_path, "lora", 4, 128, context)
+    base = fine_tuning.load(tmp_path, Tuning(method="full", lora_rank=4), 128, context)
+    adapted = fine_tuning.load(tmp_path, LORA, 128, context)
     ids = torch.arange(1, 40)[None]
     assert torch.equal(base(input_ids=ids).logits, adapted(input_ids=ids).logits)
     assert set(training.trained_state(adapted)).isdisjoint(training.trained_state(base))

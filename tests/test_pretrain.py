@@ -47,7 +47,7 @@ def run(inputs: dict[str, Path], root: Path, **changes: Any) -> tuple[dict[str, 
 
 def test_files_metrics_and_learning(inputs: dict[str, Path], tmp_path: Path) -> None:
     metrics, out, context = run(inputs, tmp_path)
-    assert set(metrics) == pretrain.METRICS
+    assert set(metrics) == pretrain.METRICS | pretrain.OPTIONAL
     assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == {
         "evaluation.parquet", "history.csv", "samples.md", "model/README.md",
         "model/config.json", "model/generation_config.json", "model/model.safetensors", "model/tokenizer.json",
@@ -95,6 +95,17 @@ def test_lora_trains_the_adapters_alone(inputs: dict[str, Path], tmp_path: Path)
     assert metrics["gain_bits_per_byte_low"] > 0
     config = json.loads((out / "model/config.json").read_text())
     assert config["model_type"] == "llama" and not (out / "model/adapter_config.json").exists()
+
+
+def test_a_base_in_4_bits(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """QLoRA: what is gained is gained over the base itself, and what is saved is a plain model."""
+    given = {"base": str(inputs["base"]), "lr": 1e-2}
+    lora, qlora = (run(inputs, tmp_path / method, **given, method=method) for method in ("lora", "qlora"))
+    assert qlora[0]["bits_per_byte_before"] == lora[0]["bits_per_byte_before"]
+    assert qlora[0]["gain_bits_per_byte_low"] > 0 and qlora[0]["trained_parameters"] == lora[0]["trained_parameters"]
+    first, second = (pd.read_csv(out / "history.csv")["loss"] for _, out, _ in (lora, qlora))
+    assert first[0] != second[0] and first[0] == pytest.approx(second[0], rel=0.05), "4 bits are nearly the base"
+    assert "quantization_config" not in json.loads((qlora[1] / "model/config.json").read_text())
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3", "mistral", "gpt_neox"])

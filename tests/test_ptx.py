@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from models import TEXTS, model, tokenizer
+from models import TEXTS, model, prepared, tokenizer
 from test_ppo_params import PLAIN
 
-from pipelines.core import attention, distributed, packing, ptx, training
+from pipelines.core import attention, distributed, packing, ptx
 from pipelines.core.context import StageContext
 from pipelines.core.distributed import World
 from pipelines.core.errors import ArtifactError, DataError
@@ -31,7 +31,7 @@ def policy(known: Any, method: str) -> Any:
     if method == "full":
         return plain
     torch.manual_seed(1)
-    wrapped = training.with_lora(plain, 4).eval()
+    wrapped = prepared(plain).eval()
     with torch.no_grad():
         for name, value in wrapped.named_parameters():
             if "lora_B" in name:

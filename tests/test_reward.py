@@ -296,6 +296,25 @@ def test_lora_trains_adapters_and_head_alone(inputs: dict[str, Path], tmp_path: 
     assert json.loads((out / "model/config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
 
 
+@pytest.mark.parametrize(
+    ("method", "dials", "trained"),
+    [
+        ("head", {}, ("score",)),
+        ("last_n", {"layers": 1, "layer_decay": 0.5}, ("score", "model.layers.0.", "model.norm.")),
+    ],
+)
+def test_the_top_alone(
+    inputs: dict[str, Path], tmp_path: Path, method: str, dials: dict[str, Any], trained: tuple[str, ...]
+) -> None:
+    metrics, out, _ = run(inputs, tmp_path, method=method, lr=1e-2, tuning=dials)
+    before, after = load_file(inputs["sft"] / "model/model.safetensors"), load_file(out / "model/model.safetensors")
+    moved = {name for name, value in after.items() if name not in before or not torch.equal(value, before[name])}
+    assert moved == {name for name in after if name.startswith(trained)}
+    assert metrics["trained_parameters"] == sum(after[name].numel() for name in moved)
+    assert metrics["trained_share"] == metrics["trained_parameters"] / metrics["parameters"]
+    assert not (out / "adapter").exists()
+
+
 def test_without_names_and_samples_their_metrics_are_absent(inputs: dict[str, Path], tmp_path: Path) -> None:
     rows = [row | {"labeler": None} for row in comparisons("train", 12, random.Random(1))]
     ours = changed(inputs, tmp_path, "comparisons/train.parquet", rows)
@@ -303,7 +322,7 @@ def test_without_names_and_samples_their_metrics_are_absent(inputs: dict[str, Pa
     write(ours["feedback"] / "comparisons/test.parquet", rows)
     shutil.rmtree(ours["feedback"] / "samples")
     metrics, out, context = run(ours, tmp_path / "run")
-    assert set(metrics) == reward.METRICS and not (out / "best_of_n.csv").exists()
+    assert set(metrics) == reward.METRICS | {"trained_share"} and not (out / "best_of_n.csv").exists()
     assert "none is kept out" in context.samples[0]
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import model, tokenizer
+from models import LORA, model, prepared, tokenizer
 
-from pipelines.core import actors, artifacts, reward_model
+from pipelines.core import actors, artifacts, k_way, reward_model, segments
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
+from pipelines.core.params.tuning import Tuning
 
 ARCHITECTURES = ("llama", "gpt2")
 MEAN = 0.25  # what demonstrations score
@@ -23,14 +24,14 @@ def known() -> Any:
     return tokenizer()
 
 
-def store(known: Any, root: Path, architecture: str) -> Path:
+def store(known: Any, root: Path, architecture: str, adapters: Tuning = LORA) -> Path:
     """An SFT model in `sft`, and in `reward` what stage `reward` would make of it."""
     sft = model(known, architecture, length=128)
     with torch.no_grad():  # logits of a size at which a temperature matters
         sft.get_output_embeddings().weight.mul_(2.0)
     sft.save_pretrained(root / "sft")
     torch.manual_seed(5)
-    judge = reward_model.with_lora(reward_model.initial(root / "sft", known, 3, torch.float32, "sdpa"), 4)
+    judge = prepared(reward_model.initial(root / "sft", known, 3, torch.float32, "sdpa"), adapters, reward_model.HEAD)
     disturb(judge.named_parameters(), "lora_B")
     reward_model.save_adapter(judge, root / "sft", root / "reward/adapter")
     reward_model.save(judge, known, root / "reward/model", torch.float32)
@@ -70,6 +71,32 @@ def test_the_adapter_is_pefts_own_format(known: Any, tmp_path: Path, architectur
     assert json.loads((root / "reward/adapter/base.json").read_text()) == {"model.safetensors": weights}
 
 
+def test_variants_go_onto_the_policys_backbone(known: Any, context: StageContext, tmp_path: Path) -> None:
+    """A DoRA reward model becomes reward and value, beside a policy that is rank-stabilised on two layers."""
+    dora = Tuning.model_validate({"method": "lora", "lora_rank": 4, "tuning": {"lora_variant": "dora"}})
+    root = store(known, tmp_path, "llama", dora)
+    dials = {"lora_variant": "rslora", "lora_targets": ["q_proj", "v_proj"]}
+    own = Tuning.model_validate({"method": "lora", "lora_rank": 2, "tuning": dials})
+    roles = actors.shared(root / "sft", root / "reward", own, 64, 1, context)
+    prompt, said = [11, 12, 13], [[40, 41, 1], [50, 1]]
+    batch = k_way.of_bins([segments.of_completions(prompt, said)], [[0]], pad=0)
+    merged, _ = reward_model.load(root / "reward/model", context)
+    with torch.no_grad():
+        expected = reward_model.rewards(merged, batch, context) - MEAN
+        torch.testing.assert_close(roles.rewards(batch, context), expected, atol=1e-5, rtol=1e-4)
+    names = set(roles.trained_state())
+    assert {name.split(".")[-4] for name in names if ".policy" in name} == {"q_proj", "v_proj"}
+    assert sum("lora_magnitude_vector.value" in name for name in names) == 2 * 7, "DoRA's lengths are learned too"
+    assert roles.report().parameters == sum(value.numel() for value in roles.trained_state().values())
+    disturb(roles._named["policy"].items())
+    with torch.no_grad():
+        wanted = roles.log_probabilities("policy", batch, context, 1.0).log_probabilities
+        roles.save(tmp_path / "policy", known, context)
+        plain = actors.separate(tmp_path / "policy", None, 64, 1, context)
+        ours = plain.log_probabilities("policy", batch, context, 1.0).log_probabilities
+    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
+
+
 def test_an_adapter_that_does_not_belong_is_refused(known: Any, context: StageContext, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -80,18 +107,18 @@ def test_an_adapter_that_does_not_belong_is_refused(known: Any, context: StageCo
     with pytest.raises(
         ArtifactError, match=r"trained on another SFT model than .*/sft\. Make it again: dvc repro reward"
     ):
-        actors.shared(tmp_path / "sft", root / "reward", 4, 64, 1, context)
+        actors.shared(tmp_path / "sft", root / "reward", LORA, 64, 1, context)
     file = root / "reward/adapter" / reward_model.ADAPTER
     kept = load_file(file)
     name = next(iter(kept))
     save_file({key: value for key, value in kept.items() if key != name}, file)
     with pytest.raises(ArtifactError, match=r"the adapter does not fit .*: 1 weights, e\.g\. .*reward"):
-        actors.shared(root / "sft", root / "reward", 4, 64, 1, context)
+        actors.shared(root / "sft", root / "reward", LORA, 64, 1, context)
     save_file(kept | {name.replace("layers.0", "layers.9"): kept[name].clone()}, file)
     with pytest.raises(ArtifactError, match=r"does not fit .*: 1 weights, e\.g\. .*layers\.9"):
-        actors.shared(root / "sft", root / "reward", 4, 64, 1, context)
+        actors.shared(root / "sft", root / "reward", LORA, 64, 1, context)
     save_file(kept, file)
     config = json.loads((root / "reward/model/config.json").read_text())
     (root / "reward/model/config.json").write_text(json.dumps({**config, "reward_mean": None}))
     with pytest.raises(ArtifactError, match="has no reward_mean"):
-        actors.shared(root / "sft", root / "reward", 4, 64, 1, context)
+        actors.shared(root / "sft", root / "reward", LORA, 64, 1, context)

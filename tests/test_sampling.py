@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import model, tokenizer
+from models import model, prepared, tokenizer
 
-from pipelines.core import attention, generation, sampling, training
+from pipelines.core import attention, generation, sampling
 from pipelines.core.branch_cache import SPARE, Layout, layout
 from pipelines.core.errors import ArtifactError, DataError
 
@@ -225,7 +225,7 @@ def test_a_layout_holds_every_sample_once(seed: int) -> None:
 
 def test_adapters_take_part(known: Any) -> None:
     """A model wrapped by peft samples as the merged one does, and its training mode is given back."""
-    lm = training.with_lora(wild(known), 4)
+    lm = prepared(wild(known))
     torch.manual_seed(5)
     for name, value in lm.named_parameters():
         if "lora_B" in name:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from models import tokenizer
+from models import LORA, tokenizer
 from test_ppo_params import PLAIN
 from test_reward_adapter import ARCHITECTURES, disturb, store
 
@@ -65,7 +65,7 @@ def make(places: dict[str, Path], known: Any, context: StageContext) -> Callable
         root = places[architecture]
         context.precision = precision
         if method == "shared":
-            roles = actors.shared(root / "sft", root / "reward" if reward else None, 4, 64, 7, context)
+            roles = actors.shared(root / "sft", root / "reward" if reward else None, LORA, 64, 7, context)
         else:
             roles = actors.separate(root / "sft", root / "reward/model" if reward else None, 64, 7, context)
         case = Case(roles, context, known)

@@ -18,7 +18,7 @@ from models import model, tokenizer
 from pipelines import sft
 from pipelines.core import answers, artifacts, chats, demonstrations, hardware, segments
 from pipelines.core.context import StageContext, Stopped
-from pipelines.core.errors import ArtifactError, DataError
+from pipelines.core.errors import ArtifactError, DataError, ParamsError
 from pipelines.core.params.sft import SftParams
 from pipelines.tokenizer import CHAT_TEMPLATE
 
@@ -80,7 +80,7 @@ def run(inputs: dict[str, Path], root: Path, **changes: Any) -> tuple[dict[str, 
 
 def test_files_metrics_and_learning(inputs: dict[str, Path], tmp_path: Path) -> None:
     metrics, out, context = run(inputs, tmp_path, epochs=8)
-    assert set(metrics) == sft.METRICS
+    assert set(metrics) == sft.METRICS | {"trained_share"}
     assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == {
         "evaluation.parquet", "history.csv", "samples.md", "model/README.md", "model/chat_template.jinja",
         "model/config.json", "model/generation_config.json", "model/model.safetensors", "model/tokenizer.json",
@@ -133,10 +133,17 @@ def test_same_seed_same_bytes_other_seed_other_bytes(inputs: dict[str, Path], tm
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_stopped_and_resumed_gives_the_same_bytes(inputs: dict[str, Path], tmp_path: Path, method: str) -> None:
-    """Stopped in the middle of each part; with dropout, so that the random states matter."""
-    changes = {"method": method, "dropout": 0.2, "validate_steps": 3}
+@pytest.mark.parametrize(
+    ("method", "dials"),
+    [("full", {"unfreeze": True, "layer_decay": 0.5}), ("lora", {"lora_variant": "dora", "lora_dropout": 0.1})],
+)
+def test_stopped_and_resumed_gives_the_same_bytes(
+    inputs: dict[str, Path], tmp_path: Path, method: str, dials: dict[str, Any]
+) -> None:
+    """Stopped in the middle of each part; with dropout, so that the random states matter, and with one block after
+    the other, so that what is trained at a checkpoint is not what is trained at the end.
+    """
+    changes = {"method": method, "dropout": 0.2, "validate_steps": 3, "tuning": dials}
     undisturbed = artifacts.content_hash(run(inputs, tmp_path / "whole", **changes)[1])
     root = tmp_path / "stopped"
     (root / "out").mkdir(parents=True)
@@ -205,13 +212,38 @@ def test_accumulation_changes_nothing_but_memory(inputs: dict[str, Path], tmp_pa
     assert losses[0].tolist() == pytest.approx(losses[1].tolist(), rel=1e-3)
 
 
+def delta(inputs: dict[str, Path], out: Path, metrics: dict[str, float], context: StageContext) -> float:
+    """Bits a token by which the saved model is worse on what was validated than the model that was trained."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(out / "model")
+    examples = demonstrations.choose(inputs["data"], "validation", tokens, (), 8, 128, "refuse").kept
+    saved = AutoModelForCausalLM.from_pretrained(out / "model")
+    loss = answers.mean_loss(saved, tokens, examples, 128, context)
+    return (loss - metrics["best_validation_loss"]) / math.log(2)
+
+
+def test_a_target_that_is_nowhere_is_refused_before_training(inputs: dict[str, Path], tmp_path: Path) -> None:
+    dials = {"lora_targets": ("q_proj", "query")}
+    told = (
+        r"^sft\.tuning\.lora_targets: query: no linear layer .* accepted: all-linear, or some of q_proj, k_proj, v_proj"
+    )
+    with pytest.raises(ParamsError, match=told):
+        run(inputs, tmp_path, method="lora", tuning=dials)
+    assert not any((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_adapters_alone_are_trained_and_merged(inputs: dict[str, Path], tmp_path: Path, method: str) -> None:
-    metrics, out, _ = run(inputs, tmp_path, method=method, lr=2e-2, epochs=6)
+    metrics, out, context = run(inputs, tmp_path, method=method, lr=2e-2, epochs=6)
+    assert set(metrics) == sft.METRICS | sft.OPTIONAL
     assert 0 < metrics["trained_parameters"] < metrics["parameters"] / 4
     assert metrics["gain_response_bits_per_byte_low"] > 0 and metrics["rouge_l"] > metrics["rouge_l_zero_shot"]
     history = pd.read_csv(out / "history.csv")["validation_loss"].dropna()
     assert history.iloc[-1] < history.iloc[0] / 1.2, "learning goes on after the first evaluation"
+    assert metrics["merge_delta_bits"] == pytest.approx(delta(inputs, out, metrics, context), abs=1e-6)
+    merging = abs(metrics["merge_delta_bits"])
+    assert merging < 1e-5 if method == "lora" else merging > 1e-4, "the base was in 4 bits and now is not"
     config = json.loads((out / "model/config.json").read_text())
     assert "quantization_config" not in config and not (out / "model/adapter_config.json").exists()
 

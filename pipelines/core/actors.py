@@ -25,9 +25,10 @@ from typing import Any, Literal
 
 import torch
 
-from pipelines.core import attention, k_way, language_models, losses, reward_model, segments, training
+from pipelines.core import attention, k_way, language_models, losses, reward_model, segments, training, tuning
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
+from pipelines.core.params.tuning import Tuning
 
 Role = Literal["policy", "reference", "value", "reward"]
 
@@ -40,9 +41,9 @@ class Actors:
     """
 
     def __init__(self, models: dict[str, Any], value_head: torch.nn.Linear, reward_head: torch.Tensor | None,
-                 reward_mean: float, sft: Path, rank: int | None) -> None:  # fmt: skip
+                 reward_mean: float, sft: Path, adapters: Tuning | None) -> None:  # fmt: skip
         self.models, self.value_head, self.reward_head, self.reward_mean = models, value_head, reward_head, reward_mean
-        self.sft, self.rank = sft, rank
+        self.sft, self.adapters = sft, adapters
         for model in models.values():
             model.eval()
         # Looked up once: a walk through the modules of 30 layers takes a hundredth of a second, a step makes many.
@@ -55,7 +56,7 @@ class Actors:
     @property
     def shared(self) -> bool:
         """Whether all roles are on one backbone."""
-        return self.rank is not None
+        return self.adapters is not None
 
     @contextmanager
     def using(self, role: Role) -> Iterator[Any]:
@@ -138,6 +139,11 @@ class Actors:
         """The parameters that a role's optimizer updates."""
         return list(self._named[role].values())
 
+    def report(self) -> tuning.Report:
+        """How much the two optimizers update, and what share of all weights that is."""
+        trained = sum(value.numel() for named in self._named.values() for value in named.values())
+        return tuning.Report(trained, trained / (trained + sum(value.numel() for value in self._frozen)))
+
     def trained_state(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint holds of the weights; copies."""
         every = self._named["policy"] | self._named["value"]
@@ -154,11 +160,12 @@ class Actors:
 
         Returns the number of its parameters.
         """
-        if self.rank is None:
+        if self.adapters is None:
             plain = copy.deepcopy(self.models["policy"])
         else:
             kind = _inner(self.models["policy"]).config._attn_implementation
-            fresh = training.with_lora(language_models.load(str(self.sft), context.dtype, kind), self.rank)
+            base = language_models.load(str(self.sft), context.dtype, kind)
+            fresh = tuning.prepare(base, self.adapters, context)
             learned = self._named["policy"]
             state = {name.replace(".policy.", ".default."): value.data for name, value in learned.items()}
             training.load_trained_state(fresh, state)
@@ -171,7 +178,7 @@ class Actors:
         """The role's trained parameters by name."""
         model = self.models[role]
         if self.shared:
-            ours = (f".lora_A.{role}.", f".lora_B.{role}.")
+            ours = tuple(f".{part}.{role}." for part in ("lora_A", "lora_B", "lora_magnitude_vector"))
             found = {name: value for name, value in model.named_parameters() if any(part in name for part in ours)}
         else:
             part = model if role == "policy" else model.base_model  # a classifier's own head is not the value head
@@ -189,8 +196,8 @@ class Actors:
                 value.requires_grad_(True)
 
 
-def shared(sft: Path, reward: Path | None, rank: int, longest: int, seed: int, context: StageContext) -> Actors:
-    """All roles as adapters of rank `rank` on the SFT model.
+def shared(sft: Path, reward: Path | None, adapters: Tuning, longest: int, seed: int, context: StageContext) -> Actors:
+    """All roles as adapters on the SFT model, which `adapters` describes where the reward model's are not taken.
 
     Args:
         reward: output of stage `reward`, with the adapter that it trained on this SFT model; None: no reward role.
@@ -202,7 +209,7 @@ def shared(sft: Path, reward: Path | None, rank: int, longest: int, seed: int, c
     torch.manual_seed(seed)
     base = language_models.load(str(sft), context.dtype, attention.choose(context.device, longest))
     language_models.body_and_head(base)
-    model = training.with_lora(base, rank, "policy")
+    model = tuning.prepare(base, adapters, context, adapter="policy")
     models = dict.fromkeys(("policy", "reference", "value"), model)
     reward_head, mean = None, 0.0
     if reward is None:
@@ -211,7 +218,7 @@ def shared(sft: Path, reward: Path | None, rank: int, longest: int, seed: int, c
         reward_head, mean = reward_model.load_adapter(model, reward / "adapter", sft, "reward"), _mean(reward / "model")
         reward_model.load_adapter(model, reward / "adapter", sft, "value")
         models["reward"] = model
-    return _on_device(models, base.config.hidden_size, reward_head, mean, sft, rank, context)
+    return _on_device(models, base.config.hidden_size, reward_head, mean, sft, adapters, context)
 
 
 def separate(sft: Path, reward: Path | None, longest: int, seed: int, context: StageContext) -> Actors:
@@ -237,8 +244,8 @@ def _inner(model: Any) -> Any:
 
 
 def _on_device(
-    models: dict[str, Any], width: int, reward_head: torch.Tensor | None, mean: float, sft: Path, rank: int | None,
-    context: StageContext,
+    models: dict[str, Any], width: int, reward_head: torch.Tensor | None, mean: float, sft: Path,
+    adapters: Tuning | None, context: StageContext,
 ) -> Actors:  # fmt: skip
     """The actors, with a value head that says what the reward says: the reward's head less the mean, or 0."""
     head = torch.nn.Linear(width, 1)
@@ -248,7 +255,7 @@ def _on_device(
         head.bias.fill_(-mean)
     placed = {role: one.to(context.device) for role, one in models.items()}
     scorer = None if reward_head is None else reward_head.to(context.device)
-    return Actors(placed, head.to(context.device), scorer, mean, sft, rank)
+    return Actors(placed, head.to(context.device), scorer, mean, sft, adapters)
 
 
 def _mean(place: Path) -> float:

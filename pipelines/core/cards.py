@@ -29,11 +29,10 @@ def base_model(params: PretrainParams, model: Any, metrics: dict[str, float]) ->
     origin = BASES.get(params.base or "", f"`{params.base}`") if params.base else "random weights"
     known = "base_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" if params.base in BASES else ""
     licence = "license: apache-2.0\n" if params.base in BASES else ""
-    how = f"LoRA of rank {params.lora_rank} on every linear layer, merged" if params.method == "lora" else "all weights"
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{licence}{known}---\n\n"
         f"# sluice-base\n\n{model.config.model_type}, {metrics['parameters'] / 1e6:.1f} million parameters. "
-        f"Starting point: {origin}. Trained: {how}, on {metrics['training_tokens']:,.0f} tokens "
+        f"Starting point: {origin}. Trained: {params.words()}, on {metrics['training_tokens']:,.0f} tokens "
         f"({metrics['steps']:.0f} steps) of the corpus described in the data card.\n\n"
         "| held-out bits per byte | |\n| --- | --- |\n"
         f"| this model | {metrics['bits_per_byte']:.4f} "

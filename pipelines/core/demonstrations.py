@@ -9,10 +9,14 @@ import hashlib
 import heapq
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pipelines.core import chats, reading
 from pipelines.core.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 TABLE = "demonstrations"
 
@@ -87,6 +91,13 @@ def choose(
             raise DataError(f"{told} ({first}), so none is left: raise sft.max_length or use shorter chats")
         print(f"{told} and dropped; {first}", flush=True)
     return Chosen(kept, len(long))
+
+
+def order(count: int, epochs: int, seed: int) -> NDArray[np.int64]:
+    """Which of `count` comes when, (epochs x count,): each epoch all of them, in a new seeded order."""
+    import numpy as np
+
+    return np.concatenate([np.random.default_rng([seed, epoch]).permutation(count) for epoch in range(epochs)])
 
 
 def _first_by_hash(data: Path, split: str, kinds: Sequence[str], count: int | None) -> list[dict[str, Any]]:

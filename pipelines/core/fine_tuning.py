@@ -1,27 +1,27 @@
-"""The model to fine-tune: all weights, LoRA adapters, or LoRA adapters over a 4-bit base (QLoRA); and its merge.
+"""The model to fine-tune, whatever of it is trained (`core/tuning.py`), over a 4-bit base too; and its merge.
 
-Papers: Hu et al., "LoRA" (2021); Dettmers et al., "QLoRA" (2023).
+Paper: Dettmers et al., "QLoRA" (2023).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from pipelines.core import attention, language_models, training
+from pipelines.core import attention, language_models, training, tuning
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
+from pipelines.core.params.tuning import WHOLE, Method, Tuning
 
-Method = Literal["full", "lora", "qlora"]
 PAPER_LR, PAPER_WIDTH = 9.65e-6, 2048  # InstructGPT, appendix C.1: its 1.3B model
 LORA_FACTOR = 10.0  # Biderman et al., "LoRA Learns Less and Forgets Less" (2024): the best rate is about ten times
 
 BLOCK_PARTS = ("self_attn", "attn", "attention", "mlp", "feed_forward")  # two of them in each block
 
 
-def load(place: Path, method: Method, rank: int, longest: int, context: StageContext) -> Any:
+def load(place: Path, params: Tuning, longest: int, context: StageContext) -> Any:
     """The model of a Hugging Face directory, ready to be trained: fp32 weights, or frozen ones and fp32 adapters.
 
     Args:
@@ -29,35 +29,47 @@ def load(place: Path, method: Method, rank: int, longest: int, context: StageCon
 
     Raises:
         ArtifactError: no causal language model, or one whose logits are more than states x output embedding.
+        ParamsError: a dial that this model or machine cannot follow.
     """
     kind = attention.choose(context.device, longest)
-    if method == "qlora":
+    if params.method == "qlora":
         model = _in_4_bits(place, kind, context)
     else:
-        model = language_models.load(str(place), context.dtype if method == "lora" else torch.float32, kind)
+        model = language_models.load(str(place), context.dtype if params.adapted else torch.float32, kind)
     language_models.body_and_head(model)
-    if method != "full":
-        model = training.with_lora(model, rank)
-    return model.to(context.device)
+    return tuning.prepare(model, params, context).to(context.device)
 
 
-def merged(model: Any, place: Path, method: Method, rank: int, context: StageContext) -> Any:
+def merged(model: Any, place: Path, params: Tuning, context: StageContext) -> Any:
     """A plain model in the context's type, with what was trained in it.
 
     Adapters over a 4-bit base are merged into the base as it was before it was quantised: rounding the sum to
     4 bits again would lose most of what was learned, which is smaller than the steps of the grid.
     """
-    if method == "qlora":
+    if params.method == "qlora":
         state = training.trained_state(model)
-        model = load(place, "lora", rank, attention.LONGEST, context)
+        model = load(place, params.model_copy(update={"method": "lora"}), attention.LONGEST, context)
         training.load_trained_state(model, state)
-    plain = model.merge_and_unload() if method != "full" else model
+    plain = model.merge_and_unload() if params.adapted else model
     return plain.to(context.dtype)
+
+
+def save(model: Any, base: Path, params: Tuning, tokenizer: Any, place: Path, context: StageContext) -> Any:
+    """Write the merged model with its tokenizer, what others load, into `place`; returns it."""
+    plain = merged(model, base, params, context)
+    plain.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return plain
+
+
+def rate_factor(method: Method) -> float:
+    """What the peak rate of all weights is multiplied by: ten for adapters and for a head alone."""
+    return 1.0 if method in WHOLE else LORA_FACTOR
 
 
 def learning_rate(width: int, method: Method) -> float:
     """Peak rate: the paper's at its width, in inverse proportion to the width; ten times that for adapters."""
-    return PAPER_LR * PAPER_WIDTH / width * (1.0 if method == "full" else LORA_FACTOR)
+    return PAPER_LR * PAPER_WIDTH / width * rate_factor(method)
 
 
 def residual_dropout(model: Any, share: float) -> None:
@@ -68,13 +80,11 @@ def residual_dropout(model: Any, share: float) -> None:
     """
     if share == 0.0:
         return
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = inner.config.num_hidden_layers
-    blocks: Any = next((m for m in inner.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers), [])
+    blocks, config = tuning.blocks(model), tuning.inner(model).config
     parts = [part for block in blocks for name, part in block.named_children() if name in BLOCK_PARTS]
-    if len(parts) != 2 * layers:
+    if len(parts) != 2 * config.num_hidden_layers:
         raise ArtifactError(
-            f"architecture {inner.config.model_type}: no residual dropout is known for its blocks. Set sft.dropout: 0"
+            f"architecture {config.model_type}: no residual dropout is known for its blocks. Set sft.dropout: 0"
         )
 
     def drop(part: Any, _: Any, output: Any) -> Any:

@@ -78,7 +78,7 @@ def roles(params: PpoParams, inputs: dict[str, Path], context: StageContext) -> 
     if params.method == "full":
         return actors.separate(sft, reward / "model" if own else None, longest, params.seed, context)
     adapted = own and (reward / "adapter").is_dir()  # one that was trained whole is a model of its own
-    return actors.shared(sft, reward if adapted else None, params.lora_rank, longest, params.seed, context)
+    return actors.shared(sft, reward if adapted else None, params, longest, params.seed, context)
 
 
 def plan(params: PpoParams, actors: Actors) -> Plan:
@@ -86,7 +86,7 @@ def plan(params: PpoParams, actors: Actors) -> Plan:
     from pipelines.core import fine_tuning
 
     width = actors.value_head.weight.shape[1]
-    factor = fine_tuning.LORA_FACTOR if params.method == "lora" else 1.0
+    factor = fine_tuning.rate_factor(params.method)
     return Plan(
         steps=params.iterations * params.epochs * params.minibatches,
         lr=params.lr or PAPER_LR * PAPER_WIDTH / width * factor,

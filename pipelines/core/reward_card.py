@@ -38,7 +38,7 @@ def example(one: Ranking, sequence: Sequence, tokenizer: Any) -> str:
 
 def card(params: RewardParams, model: Any, metrics: dict[str, float]) -> str:
     """Model card, with the front matter the hub reads."""
-    how = f"LoRA of rank {params.lora_rank}, merged, and the head" if params.method == "lora" else "all weights"
+    how = params.words(where="") + (", and the head" if params.method in ("lora", "last_n") else "")
     unseen = "".join(
         f"| ... of labelers it has not seen | {metrics['accuracy_held_out_labelers']:.3f} "
         f"({metrics['accuracy_held_out_labelers_low']:.3f} to {metrics['accuracy_held_out_labelers_high']:.3f}) |\n"

@@ -11,13 +11,14 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from pipelines.core import artifacts, chats, fine_tuning, k_way, segments
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
+from pipelines.core.params.tuning import Method
 
 PAPER_LR, PAPER_WIDTH = 9e-6, 4096  # InstructGPT, appendix C.2: its 6B model
 HEAD = "score"  # what transformers' decoder-only classifiers call their head
@@ -51,20 +52,9 @@ def initial(place: Path, tokenizer: Any, seed: int, dtype: torch.dtype, kind: st
     return model
 
 
-def learning_rate(width: int, method: Literal["full", "lora"]) -> float:
+def learning_rate(width: int, method: Method) -> float:
     """Peak rate: the paper's at its width, in inverse proportion to the width; for adapters as in `fine_tuning`."""
-    return PAPER_LR * PAPER_WIDTH / width * (1.0 if method == "full" else fine_tuning.LORA_FACTOR)
-
-
-def with_lora(model: Any, rank: int) -> Any:
-    """Adapters on every linear layer of the body (see `training.with_lora`); the head is fp32 and trained whole."""
-    from peft import LoraConfig, get_peft_model
-
-    # Excluded, not handed to peft's `modules_to_save`: that keeps a second, frozen copy of the head.
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=[HEAD])
-    wrapped = get_peft_model(model, config)
-    getattr(wrapped.get_base_model(), HEAD).float().requires_grad_(True)
-    return wrapped
+    return PAPER_LR * PAPER_WIDTH / width * fine_tuning.rate_factor(method)
 
 
 def load(place: Path, context: StageContext, kind: str = "sdpa") -> tuple[Any, Any]:

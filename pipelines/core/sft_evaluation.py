@@ -75,11 +75,6 @@ def card(params: SftParams, place: Path, base: Path, metrics: dict[str, float]) 
     lines = above.read_text(encoding="utf-8").splitlines() if above.exists() else []
     known = [line for line in lines if line.startswith(INHERITED)]
     front = "\n".join(["---", "library_name: transformers", "pipeline_tag: text-generation", *known, "---"])
-    how = {
-        "full": "all weights",
-        "lora": f"LoRA of rank {params.lora_rank} on every linear layer, merged",
-        "qlora": f"LoRA of rank {params.lora_rank} over the base in 4 bits, merged into the base as it was before",
-    }[params.method]
 
     def line(name: str, suffix: str) -> str:
         return f"| {name} | {metrics['rouge_l' + suffix]:.3f} | {metrics['chrf' + suffix]:.3f} |\n"
@@ -87,7 +82,7 @@ def card(params: SftParams, place: Path, base: Path, metrics: dict[str, float]) 
     return (
         f"{front}\n\n# sluice-sft\n\n{AutoConfig.from_pretrained(place).model_type}, "
         f"{metrics['parameters'] / 1e6:.1f} million parameters. Starting point: the model of stage pretrain "
-        f"(sluice-base). Fine-tuned to answer as people did (InstructGPT, section 3.5): {how}, on "
+        f"(sluice-base). Fine-tuned to answer as people did (InstructGPT, section 3.5): {params.words()}, on "
         f"{metrics['training_examples']:.0f} demonstrations, {metrics['epochs']:.0f} epoch(s), {metrics['steps']:.0f} "
         f"steps; the state of step {metrics['best_step']:.0f} had the lowest validation loss.\n\n"
         "| greedy answers to held-out prompts | ROUGE-L | chrF |\n| --- | --- | --- |\n"

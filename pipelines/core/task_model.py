@@ -22,6 +22,7 @@ import torch
 from pipelines.core import attention, fine_tuning, k_way, language_models, segments, task_layers
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError, ParamsError
+from pipelines.core.params.tuning import Tuning
 from pipelines.core.task_inputs import Example, Special, Task
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def _language_model(place: Path, params: TransferParams, context: StageContext, 
     """The pre-trained model, with adapters where the method has them; frozen weights in the compute type."""
     longest = max(k_way.ROW_TOKENS, params.max_length)
     if method in ("lora", "qlora"):
-        return fine_tuning.load(place, method, params.lora_rank, longest, context)
+        return fine_tuning.load(place, Tuning(method=method, lora_rank=params.lora_rank), longest, context)
     kind = attention.choose(context.device, longest)
     return language_models.load(str(place), torch.float32 if method == "full" else context.dtype, kind)
 

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipelines.core import distributed, hardware, losses, packing
+from pipelines.core import distributed, hardware, losses, packing, tuning
 from pipelines.core.context import StageContext
 from pipelines.core.distributed import World
 from pipelines.core.errors import ArtifactError
 from pipelines.core.language_models import body_and_head
+from pipelines.core.params.tuning import Tuning
 
 BETAS = (0.9, 0.95)  # InstructGPT, appendix C; GPT-3, appendix B
 FLOOR = 0.1  # of the peak rate, where the cosine ends
@@ -31,16 +32,20 @@ def cosine_with_warmup(step: int, steps: int, warmup_share: float) -> float:
 
 def adamw(parameters: Iterable[torch.Tensor], lr: float, weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:
     """AdamW over those that are trained; matrices decay, gains and biases do not (GPT-1, section 4.1)."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    groups = [
-        {"params": same, "weight_decay": decay}
-        for decay, chosen in (
-            (weight_decay, [parameter for parameter in trained if parameter.dim() >= 2]),
-            (0.0, [parameter for parameter in trained if parameter.dim() < 2]),
-        )
-        for same in distributed.by_kind(chosen)
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=eps, fused=True)
+    return torch.optim.AdamW(tuning.decayed(parameters, weight_decay), lr=lr, betas=BETAS, eps=eps, fused=True)
+
+
+def optimizer(model: Any, params: Tuning, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW over what the model trains, at the rates that `params.tuning` gives; its moments paged and in 8 bits
+    under `optimizer: adamw8bit` (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022).
+    """
+    groups = tuning.groups(model, weight_decay, params.tuning.layer_decay or 1.0)
+    if params.tuning.optimizer == "adamw8bit":
+        from bitsandbytes.optim import PagedAdamW8bit
+
+        paged: torch.optim.Optimizer = PagedAdamW8bit(groups, lr=lr, betas=BETAS)
+        return paged
+    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
 
 
 def update(
@@ -75,17 +80,6 @@ def update(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, float(norm)
-
-
-def with_lora(model: Any, rank: int, name: str = "default") -> Any:
-    """The model wrapped by peft: an adapter on every linear layer of the blocks, everything else frozen.
-
-    alpha = 2 x rank, as in the QLoRA paper's code; the adapters are fp32 whatever the base's type.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config, adapter_name=name)
 
 
 @contextmanager
@@ -173,7 +167,7 @@ class Flops(NamedTuple):
     """Floating-point operations that one training token stands for."""
 
     model: float  # every matrix 6: PaLM's convention, whatever is trained
-    executed: float  # 4 for a frozen matrix, whose own gradient nobody computes
+    executed: float  # 4 for a frozen matrix, whose own gradient nobody computes; 2 below all that is trained
 
 
 def flops_per_token(model: Any, length: int) -> Flops:
@@ -182,18 +176,33 @@ def flops_per_token(model: Any, length: int) -> Flops:
     A matrix parameter costs 2 in the forward pass, 2 for the gradient of its input and 2 for its own (Chowdhery
     et al., "PaLM", 2022, appendix B). Norms, activations and look-ups are left out.
     """
-    frozen = trained = 0
+    frozen = trained = untouched = 0
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     _, head = body_and_head(inner)
     looked_up = {id(layer.weight) for layer in inner.modules() if isinstance(layer, torch.nn.Embedding)} - {id(head)}
+    below = _below_what_is_trained(inner)
     for value in model.parameters():
         if value.dim() >= 2 and id(value) not in looked_up:
             trained += value.numel() * value.requires_grad
             frozen += value.numel() * (not value.requires_grad)
+            untouched += value.numel() * (id(value) in below)
     config = model.config
     width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 3 * 2 * 2 * config.num_hidden_layers * config.num_attention_heads * width * (length / 2)
-    return Flops(6.0 * (frozen + trained) + attention, 4.0 * frozen + 6.0 * trained + attention)
+    executed = 4.0 * frozen + 6.0 * trained - 2.0 * untouched + attention
+    return Flops(6.0 * (frozen + trained) + attention, executed)
+
+
+def _below_what_is_trained(model: Any) -> set[int]:
+    """Parameters of the blocks that no gradient passes through: below the lowest one that trains something."""
+    depths = tuning.by_depth(model)
+    below: set[int] = set()
+    if not any(value.requires_grad for value in depths.below):
+        for block in reversed(depths.blocks):
+            if any(value.requires_grad for value in block):
+                break
+            below |= {id(value) for value in block}
+    return below
 
 
 class Pace:

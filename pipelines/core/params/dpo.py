@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipelines.core.params.section import Section, Share
+from pipelines.core.params.section import Share
+from pipelines.core.params.tuning import Tuning
 
 
-class DpoParams(Section):
+class DpoParams(Tuning):
     """Stage `dpo`."""
 
+    REFUSED: ClassVar[dict[tuple[str, object], str]] = {
+        ("lora_dropout", None): "dpo never drops anything: both models of the ratio must read alike; leave it out",
+    }
+
     seed: int = Field(ge=0)
-    method: Literal["full", "lora"]
-    lora_rank: int = Field(ge=1, le=1024)
+    method: Literal["full", "last_n", "lora"]
     rankings: int | None = Field(ge=1, description="most rankings to train on, chosen by hash of the id; null: all")
     epochs: int = Field(ge=1)
     batch_prompts: int = Field(ge=1, description="prompts with their responses an optimizer step")

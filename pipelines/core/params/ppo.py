@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from pipelines.core.params.section import Section
+from pipelines.core.params.tuning import MOVES_BASE, Tuning
 
 
 class RewardSource(NamedTuple):
@@ -23,12 +23,23 @@ def reward_source(name: str) -> RewardSource:
     return RewardSource(path, function) if colon and path.endswith(".py") else RewardSource(name, None)
 
 
-class PpoParams(Section):
+class PpoParams(Tuning):
     """Stage `ppo`."""
+
+    REFUSED: ClassVar[dict[tuple[str, object], str]] = {
+        ("lora_dropout", None): "ppo never drops anything: the ratio must be 1 before the first update; leave it out",
+        ("unfreeze", True): "ppo trains policy and value from the first iteration; leave it out",
+        ("layer_decay", None): "ppo trains each model at one rate; leave it out",
+        ("optimizer", "adamw8bit"): "ppo has two optimizers in full precision; accepted: adamw",
+        **{
+            ("lora_init", init): "the reference is the same backbone without adapters, and this would take directions "
+            "out of it; accepted: default, gaussian, orthogonal"
+            for init in MOVES_BASE
+        },
+    }
 
     seed: int = Field(ge=0)
     method: Literal["full", "lora"]
-    lora_rank: int = Field(ge=1, le=1024)
     rewards: tuple[str, ...] = Field(
         description="empty: the reward stage's model; else directories of reward models, `file.py:function`; their mean"
     )

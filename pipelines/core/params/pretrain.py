@@ -6,10 +6,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipelines.core.params.section import Section, Share
+from pipelines.core.params.section import Share
+from pipelines.core.params.tuning import Tuning
 
 
-class PretrainParams(Section):
+class PretrainParams(Tuning):
     """Stage `pretrain`."""
 
     seed: int = Field(ge=0)
@@ -17,8 +18,7 @@ class PretrainParams(Section):
     architecture: str = Field(description="base: null: a decoder-only model type of transformers")
     depth: int = Field(ge=1, le=96, description="base: null: layers; width, heads, lr and steps follow from it")
     tokens_per_parameter: float = Field(gt=0.0, description="base: null and tokens: null: length of the run")
-    method: Literal["full", "lora"]
-    lora_rank: int = Field(ge=1, le=1024)
+    method: Literal["full", "last_n", "lora", "qlora"]
     tokens: int | None = Field(ge=1, description="training tokens; null: tokens_per_parameter x parameters")
     sequence_length: int = Field(ge=16)
     batch_tokens: int = Field(ge=16, description="tokens an optimizer step")
@@ -39,8 +39,10 @@ class PretrainParams(Section):
             raise ValueError(
                 f"batch_tokens ({self.batch_tokens}) must be a multiple of sequence_length * micro_batch ({step})"
             )
-        if self.base is None and self.method == "lora":
-            raise ValueError("method: lora needs a base model; random weights (base: null) are trained in full")
+        if self.base is None and self.method != "full":
+            raise ValueError(
+                f"method: {self.method} needs a base model; random weights (base: null) are trained in full"
+            )
         if self.base is not None and self.tokens is None:
             raise ValueError("tokens: null derives the run's length from depth, which needs base: null")
         return self

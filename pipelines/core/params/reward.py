@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipelines.core.params.section import Section, Share
+from pipelines.core.params.section import Share
+from pipelines.core.params.tuning import MOVES_BASE, Tuning
 
 
-class RewardParams(Section):
+class RewardParams(Tuning):
     """Stage `reward`."""
 
+    REFUSED: ClassVar[dict[tuple[str, object], str]] = {
+        ("lora_init", init): "stage ppo puts the adapter on the SFT model as it is, and this would take directions out "
+        "of it; accepted: default, gaussian, orthogonal"
+        for init in MOVES_BASE
+    }
+
     seed: int = Field(ge=0)
-    method: Literal["full", "lora"]
-    lora_rank: int = Field(ge=1, le=1024)
+    method: Literal["full", "last_n", "head", "lora"]
     rankings: int | None = Field(ge=1, description="most rankings to train on, chosen by hash of the id; null: all")
     epochs: int = Field(ge=1)
     batch_prompts: int = Field(ge=1, description="prompts an optimizer step, with all rankings of each")

@@ -6,15 +6,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipelines.core.params.section import Section, Share
+from pipelines.core.params.section import Share
+from pipelines.core.params.tuning import Tuning
 
 
-class SftParams(Section):
+class SftParams(Tuning):
     """Stage `sft`."""
 
     seed: int = Field(ge=0)
-    method: Literal["full", "lora", "qlora"]
-    lora_rank: int = Field(ge=1, le=1024)
+    method: Literal["full", "last_n", "lora", "qlora"]
     kinds: tuple[str, ...] = Field(description="kinds of demonstrations to use; empty: all")
     examples: int | None = Field(ge=1, description="training demonstrations, chosen by hash of their id; null: all")
     epochs: int = Field(ge=1, le=100)
