@@ -12,7 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipelines.core import artifacts, policy, report_gates, report_html, report_inputs, report_plots, report_policy
+from pipelines.core import (
+    artifacts,
+    policy,
+    report_gates,
+    report_html,
+    report_inputs,
+    report_plots,
+    report_policy,
+    report_tasks,
+)
 from pipelines.core.context import StageContext
 from pipelines.core.gates import Row
 from pipelines.core.params.report import ReportParams
@@ -49,7 +58,8 @@ def run(params: ReportParams, inputs: dict[str, Path], outputs: Path, context: S
     samples = {stage.name: report_inputs.samples(stage, params.samples) for stage in stages}
     registry = inputs.get(policy.FILE)
     gates = report_gates.judge(stages, registry) if registry is not None else []
-    plots = [plot for stage in stages for plot in (*report_policy.of_stage(stage), *report_plots.of_stage(stage))]
+    kinds = (report_tasks, report_policy, report_plots)
+    plots = [plot for stage in stages for kind in kinds for plot in kind.of_stage(stage)]
 
     # 2. What it says, the answer first.
     sections = [

@@ -41,10 +41,14 @@ OPTIONAL = frozenset(
         "*/truncated", "*/gain_over_*",
         # by kind of task, by number of seeds, by ablation
         "*/accuracy", "*/macro_f1", "*/matthews", "*/log_loss", "*/pearson", "*/spearman", "*/score_of_model",
-        "*/no_auxiliary", "*/random", "*/layers_*",
+        "*/no_auxiliary", "*/random", "*/layers_*", "*/zero_shot",
     }
 )  # fmt: skip
-SCORES = frozenset({"score", "score_majority", "score_tfidf", "score_tfidf_all", "score_random", "examples_*"})
+SCORES = frozenset(
+    {
+        "score", "score_majority", "score_tfidf", "score_tfidf_all", "score_random", "score_zero_shot", "examples_*",
+    }
+)  # fmt: skip
 
 
 def run(params: TransferParams, inputs: dict[str, Path], outputs: Path, context: StageContext) -> dict[str, float]:
@@ -73,9 +77,7 @@ def run(params: TransferParams, inputs: dict[str, Path], outputs: Path, context:
     context.write_history(outputs / "history.csv")
 
     # 3. Judge on the test side, and publish the models with what is known of them.
-    from pipelines.core import task_evaluation
-
-    judged = [task_evaluation.judge(task, runs) for task, runs in zip(tasks, ended, strict=True)]
+    judged = [_judge(params, task, runs, base, context) for task, runs in zip(tasks, ended, strict=True)]
     _publish(params, tasks, judged, ended, outputs, context)
     named = zip((task.name for task in tasks), judged, strict=True)
     metrics = {f"{name}/{key}": value for name, one in named for key, value in one.metrics.items()}
@@ -127,6 +129,17 @@ def _prepare(
                 f"warning: {task.truncated} examples of {task.name} were cut to max_length ({params.max_length} tokens)"
             )
     return task_runs.Base(place, tokenizer, special), tasks, list(task_runs.variants(params, layers))
+
+
+def _judge(params: TransferParams, task: Task, runs: dict[str, list[Run]], base: Base, context: StageContext) -> Judged:
+    """The task's figures, with what the pre-trained model makes of it untrained where that is asked for."""
+    from pipelines.core import k_way, task_evaluation, zero_shot
+
+    untrained = None
+    if "zero_shot" in params.ablations and not task.regression:
+        tell = k_way.teller(context, f"{task.name}, zero-shot")
+        untrained = zero_shot.predict(base.place, base.tokenizer, task, context, tell)
+    return task_evaluation.judge(task, runs, untrained)
 
 
 def _publish(

@@ -68,7 +68,8 @@ def run(inputs: dict[str, Path], place: Path, context: StageContext, **changed: 
 def test_files_metrics_and_rows(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
     from fnmatch import fnmatchcase
 
-    asked: dict[str, Any] = {"auxiliary": 0.5, "ablations": ("auxiliary", "random", "layers"), "seeds": 3}
+    asked: dict[str, Any] = {"auxiliary": 0.5, "seeds": 3}
+    asked["ablations"] = ("auxiliary", "random", "layers", "zero_shot")
     metrics = run(inputs, tmp_path / "out", context, **asked)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "models", "history.csv", "evaluation.parquet", "confusion", "layers.csv", "samples.md"
@@ -87,6 +88,7 @@ def test_files_metrics_and_rows(inputs: dict[str, Path], tmp_path: Path, context
             "random",
             "no_auxiliary",
             "layers_1",
+            "zero_shot",
         }
         assert {f"{task}/{key}" for key in keys} <= set(metrics)
         assert metrics[f"{task}/score_low"] <= metrics[f"{task}/score_of_model"] <= metrics[f"{task}/score_high"]

@@ -44,10 +44,11 @@ def answers(task: Task, logits: Sequence[Sequence[float]]) -> Answers:
     return Answers([float(np.argmax(row)) for row in rows], [(row / row.sum()).tolist() for row in rows])
 
 
-def judge(task: Task, runs: Mapping[str, Sequence[Run]]) -> Judged:
+def judge(task: Task, runs: Mapping[str, Sequence[Run]], untrained: Sequence[float] | None = None) -> Judged:
     """A task's models and baselines on its test examples.
 
     Args:
+        untrained: what the pre-trained model answers without training (`zero_shot`).
         runs: of each variant (`task_runs.Variant.name`), one a seed. Of several seeds the figures are medians, and the
             model that is kept is the one with the median score on the validation side (of two the lower).
     """
@@ -62,6 +63,8 @@ def judge(task: Task, runs: Mapping[str, Sequence[Run]]) -> Judged:
         "tfidf": task_baselines.tfidf(task, task.train),
         "tfidf_all": task_baselines.tfidf(task, task.train_all),
     }
+    if untrained is not None:
+        simple["zero_shot"] = list(untrained)
     scores = {"score": task_metrics.example_scores(task, kept.predictions)}
     scores |= {f"score_{name}": task_metrics.example_scores(task, given) for name, given in simple.items()}
     if "random" in said:

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import artifacts, store
+from pipelines.core import artifacts, serving, store
 from pipelines.core.environment import STATE
 from pipelines.core.lineage import CONTENT
 
@@ -117,20 +117,8 @@ def _log(client: Any, experiment: str, intent: Intent) -> str | None:
         return None
     import mlflow
     from mlflow.models import Model
-    from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-    signature = mlflow.models.ModelSignature(
-        inputs=Schema([ColSpec(DataType.string, "prompt")]),
-        outputs=Schema([ColSpec(DataType.string, "text")]),
-        params=ParamSchema(
-            [
-                ParamSpec("max_new_tokens", DataType.long, 64),
-                ParamSpec("temperature", DataType.double, 0.0),
-                ParamSpec("seed", DataType.long, 0),
-                ParamSpec("chat", DataType.boolean, False),
-            ]
-        ),
-    )
+    served = serving.of(Path(intent.folder))
     files = {"model": intent.folder}
     if intent.evaluation is not None:
         files["evaluation"] = intent.evaluation
@@ -150,10 +138,11 @@ def _log(client: Any, experiment: str, intent: Intent) -> str | None:
             flavor=mlflow.pyfunc,
             run_id=intent.run_id,
             step=intent.step,
-            python_model=str(Path(__file__).with_name("serving_model.py")),
+            python_model=served.code,
+            code_paths=served.beside,
             artifacts=files,
             pip_requirements=requirements(),
-            signature=signature,
+            signature=served.signature,
         )
     return str(made.model_id)
 

@@ -33,7 +33,7 @@ class TransferParams(Section):
     weight_decay: float = Field(ge=0.0, lt=1.0)
     clip_norm: float = Field(gt=0.0)
     seeds: int = Field(ge=1, description="runs of each task; the median is reported")
-    ablations: tuple[Literal["auxiliary", "random", "layers"], ...]
+    ablations: tuple[Literal["auxiliary", "random", "layers", "zero_shot"], ...]
     checkpoint_steps: int = Field(ge=1)
     checkpoint_seconds: float = Field(gt=0.0)
     samples: int = Field(ge=0, le=32)

@@ -1,0 +1,45 @@
+"""How a model directory is served by MLflow: which file of ours answers, and what goes in and comes out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).parent
+
+
+class Served(NamedTuple):
+    """What `mlflow.pyfunc` is told of a model."""
+
+    code: str  # the file with the model's class
+    beside: list[str] | None  # files that it imports
+    signature: Any  # mlflow.models.ModelSignature
+
+
+def of(folder: Path) -> Served:
+    """A task model (`task.json`) takes its task's columns; every other model prompts."""
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    if not (folder / "task.json").is_file():
+        params = ParamSchema(
+            [
+                ParamSpec("max_new_tokens", DataType.long, 64),
+                ParamSpec("temperature", DataType.double, 0.0),
+                ParamSpec("seed", DataType.long, 0),
+                ParamSpec("chat", DataType.boolean, False),
+            ]
+        )
+        prompts, texts = (Schema([ColSpec(DataType.string, name)]) for name in ("prompt", "text"))
+        return Served(str(HERE / "serving_model.py"), None, ModelSignature(prompts, texts, params))
+    task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    columns = [
+        ColSpec(Array(DataType.string) if name == "choices" else DataType.string, name) for name in task["columns"]
+    ]
+    answers = [ColSpec(DataType.double, "label")]
+    if not task["regression"]:
+        answers = [ColSpec(DataType.string, "label"), ColSpec(DataType.long, "label_id")]
+        answers += [ColSpec(Array(DataType.double), "probabilities")]
+    beside = [str(HERE / "task_sequences.py")]
+    return Served(str(HERE / "serving_task.py"), beside, ModelSignature(Schema(columns), Schema(answers)))

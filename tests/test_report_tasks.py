@@ -1,0 +1,34 @@
+"""Plots of fine-tuned task models: what they show of a stage's metrics and tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.dom.minidom import parseString
+
+from pipelines.core import report_tasks
+from pipelines.core.report_inputs import Stage
+
+METRICS = {
+    "kind/score": 0.75, "kind/score_low": 0.5, "kind/score_high": 0.9, "kind/tfidf": 0.6, "kind/majority": 0.5,
+    "pick/score": 0.4, "pick/score_low": 0.3, "pick/score_high": 0.5, "pick/majority": 0.25, "tasks": 2.0,
+}  # fmt: skip
+
+
+def test_scores_confusion_and_layers(tmp_path: Path) -> None:
+    (tmp_path / "confusion").mkdir()
+    (tmp_path / "confusion/kind.csv").write_text("truth,yes,no\nyes,3,1\nno,0,4\n")
+    (tmp_path / "layers.csv").write_text("task,layers,score\nkind,2,0.7\nkind,1,0.5\npick,1,0.3\n")
+    plots = {plot.name: plot for plot in report_tasks.of_stage(Stage("transfer", tmp_path, METRICS))}
+    assert list(plots) == ["transfer-scores", "transfer-confusion-kind", "transfer-layers"]
+    for plot in plots.values():
+        parseString(plot.svg)
+    assert "kind 0.75" in plots["transfer-scores"].caption and "pick 0.4" in plots["transfer-scores"].caption
+    assert "without pre-training" not in plots["transfer-scores"].svg
+    assert "7 of 8 held-out examples on the diagonal" in plots["transfer-confusion-kind"].caption
+    assert "kind 0.5000 to 0.7000" in plots["transfer-layers"].caption
+    again = {plot.name: plot for plot in report_tasks.of_stage(Stage("transfer", tmp_path, METRICS))}
+    assert again == plots, "the same bytes twice"
+
+
+def test_a_stage_without_tasks_has_none(tmp_path: Path) -> None:
+    assert report_tasks.of_stage(Stage("sft", tmp_path, {"rouge_l": 0.5, "score": 1.0})) == []
