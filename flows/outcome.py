@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import getpass
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.core import artifacts, graph, policy, verdicts
+from pipelines.core import graph, policy, verdicts
 from pipelines.core.gates import Verdict
 
 
-def judge(root: Path, stage: str) -> Verdict | None:
-    """The verdict on the output that stands now; None for a stage without a model.
+def judge(root: Path, stage: str) -> list[Verdict]:
+    """The verdicts on the models that stand now; none for a stage without models.
 
     DVC may have brought the output back from its cache, or a crash may have come between training and
     registration: then the registry is asked to catch up first.
@@ -24,17 +25,18 @@ def judge(root: Path, stage: str) -> Verdict | None:
         StoreUnavailable: the registry has to catch up and its store is away.
         GateError, ArtifactError: as `registry.settle`.
     """
-    found = policy.load(root).of_stage(stage)
-    output = root / graph.stage(root, stage).output
-    if found is None or not output.exists():
-        return None
-    known = verdicts.stored(root, stage)
-    if known is not None and (known.model, known.content_hash) == (found[0], artifacts.content_hash(output)):
-        return known
+    found = verdicts.candidates(root, stage)
+    known = [verdicts.stored(root, one.name) for one in found]
+    current = [
+        verdict
+        for verdict, one in zip(known, found, strict=True)
+        if verdict is not None and verdict.content_hash == one.content
+    ]
+    if len(current) == len(found):
+        return current
     from pipelines.core import registry, runner
 
-    registered = registry.settle(root, stage, runner.measure_for(root, stage))
-    return registered.verdict if registered is not None else None
+    return [one.verdict for one in registry.settle(root, stage, runner.measure_for(root, stage))]
 
 
 def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
@@ -47,8 +49,9 @@ def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
         StoreUnavailable: the registry's store is away.
         GateError: somebody else moved the champion in between.
     """
-    found = policy.load(root).of_stage(verdict.stage)
-    if found is None or found[1].promote != "auto":
+    output = root / graph.stage(root, verdict.stage).output
+    found = dict(policy.load(root).of_stage(verdict.stage, output)).get(verdict.model)
+    if found is None or found.promote != "auto":
         return None
     from pipelines.core import promotion, registry
 
@@ -66,9 +69,9 @@ def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
     return f"{verdict.model} {verdict.version} is the champion now" + (f", after {champion}" if champion else "")
 
 
-def cell(verdict: Verdict) -> str:
-    """A verdict in a table cell."""
-    return f"{verdict.model} {verdict.version} {'passed' if verdict.passed else 'FAILED'}"
+def cell(judged: Sequence[Verdict]) -> str:
+    """Verdicts of a stage in a table cell."""
+    return ", ".join(f"{one.model} {one.version} {'passed' if one.passed else 'FAILED'}" for one in judged)
 
 
 def metrics(root: Path, stage: str) -> dict[str, float]:

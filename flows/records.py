@@ -40,7 +40,7 @@ def metrics(stage: str, found: dict[str, float]) -> None:
 def verdict(judged: Verdict) -> None:
     """The gate's table and a link to the MLflow run of the version."""
     create_table_artifact(
-        [asdict(row) for row in judged.rows], key=_key(judged.stage, "verdict"), description=cell(judged)
+        [asdict(row) for row in judged.rows], key=_key(judged.model, "verdict"), description=cell([judged])
     )
     if judged.run_id:
         address = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -48,7 +48,7 @@ def verdict(judged: Verdict) -> None:
         create_link_artifact(
             f"{pages}/#/runs/{judged.run_id}",
             link_text=f"{judged.model} {judged.version} in MLflow",
-            key=_key(judged.stage, "mlflow-run"),
+            key=_key(judged.model, "mlflow-run"),
             description="`make ui` serves it when the store is the embedded one",
         )
 

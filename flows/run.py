@@ -60,16 +60,14 @@ def _catch_up(root: Path, state: stages.State, needed: list[str], console: Conso
         row.metric = outcome.key_metric(root, name, state.shows.get(name))
         try:
             judged = outcome.judge(root, name)
-            if judged is None:
-                continue
             row.verdict = outcome.cell(judged)
-            if not judged.passed:
-                if not stops:
-                    console.print(judged.table(), markup=False, highlight=False, soft_wrap=True)
-                    continue
-                raise GateError(judged.table())
-            if done := outcome.promote(root, judged, fresh_output=False):
-                console.print(done)
+            for one in judged:
+                if one.passed and (done := outcome.promote(root, one, fresh_output=False)):
+                    console.print(done)
+            if failed := "\n".join(one.table() for one in judged if not one.passed):
+                if stops:
+                    raise GateError(failed)
+                console.print(failed, markup=False, highlight=False, soft_wrap=True)
         except (GateError, StoreUnavailable) as error:
             trouble.append(error)
     try:
@@ -85,13 +83,12 @@ def _catch_up(root: Path, state: stages.State, needed: list[str], console: Conso
 def whats_next(root: Path, needed: list[str]) -> list[str]:
     """What there is now and what to type next, a line each; paths relative to the repository."""
     specs = graph.load(root)
-    models = {model.stage: model.model for model in policy.load(root).models.values()}
+    declared = policy.load(root)
     lines = []
     for name in needed:
         output = specs[name].output
-        if name in models:
-            lines.append(f"model     {output}/{models[name]}")
-        elif (root / output / "report.html").exists():
+        lines += [f"model     {output}/{model.model}" for _, model in declared.of_stage(name, root / output)]
+        if (root / output / "report.html").exists():
             lines.append(f"report    {output}/report.html")
     sluice = command_name(root)
     lines.append(f"next      {sluice} status    {sluice} report --open    make ui")

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows import outcome, stages
-from pipelines.core import graph
+from pipelines.core import graph, policy
 from pipelines.core.errors import UserError
 
 REASONS_SHOWN = 4
@@ -23,19 +23,20 @@ def show(root: Path, console: Console) -> None:
     from pipelines.core import registry, tracking, verdicts
 
     state = stages.look(root)
-    suspects = state.suspects()
+    suspects, declared = state.suspects(), policy.load(root)
     table = Table(box=None, pad_edge=False)
     for heading in ("stage", "", "why", "metric", "verdict"):
         table.add_column(heading, overflow="fold")
     for name in state.parents:
         word = "stale" if name in state.reasons else "waits" if name in suspects else "fresh"
-        judged = verdicts.stored(root, name)
+        output = root / graph.stage(root, name).output
+        every = [verdicts.stored(root, model) for model, _ in declared.of_stage(name, output)]
         table.add_row(
             name,
             word,
             why(state, name),
             outcome.key_metric(root, name, state.shows.get(name)),
-            outcome.cell(judged) if judged is not None else "",
+            outcome.cell([one for one in every if one is not None]),
         )
     console.print(table)
     waiting = tracking.backlog(root)

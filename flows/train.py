@@ -106,17 +106,15 @@ class Job:
         with self.registry:
             try:
                 judged = outcome.judge(self.root, row.stage)
-                if judged is None:
-                    return
                 row.verdict = outcome.cell(judged)
-                records.verdict(judged)
-                if not judged.passed and not self.stops_at_gate:
-                    row.notes.append(f"goes on (flow.failed_gate) although\n{judged.table()}")
-                    return
-                if not judged.passed:
-                    raise GateError(f"what depends on stage {row.stage} does not run\n{judged.table()}")
-                if done := outcome.promote(self.root, judged, fresh_output):
-                    row.notes.append(done)
+                for one in judged:
+                    records.verdict(one)
+                    if one.passed and (done := outcome.promote(self.root, one, fresh_output)):
+                        row.notes.append(done)
+                if failed := "\n".join(one.table() for one in judged if not one.passed):
+                    if self.stops_at_gate:
+                        raise GateError(f"what depends on stage {row.stage} does not run\n{failed}")
+                    row.notes.append(f"goes on (flow.failed_gate) although\n{failed}")
             except StoreUnavailable as error:
                 row.verdict = row.verdict or "not judged: store away"
                 self.store_trouble.append(error)

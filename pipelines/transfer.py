@@ -95,6 +95,32 @@ def run(params: TransferParams, inputs: dict[str, Path], outputs: Path, context:
     }
 
 
+def measure(
+    params: TransferParams, inputs: dict[str, Path], context: StageContext, model: Path, evaluation: Path
+) -> None:
+    """Ask another model of one task, such as today's champion, the test examples of `run`; writes its column `score`.
+
+    Raises:
+        ArtifactError: the directory holds no task model, or one of a task that is no longer learned.
+    """
+    from pipelines.core import k_way, task_evaluation, task_metrics, task_saved, task_training
+
+    saved = task_saved.load_saved(model, context)
+    _, tasks, _ = _prepare(params, inputs, context)
+    asked = next((task for task in tasks if task.name == saved.task["task"]), None)
+    if asked is None:
+        raise ArtifactError(f"{model}: a model of task {saved.task['task']}, which is none of today's")
+    # In the champion's own tokens, cut to its own length: rows of the same ids, as it would be asked in use.
+    special = task_inputs.add_special(saved.tokenizer)
+    limits = task_inputs.Limits(params.examples, params.eval_examples, saved.task["max_length"], params.seed)
+    own = task_inputs.load(inputs["data"], asked.name, saved.tokenizer, special, limits)
+    tell = k_way.teller(context, f"the champion of {own.name}")
+    said = task_evaluation.answers(own, task_training.predict(saved.model, own.kind, own.test, context, tell))
+    none = {task.name: [0.0] * len(task.test) for task in tasks}
+    scores = none | {own.name: task_metrics.example_scores(own, said.predictions)}
+    reading.write_evaluation(evaluation, task_evaluation.rows(tasks, [{"score": scores[task.name]} for task in tasks]))
+
+
 def _prepare(
     params: TransferParams, inputs: dict[str, Path], context: StageContext
 ) -> tuple[Base, list[Task], list[Variant]]:
@@ -173,7 +199,9 @@ def _publish(
         ]
     if layers:
         pd.DataFrame(layers).to_csv(outputs / "layers.csv", index=False, lineterminator="\n")
-    reading.write_evaluation(outputs / "evaluation.parquet", task_evaluation.rows(tasks, judged))
+    reading.write_evaluation(
+        outputs / "evaluation.parquet", task_evaluation.rows(tasks, [one.scores for one in judged])
+    )
     page = task_card.samples(tasks, [one.answers for one in judged], params.samples)
     context.say(page)
     artifacts.write_text(outputs / "samples.md", page)

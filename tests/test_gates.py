@@ -195,8 +195,9 @@ def test_rows_hash_sees_examples_and_not_scores(rows, tmp_path):
 
 
 def test_registry_of_this_repository_is_well_formed():
-    found = policy.load(Path(__file__).parents[1]).of_stage("pretrain")
-    assert found is not None and found[0] == "sluice-base"
+    root = Path(__file__).parents[1]
+    ((name, _),) = policy.load(root).of_stage("pretrain", root / "artifacts/pretrain")
+    assert name == "sluice-base"
 
 
 def test_check_accepts_what_exists(tmp_path, monkeypatch):

@@ -14,11 +14,17 @@ import pytest
 import yaml
 from stores import drain, fill, python, repository, run_stage, write_rows
 
-from pipelines.core import artifacts, promotion, registry, store, tracking, verdicts
+from pipelines.core import artifacts, policy, promotion, registry, store, tracking, verdicts
 from pipelines.core.errors import ArtifactError, GateError, StoreUnavailable
 
 __all__ = ["repository"]
 NAME = "sluice-base"
+
+
+def the(registered: list[registry.Registered]) -> registry.Registered:
+    """The one model of a stage."""
+    (found,) = registered
+    return found
 
 
 def entries(root: Path) -> list:
@@ -33,7 +39,7 @@ def logged(root: Path) -> list:
 
 def make_champion(root: Path, model: Path, bits: float = 2.5) -> str:
     run_stage(root, model, bits)
-    version = registry.settle(root, "pretrain").version
+    version = the(registry.settle(root, "pretrain")).version
     promotion.promote(root, NAME, version, why="test", expected_champion=None)
     return version
 
@@ -41,7 +47,7 @@ def make_champion(root: Path, model: Path, bits: float = 2.5) -> str:
 def test_a_version_with_its_whole_lineage(repository):
     root, model = repository
     run_stage(root, model, 2.5)
-    registered = registry.settle(root, "pretrain")
+    registered = the(registry.settle(root, "pretrain"))
     (entry,) = entries(root)
     client, _ = store.connect(root)
     tags = client.get_model_version(NAME, entry.version).tags
@@ -55,22 +61,22 @@ def test_a_version_with_its_whole_lineage(repository):
     run = client.get_run(registered.run_id)
     assert run.data.tags["gate"] == "passed" and run.data.params["lora.rank"] == "4"
     assert {"verdict.json", "verdict.txt"} <= {item.path for item in client.list_artifacts(registered.run_id)}
-    stored = json.loads((root / ".sluice/verdicts/pretrain.json").read_text())
+    stored = json.loads((root / ".sluice/verdicts/sluice-base.json").read_text())
     assert stored["content_hash"] == content and stored["version"] == "1" and stored["passed"] is True
-    assert verdicts.stored(root, "pretrain") == registered.verdict
+    assert verdicts.stored(root, "sluice-base") == registered.verdict
 
 
 def test_settling_again_changes_nothing(repository):
     root, model = repository
     run_stage(root, model, 2.5)
-    first = registry.settle(root, "pretrain")
+    first = the(registry.settle(root, "pretrain"))
     client, experiment = store.connect(root)
-    assert registry.settle(root, "pretrain") == first
+    assert the(registry.settle(root, "pretrain")) == first
     assert registry.reconcile(root) == []
-    (root / ".sluice/verdicts/pretrain.json").unlink()
+    (root / ".sluice/verdicts/sluice-base.json").unlink()
     shutil.rmtree(root / ".sluice/registry")
     shutil.rmtree(root / ".sluice/spool")
-    assert registry.settle(root, "pretrain") == first
+    assert the(registry.settle(root, "pretrain")) == first
     assert len(entries(root)) == len(logged(root)) == len(client.search_runs([experiment])) == 1
 
 
@@ -93,7 +99,7 @@ def test_kill_at_any_moment_ends_in_one_version(repository, moment):
     process = python(root, code)
     _, error = process.communicate()
     assert process.returncode == -9, error
-    assert not (root / ".sluice/verdicts/pretrain.json").exists()
+    assert not (root / ".sluice/verdicts/sluice-base.json").exists()
     assert [registered.version for registered in registry.reconcile(root)] == ["1"]
     assert [str(entry.version) for entry in entries(root)] == ["1"]
     assert [str(entry.status).rpartition(".")[2] for entry in logged(root)] == ["READY"]
@@ -111,7 +117,7 @@ def test_begun_version_is_finished_after_the_output_was_replaced(repository):
     assert python(root, code).wait() == -9
     first = artifacts.content_hash(root / "artifacts/pretrain")
     run_stage(root, model, 2.4)
-    assert registry.settle(root, "pretrain").version == "2"
+    assert the(registry.settle(root, "pretrain")).version == "2"
     client, _ = store.connect(root)
     assert client.get_model_version(NAME, "1").tags["sluice.content_hash"] == first
 
@@ -119,7 +125,7 @@ def test_begun_version_is_finished_after_the_output_was_replaced(repository):
 def test_two_processes_register_one_version(repository):
     root, model = repository
     run_stage(root, model, 2.5)
-    code = "from pipelines.core import registry\nprint(registry.settle(root, 'pretrain').version)\n"
+    code = "from pipelines.core import registry\nprint(registry.settle(root, 'pretrain')[0].version)\n"
     both = [python(root, code) for _ in range(2)]
     assert [process.communicate()[0] for process in both] == ["1\n", "1\n"]
     assert len(entries(root)) == 1 and len(logged(root)) == 1
@@ -149,7 +155,7 @@ def test_parents_are_versions_by_the_content_that_was_read(repository):
     run_stage(root, model, 2.5)
     registry.settle(root, "pretrain")
     run_stage(root, model, 2.4, stage="sft")
-    registered = registry.settle(root, "sft")
+    registered = the(registry.settle(root, "sft"))
     client, _ = store.connect(root)
     tags = client.get_model_version("sluice-sft", registered.version).tags
     assert tags["sluice.parent.sluice-base"] == "1"
@@ -160,7 +166,7 @@ def test_parents_are_versions_by_the_content_that_was_read(repository):
 def test_a_failed_gate_registers_and_says_so(repository):
     root, model = repository
     run_stage(root, model, 4.5)
-    registered = registry.settle(root, "pretrain")
+    registered = the(registry.settle(root, "pretrain"))
     assert not registered.verdict.passed
     client, _ = store.connect(root)
     assert client.get_model_version(NAME, registered.version).tags["gate"] == "failed"
@@ -171,8 +177,8 @@ def test_a_failed_gate_registers_and_says_so(repository):
 def test_verdict_of_a_champion_stays_and_new_rules_are_asked_anew(repository):
     root, model = repository
     make_champion(root, model)
-    before = verdicts.stored(root, "pretrain")
-    assert registry.settle(root, "pretrain").verdict == before
+    before = verdicts.stored(root, "sluice-base")
+    assert the(registry.settle(root, "pretrain")).verdict == before
     path = root / "mlflow/registry.yaml"
     path.write_text(path.read_text().replace("at_most: 4.0", "at_most: 2.0"))
     (registered,) = registry.reconcile(root)
@@ -198,7 +204,7 @@ def test_champion_is_compared_by_its_own_rows(repository):
     root, model = repository
     make_champion(root, model, 2.5)
     run_stage(root, model, 2.6)
-    registered = registry.settle(root, "pretrain")
+    registered = the(registry.settle(root, "pretrain"))
     row = registered.verdict.rows[2]
     assert not row.passed and row.baseline == "champion v1: 2.5" and row.low > 0.09
     assert registered.verdict.champion == "1"
@@ -217,10 +223,10 @@ def test_champion_is_measured_again_when_the_rows_have_changed(repository):
         calls.append(out)
         write_rows(out, 2.59, today)
 
-    unmeasured = registry.settle(root, "pretrain")
+    unmeasured = the(registry.settle(root, "pretrain"))
     assert not unmeasured.verdict.passed and "measured on other rows" in unmeasured.verdict.table()
     for _ in range(2):
-        registered = registry.settle(root, "pretrain", measure)
+        registered = the(registry.settle(root, "pretrain", measure))
         row = registered.verdict.rows[2]
         assert row.passed and row.baseline == "champion v1: 2.59" and registered.version == "2"
     assert len(calls) == 1
@@ -296,3 +302,60 @@ def test_champions_without_a_store_are_nobody_and_make_no_store(tmp_path, monkey
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none/mlflow.db")
     assert registry.champions(root) == {"sluice-base": None, "sluice-sft": None}
     assert not (tmp_path / "none").exists()
+
+
+def several(root: Path, model: Path, **bits: float) -> None:
+    """`pretrain` declared to make one model a directory, with an output that holds these."""
+    declared = yaml.safe_load((root / "mlflow/registry.yaml").read_text())
+    gate = [{"score": "bits", "lower_is_better": True, "not_worse_than": "champion", "margin": 0.01}]
+    entry = {"stage": "pretrain", "model": "models/*", "gate": gate, "promote": "auto"}
+    del declared["models"][NAME]
+    (root / "mlflow/registry.yaml").write_text(yaml.safe_dump({"models": {**declared["models"], "sluice-of-*": entry}}))
+    run_stage(root, model, 2.5)
+    output = root / "artifacts/pretrain"
+    for name, value in bits.items():
+        shutil.copytree(model, output / "models" / name)
+        (output / "models" / name / "README.md").write_text(f"bits {value}")
+
+
+def test_several_models_of_a_stage_are_registered_one_by_one(repository):
+    root, model = repository
+    several(root, model, first=1.0, second=2.0)
+    made = registry.settle(root, "pretrain")
+    assert [(found.name, found.version) for found in made] == [("sluice-of-first", "1"), ("sluice-of-second", "1")]
+    assert all(found.verdict.passed and found.verdict.model == found.name for found in made)
+    assert registry.settle(root, "pretrain") == made and registry.reconcile(root) == []
+    assert registry.champions(root)["sluice-of-first"] is None
+
+    (root / "artifacts/pretrain/models/second/README.md").write_text("another")
+    assert [(one.name, one.version) for one in registry.settle(root, "pretrain")] == [
+        ("sluice-of-first", "1"),
+        ("sluice-of-second", "2"),
+    ], "a change of one makes one version"
+    client, _ = store.connect(root)
+    assert client.get_model_version("sluice-of-second", "2").description == "another"
+
+
+def test_a_star_in_one_of_name_and_directory_is_refused(repository):
+    root, _ = repository
+    declared = yaml.safe_load((root / "mlflow/registry.yaml").read_text())
+    declared["models"][NAME]["model"] = "models/*"
+    (root / "mlflow/registry.yaml").write_text(yaml.safe_dump(declared))
+    with pytest.raises(GateError, match=r"one \* in both the name and the directory, or none in either"):
+        registry.check(root)
+
+
+def test_rules_of_an_entry_with_a_star_speak_of_each_model():
+    raw = {
+        "stage": "pretrain", "model": "models/*", "promote": "manual",
+        "gate": [
+            {"score": "score", "per": "examples_*", "lower_is_better": False, "better_than": "score_majority"},
+            {"metric": "*/score", "at_least": 0.5},
+        ],
+    }  # fmt: skip
+    one = policy.ModelPolicy.model_validate(raw).of("kind")
+    assert one.model == "models/kind" and one.promote == "manual"
+    comparison, budget = one.gate
+    assert isinstance(comparison, policy.Comparison) and isinstance(budget, policy.Budget)
+    assert (comparison.per, comparison.score, comparison.better_than) == ("examples_kind", "score", "score_majority")
+    assert (budget.metric, budget.at_least) == ("kind/score", 0.5)

@@ -222,7 +222,7 @@ def test_recorder_does_not_import_mlflow(tmp_path):
         "import sys\nfrom pipelines.core import tracking, registry\n"
         "registry.check(root)\n"
         "tracking.Recorder(root, 'data', 'f' * 16, courier=False).finish('FINISHED', tracking.Record())\n"
-        "assert registry.settle(root, 'data', None) is None\n"
+        "assert registry.settle(root, 'data', None) == []\n"
         "assert not {'mlflow', 'torch'} & set(sys.modules), 'heavy import'\n"
     )
     process = python(root, code)
@@ -286,10 +286,10 @@ def test_server_that_goes_away_and_comes_back(repository, monkeypatch, tmp_path)
         assert run.info.status == "FINISHED"
         assert losses(root, run.info.run_id) == [(0, 1.0), (1, 0.0), (2, -1.0)]
         assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["mark.txt"]
-        registered = registry.settle(root, "pretrain")
+        (registered,) = registry.settle(root, "pretrain")
         promotion.promote(root, registered.name, registered.version, why="first", expected_champion=None)
         run_stage(root, model, 2.6)
-        assert registry.settle(root, "pretrain").verdict.rows[2].baseline == "champion v1: 2.5"
+        assert registry.settle(root, "pretrain")[0].verdict.rows[2].baseline == "champion v1: 2.5"
     finally:
         stop(server)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -126,7 +127,8 @@ def rows_hash(evaluation: Path, policy: ModelPolicy, scores: frozenset[str]) -> 
     """A hash of what the examples are: every column but the scores, with those that a champion's are divided by."""
     table = _read(evaluation, f"stage {policy.stage}")
     sizes = {rule.per for rule in policy.comparisons if rule.per and rule.baseline == CHAMPION}
-    names = sorted(name for name in table if name not in scores or name in sizes)
+    given = {name for name in table if any(fnmatchcase(name, pattern) for pattern in scores)}
+    names = sorted(name for name in table if name not in given or name in sizes)
     digest = hashlib.sha256(repr(names).encode())
     for values in zip(*(table[name].tolist() for name in names), strict=True):
         digest.update(f"{values!r}\n".encode())

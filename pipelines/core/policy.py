@@ -12,12 +12,15 @@
 
 A budget bounds a key of `metrics/<stage>.json`. A comparison takes columns of `evaluation.parquet`; its baseline
 is another column of the same file, `stage:NAME` (that stage's evaluation of the same examples) or `champion`.
+An entry with a `*` in its name and its directory (`sluice-transfer-*`, `models/*`) stands for one model a directory;
+in its rules `*` stands for the same.
 `check` holds all of it against the graph and the stages before anything is computed, and imports no MLflow.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +34,7 @@ from pipelines.core.params.section import Location, Section, explain
 
 FILE = "mlflow/registry.yaml"
 CHAMPION = "champion"
+ANY = "*"
 STAGE = "stage:"
 
 
@@ -107,6 +111,15 @@ class ModelPolicy(Section, strict=True):
         """The rules that need per-example rows."""
         return [rule for rule in self.gate if isinstance(rule, Comparison)]
 
+    def of(self, part: str) -> ModelPolicy:
+        """The policy of one of the models that an entry with `*` stands for."""
+
+        def filled(values: dict[str, Any]) -> dict[str, Any]:
+            return {key: value.replace(ANY, part) for key, value in values.items() if isinstance(value, str)}
+
+        gate = [rule.model_copy(update=filled(dict(rule))) for rule in self.gate]
+        return self.model_copy(update={"model": self.model.replace(ANY, part), "gate": gate})
+
 
 class Policy(Section, strict=True):
     """The whole file."""
@@ -118,12 +131,27 @@ class Policy(Section, strict=True):
         stages = [model.stage for model in self.models.values()]
         twice = sorted({stage for stage in stages if stages.count(stage) > 1})
         if twice:
-            raise ValueError(f"one model a stage, but several name stage {', '.join(twice)}")
+            raise ValueError(f"one entry a stage, but several name stage {', '.join(twice)}")
+        for name, model in self.models.items():
+            if name.count(ANY) != model.model.count(ANY) or name.count(ANY) > 1:
+                raise ValueError(
+                    f"{name}: model: {model.model}: one {ANY} in both the name and the directory, or none in either"
+                )
         return self
 
-    def of_stage(self, stage: str) -> tuple[str, ModelPolicy] | None:
-        """Name and policy of the model that a stage makes, or None."""
-        return next(((name, model) for name, model in self.models.items() if model.stage == stage), None)
+    def of_stage(self, stage: str, output: Path) -> list[tuple[str, ModelPolicy]]:
+        """Names and policies of the models that a stage makes; those that `output` holds, of an entry with `*`."""
+        found: list[tuple[str, ModelPolicy]] = []
+        for name, model in self.models.items():
+            if model.stage != stage:
+                continue
+            if ANY not in name:
+                return [(name, model)]
+            shape = re.compile(re.escape(model.model).replace(re.escape(ANY), "([A-Za-z0-9_.-]+)"))
+            for place in sorted(output.glob(model.model)):
+                if (matched := shape.fullmatch(place.relative_to(output).as_posix())) is not None:
+                    found.append((name.replace(ANY, matched[1]), model.of(matched[1])))
+        return found
 
 
 def load(root: Path) -> Policy:
@@ -169,9 +197,9 @@ def _unknown(rule: Budget | Comparison, stage: str, stages: dict[str, graph.Stag
     """What a rule names that nothing writes."""
     if isinstance(rule, Budget):
         always, sometimes = _declared(stage, "METRICS"), declared_optional(stage)
-        if not any(fnmatchcase(rule.metric, pattern) for pattern in always | sometimes):
+        if not _fits(rule.metric, always | sometimes):
             return [f"metric: {stage} has no metric {rule.metric!r}; known: {', '.join(sorted(always | sometimes))}"]
-        if rule.where_measured != (rule.metric in sometimes):
+        if rule.where_measured != _fits(rule.metric, sometimes):
             told = (
                 "is always measured: leave it out"
                 if rule.where_measured
@@ -186,19 +214,24 @@ def _unknown(rule: Budget | Comparison, stage: str, stages: dict[str, graph.Stag
         other = rule.baseline.removeprefix(STAGE)
         if other not in stages:
             return [f"{key}: no stage {other!r} in dvc.yaml; there are: {', '.join(stages)}"]
-        if rule.score not in _declared(other, "SCORES"):
+        if not _fits(rule.score, _declared(other, "SCORES")):
             return [f"{key}: the evaluation of stage {other} has no column {rule.score!r}"]
     elif rule.baseline != CHAMPION:
         wanted[key] = rule.baseline
     return [
         f"{key}: the evaluation of stage {stage} has no column {column!r}; known: {', '.join(sorted(columns))}"
         for key, column in wanted.items()
-        if column is not None and column not in columns
+        if column is not None and not _fits(column, columns)
     ]
 
 
+def _fits(name: str, declared: frozenset[str]) -> bool:
+    """Whether a name is declared, or fits a declared pattern."""
+    return any(fnmatchcase(name, pattern) for pattern in declared)
+
+
 def declared_scores(stage: str) -> frozenset[str]:
-    """Columns of the stage's `evaluation.parquet` that are results, not what the example is."""
+    """Columns of the stage's `evaluation.parquet`, or patterns, that are results, not what the example is."""
     return _declared(stage, "SCORES")
 
 

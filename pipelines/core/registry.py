@@ -39,8 +39,8 @@ def check(root: Path) -> None:
     policy.check(root)
 
 
-def settle(root: Path, stage: str, measure: Measure | None = None) -> Registered | None:
-    """Register the output of a stage and ask its gate; None when no model is declared for the stage.
+def settle(root: Path, stage: str, measure: Measure | None = None) -> list[Registered]:
+    """Register the models of a stage's output and ask their gates; none when no model is declared for the stage.
 
     Delivers whatever is spooled first. Doing it again for the same content changes nothing.
 
@@ -53,27 +53,30 @@ def settle(root: Path, stage: str, measure: Measure | None = None) -> Registered
         ArtifactError: the output holds no model.
         GateError: a rule cannot be asked, see `gates.evaluate`.
     """
-    found = policy.load(root).of_stage(stage)
-    if found is None:
-        return None
-    spec = graph.stage(root, stage)
-    if not (root / spec.output / found[1].model / "config.json").exists():
-        raise ArtifactError(
-            f"{spec.output}/{found[1].model} is no Hugging Face model (no config.json); {policy.FILE} expects one"
-        )
-    candidate = Candidate(root, stage, *found, spec, artifacts.content_hash(root / spec.output))
+    found = verdicts.candidates(root, stage)
+    for candidate in found:
+        if not (candidate.output / candidate.policy.model / "config.json").exists():
+            raise ArtifactError(
+                f"{candidate.spec.output}/{candidate.policy.model} is no Hugging Face model (no config.json); "
+                f"{policy.FILE} expects one"
+            )
+    if not found:
+        return []
     store.probe(root)
     courier.deliver(root)
+    registered = []
     with store.locked(root, "registry"):
         client, experiment = store.connect(root)
         with store.answering(root):
             versions.recover(root, client, experiment)
-            entry = versions.find(client, candidate.name, candidate.content)
-            if entry is None:
-                entry = _register(candidate, client, experiment)
-            verdict = verdicts.judge(candidate, client, entry, measure)
-    registered = Registered(candidate.name, str(entry.version), entry.run_id, verdict)
-    artifacts.write_json(_settled_file(root, stage), _settled(candidate))
+            for candidate in found:
+                entry = versions.find(client, candidate.name, candidate.content)
+                if entry is None:
+                    entry = _register(candidate, client, experiment)
+                verdict = verdicts.judge(candidate, client, entry, measure)
+                registered.append(Registered(candidate.name, str(entry.version), entry.run_id, verdict))
+    for candidate in found:
+        artifacts.write_json(_settled_file(root, candidate.name), _settled(candidate))
     return registered
 
 
@@ -91,17 +94,10 @@ def reconcile(root: Path, measures: Callable[[str], Measure | None] | None = Non
     if tracking.backlog(root):
         courier.deliver(root)
     done = []
-    stages = graph.load(root)
-    models = policy.load(root).models
-    for stage, spec in stages.items():
-        name, model = next(((n, m) for n, m in models.items() if m.stage == stage), (None, None))
-        if name is None or model is None or not (root / spec.output).exists():
+    for stage in graph.load(root):
+        if all(map(_is_settled, verdicts.candidates(root, stage))):
             continue
-        candidate = Candidate(root, stage, name, model, spec, artifacts.content_hash(root / spec.output))
-        if _is_settled(candidate):
-            continue
-        registered = settle(root, stage, measures(stage) if measures else None)
-        done += [registered] if registered else []
+        done += settle(root, stage, measures(stage) if measures else None)
     return done
 
 
@@ -111,7 +107,8 @@ def champions(root: Path) -> dict[str, str | None]:
     Raises:
         StoreUnavailable: the store is away.
     """
-    models = sorted(policy.load(root).models)
+    declared, stages = policy.load(root), graph.load(root)
+    models = sorted(name for stage, spec in stages.items() for name, _ in declared.of_stage(stage, root / spec.output))
     database = store.embedded(root)
     if database is not None and not database.exists():
         return dict.fromkeys(models)
@@ -123,9 +120,9 @@ def champions(root: Path) -> dict[str, str | None]:
 def _register(candidate: Candidate, client: Any, experiment: str) -> Any:
     """Make the version, with the run that made the output, or with a run that says where it came from."""
     root, stage = candidate.root, candidate.stage
-    spool = tracking.finished_spool(root, stage, candidate.content)
+    spool = tracking.finished_spool(root, stage, candidate.whole)
     if spool is None:
-        recorder = tracking.Recorder(root, stage, candidate.content, courier=False)
+        recorder = tracking.Recorder(root, stage, candidate.whole, courier=False)
         recorder.finish("FINISHED", lineage.restored(root, stage))
         spool = recorder.spool
     run_id = courier.deliver(root)[spool.key]
@@ -143,7 +140,7 @@ def _register(candidate: Candidate, client: Any, experiment: str) -> Any:
         run_id=run_id,
         step=spool.last_step(),
         folder=str(candidate.output / candidate.policy.model),
-        output=str(candidate.output),
+        output=str(candidate.registered),
         evaluation=str(candidate.evaluation) if candidate.evaluation else None,
         description=_prose(card.read_text(encoding="utf-8")) if card.exists() else "",
         tags=tags,
@@ -162,11 +159,11 @@ def _parents(candidate: Candidate, client: Any, inputs: dict[str, str]) -> dict[
     stages = graph.load(candidate.root)
     tags = {}
     for parent in candidate.spec.parents:
-        found = models.of_stage(parent)
+        found = models.of_stage(parent, candidate.root / stages[parent].output)
         name = next((n for n, path in candidate.spec.inputs.items() if path == stages[parent].output), None)
-        if found is not None and name in inputs:
-            entry = versions.find(client, found[0], inputs[name])
-            tags[f"sluice.parent.{found[0]}"] = str(entry.version) if entry else "not registered"
+        if len(found) == 1 and name in inputs:  # no stage reads one of several models
+            entry = versions.find(client, found[0][0], inputs[name])
+            tags[f"sluice.parent.{found[0][0]}"] = str(entry.version) if entry else "not registered"
     return tags
 
 
@@ -177,12 +174,12 @@ def _settled(candidate: Candidate) -> dict[str, str]:
 
 def _is_settled(candidate: Candidate) -> bool:
     """Whether this content was registered and judged before, in the store in use."""
-    path, database = _settled_file(candidate.root, candidate.stage), store.embedded(candidate.root)
+    path, database = _settled_file(candidate.root, candidate.name), store.embedded(candidate.root)
     if not path.exists() or (database is not None and not database.exists()):
         return False
     known: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
     return known == _settled(candidate)
 
 
-def _settled_file(root: Path, stage: str) -> Path:
-    return root / STATE / "registry" / "settled" / f"{stage}.json"
+def _settled_file(root: Path, model: str) -> Path:
+    return root / STATE / "registry" / "settled" / f"{model}.json"

@@ -7,7 +7,7 @@ changes without any file changing, so those rules carry a note and are judged wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,9 +44,9 @@ def judge(found: Sequence[Stage], registry: Path) -> list[ModelGate]:
         GateError: the file is not accepted, or names a metric or a column that a stage did not write.
     """
     by_name = {stage.name: stage for stage in found}
-    models = policy.load(registry.parents[1]).models
+    declared = policy.load(registry.parents[1])
     judged = []
-    for name, model in sorted(models.items()):
+    for name, model in sorted(_every(declared, by_name)):
         stage = by_name.get(model.stage)
         rows: tuple[gates.Row, ...] = ()
         if stage is not None and stage.metrics:
@@ -54,6 +54,14 @@ def judge(found: Sequence[Stage], registry: Path) -> list[ModelGate]:
             rows = gates.evaluate(name, model, stage.metrics, stage.file("evaluation.parquet"), baselines).rows
         judged.append(ModelGate(name, model.stage, rows))
     return judged
+
+
+def _every(declared: policy.Policy, by_name: dict[str, Stage]) -> Iterator[tuple[str, policy.ModelPolicy]]:
+    """Models by name; an entry with `*` as those that the stage's artifact holds, or as it is where there is none."""
+    for name, model in declared.models.items():
+        stage = by_name.get(model.stage)
+        found = declared.of_stage(model.stage, stage.artifact) if stage and stage.artifact else []
+        yield from found or [(name, model)]
 
 
 def _baseline(name: str, by_name: dict[str, Stage]) -> gates.Baseline:

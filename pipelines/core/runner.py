@@ -169,8 +169,8 @@ def _settle(root: Path, name: str) -> None:
     except StoreUnavailable as error:
         print(f"warning: {error}", file=sys.stderr, flush=True)
         return
-    if registered is not None:
-        print(registered.summary(), flush=True)
+    for one in registered:
+        print(one.summary(), flush=True)
 
 
 def _check_files(root: Path, spec: graph.StageSpec, every: whole.Params) -> None:

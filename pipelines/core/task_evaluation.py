@@ -99,18 +99,22 @@ def median_place(values: Sequence[float]) -> int:
     return sorted(range(len(values)), key=lambda place: (values[place], place))[(len(values) - 1) // 2]
 
 
-def rows(tasks: Sequence[Task], judged: Sequence[Judged]) -> dict[str, list[Any]]:
-    """Columns of `evaluation.parquet`, one row a test example of any task; `examples_TASK` is 1 for its own, else 0."""
+def rows(tasks: Sequence[Task], scored: Sequence[Mapping[str, list[float]]]) -> dict[str, list[Any]]:
+    """Columns of `evaluation.parquet`, one row a test example of any task; `examples_TASK` is 1 for its own, else 0.
+
+    Args:
+        scored: for each task, its test examples' scores by column.
+    """
     columns: dict[str, list[Any]] = {"id": [], "group": []}
-    names = list(dict.fromkeys(name for one in judged for name in one.scores))
+    names = list(dict.fromkeys(name for scores in scored for name in scores))
     columns |= {name: [] for name in names}
     columns |= {f"examples_{task.name}": [] for task in tasks}
-    for task, one in zip(tasks, judged, strict=True):
+    for task, scores in zip(tasks, scored, strict=True):
         count = len(task.test)
         columns["id"] += [f"{task.name}:{example.id}" for example in task.test]
         columns["group"] += [example.group for example in task.test]
         for name in names:
-            columns[name] += one.scores.get(name, [0.0] * count)
+            columns[name] += scores.get(name, [0.0] * count)
         for other in tasks:
             columns[f"examples_{other.name}"] += [float(other is task)] * count
     return columns

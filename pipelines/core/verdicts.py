@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,18 @@ class Candidate:
     name: str
     policy: policy.ModelPolicy
     spec: graph.StageSpec
-    content: str
+    whole: str  # hash of the stage's output
+    shared: bool  # whether the stage makes other models too
+
+    @cached_property
+    def content(self) -> str:
+        """What a version is known by: hash of the stage's output, or of the model's directory where it has others."""
+        return artifacts.content_hash(self.registered) if self.shared else self.whole
+
+    @property
+    def registered(self) -> Path:
+        """The directory whose content makes a version."""
+        return self.output / self.policy.model if self.shared else self.output
 
     @property
     def output(self) -> Path:
@@ -47,17 +59,29 @@ class Candidate:
         return path if path.exists() else None
 
 
-def stored(root: Path, stage: str) -> Verdict | None:
-    """The verdict of a stage's last registered output."""
-    path = root / STATE / "verdicts" / f"{stage}.json"
+def candidates(root: Path, stage: str) -> list[Candidate]:
+    """The models that the stage's output holds now; none for a stage without models, or before it ran."""
+    spec = graph.stage(root, stage)
+    output = root / spec.output
+    found = policy.load(root).of_stage(stage, output)
+    if not found or not output.exists():
+        return []
+    whole = artifacts.content_hash(output)
+    shared = any(policy.ANY in name for name, model in policy.load(root).models.items() if model.stage == stage)
+    return [Candidate(root, stage, name, model, spec, whole, shared) for name, model in found]
+
+
+def stored(root: Path, model: str) -> Verdict | None:
+    """The verdict of a model's last registered content."""
+    path = root / STATE / "verdicts" / f"{model}.json"
     return Verdict.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 def judge(candidate: Candidate, client: Any, entry: Any, measure: Measure | None) -> Verdict:
     """The verdict of a version: the one that was given, as long as it is about the same rules and champion."""
-    root, stage = candidate.root, candidate.stage
+    root = candidate.root
     champion = versions.alias(client, candidate.name, policy.CHAMPION)
-    known = stored(root, stage)
+    known = stored(root, candidate.name)
     facts = {
         "content_hash": candidate.content,
         "version": str(entry.version),
@@ -83,14 +107,15 @@ def judge(candidate: Candidate, client: Any, entry: Any, measure: Measure | None
     metrics = lineage.read_metrics(root, candidate.spec)
     verdict = gates.evaluate(candidate.name, candidate.policy, metrics, candidate.evaluation, baselines)
     verdict = replace(verdict, **facts, champion=champion)
-    client.log_text(entry.run_id, json.dumps(verdict.to_json(), indent=2), "verdict.json")
-    client.log_text(entry.run_id, verdict.table() + "\n", "verdict.txt")
+    folder = f"{candidate.name}/" if candidate.shared else ""  # the run of a stage is one, its models may be many
+    client.log_text(entry.run_id, json.dumps(verdict.to_json(), indent=2), f"{folder}verdict.json")
+    client.log_text(entry.run_id, verdict.table() + "\n", f"{folder}verdict.txt")
     outcome = "passed" if verdict.passed else "failed"
     client.set_tag(entry.run_id, versions.GATE, outcome)
     compared = (champion or "none") if policy.CHAMPION in named else "any"
     client.set_model_version_tag(candidate.name, str(entry.version), versions.GATE_CHAMPION, compared)
     client.set_model_version_tag(candidate.name, str(entry.version), versions.GATE, outcome)
-    artifacts.write_json(root / STATE / "verdicts" / f"{stage}.json", verdict.to_json())
+    artifacts.write_json(root / STATE / "verdicts" / f"{candidate.name}.json", verdict.to_json())
     return verdict
 
 
