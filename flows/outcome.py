@@ -70,8 +70,12 @@ def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
 
 
 def cell(judged: Sequence[Verdict]) -> str:
-    """Verdicts of a stage in a table cell."""
-    return ", ".join(f"{one.model} {one.version} {'passed' if one.passed else 'FAILED'}" for one in judged)
+    """Verdicts of a stage in a table cell; of several models how many passed, and the names of those that did not."""
+    told = [f"{one.model} {one.version} {'passed' if one.passed else 'FAILED'}" for one in judged]
+    failed = [text for text, one in zip(told, judged, strict=True) if not one.passed]
+    if len(judged) < 2:
+        return "".join(told)
+    return ", ".join([f"{len(judged) - len(failed)} of {len(judged)} models passed", *failed])
 
 
 def metrics(root: Path, stage: str) -> dict[str, float]:

@@ -57,7 +57,8 @@ def _scores(stage: Stage, tasks: list[str]) -> Plot:
         axes.set_xticks(range(len(tasks)), tasks)
         axes.grid(visible=False, axis="x")
         axes.set(title=f"{stage.name}: score on held-out examples", ylabel="accuracy, or correlation")
-        axes.legend(frameon=False, fontsize=8)
+        axes.set_ylim(top=1.25 * axes.get_ylim()[1])  # room for the legend
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
 
     told = "; ".join(
         f"{task} {number(stage.metrics[f'{task}/score'])} "
@@ -81,7 +82,7 @@ def _confusion(stage: str, task: str, rows: list[dict[str, str]]) -> Plot:
     most = max(max(row) for row in counts) or 1
 
     def draw(axes: Axes) -> None:
-        axes.set_position((0.28, 0.2, 0.6, 0.68))
+        axes.set_position((0.28, 0.28, 0.6, 0.6))
         for down, row in enumerate(counts):
             for across, count in enumerate(row):
                 wide = [across - 0.5, across + 0.5]
