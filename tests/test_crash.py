@@ -19,7 +19,8 @@ from conftest import own_environment, run_stage
 
 from pipelines.core import artifacts, environment, graph
 
-TRAINING = ("pretrain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "reward", "ppo", "dpo")))
+LATER = ("sft", "reward", "ppo", "dpo", "transfer")
+TRAINING = ("pretrain", *(pytest.param(name, marks=pytest.mark.slow) for name in LATER))
 STAGES = (*TRAINING, pytest.param("feedback", marks=pytest.mark.slow))
 MOMENTS = ("at once", "a first checkpoint", "half the steps", "scoring after training")
 MOMENTS_OF = {"feedback": ("at once", "a first batch")}  # of a stage that does not train
@@ -36,7 +37,7 @@ def reached(root: Path, stage: str, moment: str) -> bool:
     """Whether the stage has come to a moment of its run."""
     place = root / environment.STATE / "live" / f"{stage}.json"
     live = json.loads(place.read_text()) if place.exists() else {"step": 0, "total": None, "shown": {}}
-    saved = list((root / environment.WORK / stage).glob("*/checkpoints/step-*/manifest.json"))
+    saved = list((root / environment.WORK / stage).glob("*/checkpoints/**/step-*/manifest.json"))
     training = bool({"loss", "kl"} & set(live["shown"]))
     scoring = str(live["shown"].get("scoring", ""))
     return {

@@ -129,7 +129,7 @@ def _keep(
 ) -> None:
     """Write what the run is asked for later: its answers before its model, whose adapters are merged in place."""
     model = made.pop("model")
-    tell = k_way.teller(context, made.pop("name"))
+    tell = k_way.teller(context, f"{made.pop('name')} after training")
     for split in ("validation", "test"):
         asked = getattr(task, split) if split == "test" or params.seeds > 1 else []
         made[split] = task_training.predict(model, task.kind, asked, context, tell)
