@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_not_used(
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    for state in (root / environment.WORK / stage).glob("*/checkpoints/step-*/state.pt"):
+    for state in (root / environment.WORK / stage).glob("*/checkpoints/**/step-*/state.pt"):
         state.write_bytes(state.read_bytes()[:-7])
     run = run_stage(root, stage)
     assert "is damaged" in run.stderr and "set aside" in run.stderr
