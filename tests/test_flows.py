@@ -163,7 +163,7 @@ def test_dvc_without_its_lock_is_tried_again(tmp_path: Path) -> None:
 
 
 def test_a_failed_gate_fails_the_stage_with_its_table(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outcome, "judge", lambda *_: verdict(False))
+    monkeypatch.setattr(outcome, "judge", lambda *_: [verdict(False)])
     monkeypatch.setattr(outcome, "promote", lambda *_: pytest.fail("promoted what did not pass"))
     with pytest.raises(GateError, match=r"(?s)what depends on stage data does not run.*FAILED.*loss at most 1"):
         job.stage("data", suspect=True)
@@ -173,13 +173,25 @@ def test_a_failed_gate_fails_the_stage_with_its_table(job: Job, monkeypatch: pyt
 
 
 def test_a_failed_gate_only_notes_its_table_where_the_params_say_so(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outcome, "judge", lambda *_: verdict(False))
+    monkeypatch.setattr(outcome, "judge", lambda *_: [verdict(False)])
     monkeypatch.setattr(outcome, "promote", lambda *_: pytest.fail("promoted what did not pass"))
     job.stops_at_gate = False
     job.stage("data", suspect=True)
     row = job.board.rows["data"]
     assert (row.state, row.verdict) == ("run", "sluice-base 2 FAILED")
     assert "loss at most 1" in row.notes[-1]
+
+
+def test_of_several_models_those_that_passed_are_promoted_and_one_that_did_not_stops(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promoted: list[Any] = []
+    monkeypatch.setattr(outcome, "judge", lambda *_: [verdict(True), verdict(False)])
+    monkeypatch.setattr(outcome, "promote", lambda _, one, __: promoted.append(one.passed))
+    with pytest.raises(GateError, match="loss at most 1"):
+        job.stage("data", suspect=True)
+    assert promoted == [True]
+    assert job.board.rows["data"].verdict == "1 of 2 models passed, sluice-base 2 FAILED"
 
 
 def test_a_store_that_is_away_stops_no_stage(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
