@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 from data_folder import write_corpus
 from models import TEXTS, model, tokenizer
 from pydantic import ValidationError
+from safetensors.torch import save_file
 from test_pretrain import TINY
 from transformers import AutoModelForCausalLM
 
 from pipelines import pretrain
-from pipelines.core import artifacts, snapshots
+from pipelines.core import artifacts, fine_tuning, snapshots
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
 from pipelines.core.params.pretrain import PretrainParams
@@ -81,10 +83,8 @@ def test_evenly_spaced_from_the_start_before_the_end() -> None:
 @pytest.mark.parametrize(
     ("base", "method", "dials"),
     [
-        ("llama", "lora", {}),
         ("llama", "lora", {"lora_init": "pissa"}),  # the base has moved, too
         ("gpt2", "lora", {"lora_variant": "rslora", "lora_alpha": 3}),  # transposed layers, another scale
-        ("llama", "full", {}),
         ("llama", "last_n", {"layers": 1}),
         (None, "full", {}),
     ],
@@ -117,7 +117,9 @@ def test_adapters_are_peft_directories_of_the_named_base(inputs: dict[str, Path]
         "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
     place = out / "snapshots" / "step-000004"
-    assert str(given.work) not in (place / "adapter_config.json").read_text()
+    config = json.loads((place / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == asked.base, "not the copy in the working folder"
+    assert config["target_modules"] == sorted(config["target_modules"]), "a set's order is another one in each run"
     base = AutoModelForCausalLM.from_pretrained(str(asked.base))
     merged = weights(PeftModel.from_pretrained(base, place).merge_and_unload())
     found = weights(snapshots.load(out, 4, given))
@@ -139,64 +141,78 @@ def test_in_bf16_the_start_is_the_base_to_two_roundings(inputs: dict[str, Path],
         assert ((value - base[name]).abs() <= allowed).all(), name
 
 
-@pytest.mark.parametrize("moment", [1, 3, 5, 6])
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_kill_changes_no_byte(inputs: dict[str, Path], tmp_path: Path, method: str, moment: int) -> None:
-    """Before and after a first checkpoint (after step 3); after a snapshot that is newer than it; after the last."""
-    asked = params(inputs, method=method, checkpoint_steps=3)
-    still = run(inputs, asked, context(tmp_path / "still"))
+@pytest.fixture(scope="module")
+def still(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Outputs of runs that nothing disturbs, by method."""
+    place = tmp_path_factory.mktemp("still")
+    asked = {method: params(inputs, method=method, checkpoint_steps=3) for method in ("full", "lora")}
+    return {method: run(inputs, one, context(place / method)) for method, one in asked.items()}
 
-    def die(step: int, metrics: dict[str, float]) -> None:
-        if step == moment:
+
+@pytest.mark.parametrize("moment", ["after a snapshot newer than the checkpoint", "after all was published"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_kill_changes_no_byte(
+    inputs: dict[str, Path],
+    still: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    moment: str,
+) -> None:
+    def die(*given: Any) -> None:
+        if moment == "after all was published" or given[0] == 5:  # the step of a point of the curve
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run(inputs, asked, context(tmp_path / "killed", curve=die))
-    again = context(tmp_path / "killed")
+    asked, killed = params(inputs, method=method, checkpoint_steps=3), context(tmp_path)
+    half = killed.work / "snapshots" / ".step-000002.partial"  # what another kill left
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        if moment == "after all was published":
+            patched.setattr(fine_tuning, "save", die)
+        else:
+            killed.curve = die
+        run(inputs, asked, killed)
+    newest = {path.name for path in (killed.work / "checkpoints").iterdir()}
+    assert newest == ({"step-3"} if killed.curve is die else {"step-3", "step-6"})
+    again = context(tmp_path)
     out = run(inputs, asked, again)
-    assert any("resuming after step 3" in said for said in again.samples) == (moment > 3)
-    assert artifacts.content_hash(out) == artifacts.content_hash(still)
+    assert any("resuming after step" in said for said in again.samples)
+    assert artifacts.content_hash(out) == artifacts.content_hash(still[method])
     assert snapshots.steps(out) == [0, 2, 4]
 
 
-def test_what_a_kill_left_half_written_is_not_published(inputs: dict[str, Path], tmp_path: Path) -> None:
-    killed = context(tmp_path)
-    half = killed.work / "snapshots" / ".step-000009.partial"
-    half.mkdir(parents=True)
-    (half / "model.safetensors").write_bytes(b"half")
-    out = run(inputs, params(inputs, method="full"), killed)
-    assert {path.name for path in (out / "snapshots").iterdir()} == {"step-000000", "step-000002", "step-000004"}
+def test_without_snapshots_everything_else_is_the_same(
+    inputs: dict[str, Path], still: dict[str, Path], tmp_path: Path
+) -> None:
+    out = run(inputs, params(inputs, method="lora", snapshots=0), context(tmp_path))
+    assert not (out / "snapshots").exists() and snapshots.steps(out) == []
+    for path in (found for found in out.rglob("*") if found.is_file()):
+        assert path.read_bytes() == (still["lora"] / path.relative_to(out)).read_bytes(), path
 
 
-def test_none_are_kept_when_none_are_asked_for(inputs: dict[str, Path], tmp_path: Path) -> None:
-    for method in ("full", "lora"):
-        given = context(tmp_path / method)
-        assert not (run(inputs, params(inputs, method=method, snapshots=0), given) / "snapshots").exists()
-
-
-def test_snapshots_change_nothing_else(inputs: dict[str, Path], tmp_path: Path) -> None:
-    hashes = set()
-    for count in (0, 3):
-        out = run(inputs, params(inputs, method="lora", snapshots=count), context(tmp_path / str(count)))
-        shutil.rmtree(out / "snapshots", ignore_errors=True)
-        hashes.add(artifacts.content_hash(out))
-    assert len(hashes) == 1
-
-
-def test_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
-    given = context(tmp_path)
-    out = run(inputs, params(inputs, method="lora"), given)
+def test_refused(inputs: dict[str, Path], still: dict[str, Path], tmp_path: Path) -> None:
+    given, lora, full = context(tmp_path), tmp_path / "lora", tmp_path / "full"
+    shutil.copytree(still["lora"], lora)
+    shutil.copytree(still["full"], full)
     with pytest.raises(ArtifactError, match=r"no snapshot of step 3; snapshots there are: 0, 2, 4"):
-        snapshots.load(out, 3, given)
-    (out / "snapshots/step-000002/adapter_model.safetensors").write_bytes(b"not one")
+        snapshots.load(lora, 3, given)
+    (lora / "snapshots/step-000002/adapter_model.safetensors").write_bytes(b"not one")
     with pytest.raises(ArtifactError, match="step-000002.*no adapters"):
-        snapshots.load(out, 2, given)
-    shutil.rmtree(out / "snapshots/final")
+        snapshots.load(lora, 2, given)
+    (full / "snapshots/step-000002/model.safetensors").write_bytes(b"not one")
+    with pytest.raises(ArtifactError, match="step-000002/model.safetensors is damaged"):
+        snapshots.load(full, 2, given)
+    save_file({"lm.weight": torch.zeros(2)}, full / "snapshots/step-000002/model.safetensors")
+    with pytest.raises(ArtifactError, match=r"lm.weight \(2,\) is no weight of the model beside it"):
+        snapshots.load(full, 2, given)
+    shutil.rmtree(lora / "snapshots/final")
     with pytest.raises(ArtifactError, match=r"final has no adapter_model.safetensors; run `dvc repro pretrain`"):
-        snapshots.load(out, 0, given)
-    shutil.rmtree(out / "snapshots")
+        snapshots.load(lora, 0, given)
+    shutil.rmtree(lora / "snapshots")
     with pytest.raises(ArtifactError, match="none; set pretrain.snapshots"):
-        snapshots.load(out, 0, given)
+        snapshots.load(lora, 0, given)
+    dora: dict[str, Any] = {"method": "lora", "tuning": {"lora_variant": "dora"}}
     with pytest.raises(ValidationError, match="snapshots: 2; they need adapters that add.*accepted with it: 0"):
-        params(inputs, method="lora", tuning={"lora_variant": "dora"})
-    params(inputs, method="lora", tuning={"lora_variant": "dora"}, snapshots=0)
+        params(inputs, **dora)
+    params(inputs, **dora, snapshots=0)
