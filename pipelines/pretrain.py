@@ -2,7 +2,8 @@
 
 In: `data` (corpus), `tokenizer`. Out: `model/` (a Hugging Face directory with tokenizer and card),
 `history.csv` (training loss and learning rate), `evaluation.parquet` (one row a held-out example: bytes, bits
-after and before training, bits of a classical compressor), `samples.md`.
+after and before training, bits of a classical compressor), `samples.md`, `snapshots/` (what was trained by
+earlier steps: `core/snapshots.py`).
 
 Papers: Radford et al., "Improving Language Understanding by Generative Pre-Training" (2018), sections 3.1 and
 4.1; Hu et al., "LoRA" (2021), for `method: lora`. Departures from GPT-1:
@@ -29,6 +30,7 @@ from pipelines.core import (
     language_models,
     packing,
     scoring,
+    snapshots,
 )
 from pipelines.core.checkpoint import Checkpoints
 from pipelines.core.context import StageContext
@@ -108,6 +110,7 @@ def run(params: PretrainParams, inputs: dict[str, Path], outputs: Path, context:
     if context.world.sharding == "full":  # a model that was split cannot be saved whole: another takes its weights
         model = _model(params, tokenizer, context)
         training.load_trained_state(model, trained)
+    snapshots.publish(model, params.base, outputs, context)
     fine_tuning.save(model, context.work / BASE, params, tokenizer, outputs / "model", context)
     kind = attention.choose(context.device, scoring.WINDOW)
     model = language_models.load(str(outputs / "model"), context.dtype, kind).to(context.device)
@@ -218,6 +221,9 @@ def _train(
         training.load_optimizer_state(optimizer, state["optimizer"])
         training.set_random_state(state["random"])
         context.resume(state["history"])
+    kept = snapshots.due(plan.steps, params.snapshots)
+    if kept and not state["step"]:
+        snapshots.save(model, params.base, 0, context)
     pace = training.Pace(context, plan.steps, state.get("seconds", 0.0))
     model.train()
     for step in range(state["step"], plan.steps):
@@ -240,6 +246,8 @@ def _train(
         speed = (step + 1) * params.batch_tokens / pace.seconds
         context.log(step + 1, loss=loss, lr=lr, grad_norm=norm)
         context.progress(step + 1, plan.steps, loss=loss, tokens_per_second=speed)
+        if step + 1 in kept:
+            snapshots.save(model, params.base, step + 1, context)
         due, stop = context.after_step(checkpoints.due(step + 1) or step + 1 == plan.steps)
         if due:
             learned = {"trained": training.trained_state(model), "optimizer": training.optimizer_state(optimizer)}

@@ -23,7 +23,7 @@ TINY: dict[str, Any] = {
     "seed": 1, "base": None, "architecture": "llama", "depth": 1, "tokens_per_parameter": 1.0, "method": "full",
     "lora_rank": 4, "tokens": 4096, "sequence_length": 32, "batch_tokens": 256, "micro_batch": 4, "lr": 3e-3,
     "warmup_share": 0.1, "weight_decay": 0.01, "clip_norm": 1.0, "eval_bytes": 2048, "checkpoint_steps": 100,
-    "checkpoint_seconds": 1e9, "samples": 1,
+    "checkpoint_seconds": 1e9, "snapshots": 2, "samples": 1,
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_files_metrics_and_learning(inputs: dict[str, Path], tmp_path: Path) -> 
     assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == {
         "evaluation.parquet", "history.csv", "samples.md", "model/README.md",
         "model/config.json", "model/generation_config.json", "model/model.safetensors", "model/tokenizer.json",
-        "model/tokenizer_config.json",
+        "model/tokenizer_config.json", *(f"snapshots/step-{step:06d}/model.safetensors" for step in (0, 5, 11)),
     }  # fmt: skip
     assert metrics["gain_bits_per_byte_low"] > 0, "training lowers the bits of text it has not seen"
     assert metrics["bits_per_byte_low"] < metrics["bits_per_byte"] < metrics["bits_per_byte_high"]

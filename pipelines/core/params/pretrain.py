@@ -30,6 +30,7 @@ class PretrainParams(Tuning):
     eval_bytes: int = Field(ge=1024, description="held-out UTF-8 bytes scored before and after training")
     checkpoint_steps: int = Field(ge=1)
     checkpoint_seconds: float = Field(gt=0.0)
+    snapshots: int = Field(ge=0, le=64, description="earlier states to keep, evenly, and the start; 0: none")
     samples: int = Field(ge=0, le=32)
 
     @model_validator(mode="after")
@@ -42,6 +43,11 @@ class PretrainParams(Tuning):
         if self.base is None and self.method != "full":
             raise ValueError(
                 f"method: {self.method} needs a base model; random weights (base: null) are trained in full"
+            )
+        if self.snapshots and self.tuning.lora_variant == "dora":
+            raise ValueError(
+                f"snapshots: {self.snapshots}; they need adapters that add to the weights, which tuning.lora_variant: "
+                "dora also scales; accepted with it: 0"
             )
         if self.base is not None and self.tokens is None:
             raise ValueError("tokens: null derives the run's length from depth, which needs base: null")
