@@ -192,6 +192,20 @@ def test_run_in_the_bin_is_taken_out_and_a_run_that_is_gone_is_made_again(reposi
     assert len(runs(root)) == 1
 
 
+def test_folder_that_was_moved_with_its_store_has_nothing_to_deliver(repository, monkeypatch):
+    root, model = repository
+    run_stage(root, model, 2.5)
+    drain(root)
+    (before,) = runs(root)
+    moved = root.rename(root.with_name("moved"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{moved}/.sluice/mlflow/mlflow.db")  # as a process there would
+    assert tracking.backlog(moved)  # its state names the store by its path
+    drain(moved)
+    (after,) = runs(moved)
+    assert tracking.backlog(moved) == [] and after.info.run_id == before.info.run_id
+    assert losses(moved, after.info.run_id) == [(0, 4.0), (1, 3.0), (2, 2.0)]
+
+
 def test_delivered_runs_leave_the_spool_when_a_newer_one_is_there(repository):
     root, model = repository
     for bits in (2.5, 2.4, 2.3):

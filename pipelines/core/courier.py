@@ -48,6 +48,9 @@ def _deliver(client: Any, experiment: str, spool: tracking.Spool) -> None:
     if state["run_id"] is None or not _usable(client, state["run_id"]):
         state = {"run_id": _run(client, experiment, spool), "offset": 0, "store": store.address(spool.root)}
         _save(spool, state)
+    elif state.get("store") != store.address(spool.root):  # the folder was moved, and its store with it
+        state["store"] = store.address(spool.root)
+        _save(spool, state)
     run_id = state["run_id"]
     for events, offset in _batches(spool, state["offset"]):
         if state.get("ended") and any(event["event"] == "start" for event in events):

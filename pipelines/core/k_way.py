@@ -15,7 +15,7 @@ import torch
 from pipelines.core import attention, chats, language_models, losses, segments
 from pipelines.core.context import StageContext
 
-ROW_TOKENS = 512  # rows are filled up to this: attention grows with the square of a row
+ROW_TOKENS = 128  # rows are filled up to this: attention grows with the square of a row
 SCORED_TOKENS = 4096  # tokens of a forward pass without gradients
 
 Tell = Callable[[int, int], None]
