@@ -11,7 +11,8 @@ similarity added, a softmax over the candidates of a choice; L3 = L2 + lambda x 
 dropout on the classifier; ablations without auxiliary loss, without pre-training, and by transferred blocks.
 Departures:
 
-1. `method: last_n` and `head` compute the frozen blocks once; the three tokens' embeddings then stay as drawn.
+1. `special_tokens: known`: the embeddings of the three tokens begin as those of what opens a document and of the
+   newline, not drawn at random; `method: last_n` and `head` compute the frozen blocks once, so there they stay so.
 2. Rates follow the width from the paper's 6.25e-5 at 768; ten times that for adapters.
 3. A sequence that is too long is cut by a rule that keeps the special tokens (`core/task_sequences.py`), and counted.
 4. Candidates of a choice, and the two orders of a similarity, share the encoding of what they begin with; in the

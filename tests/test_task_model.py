@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pipelines.core import (
     k_way,
+    packing,
     task_frozen,
     task_layers,
     task_model,
@@ -65,6 +66,18 @@ def test_what_sequences_share_is_encoded_once_and_every_token_predicts_the_next(
     assert found.ids == [7, 1, 2, 8, 3, 9, 8, 4, 5, 9]
     assert found.labels == [1, 2, 8, 3, 9, -100, 4, 5, 9, -100]
     assert found.branches == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("method", ["full", "head", "lora"])
+def test_special_tokens_begin_as_what_the_base_knows(method: str, base: toy_tasks.Base, context: StageContext) -> None:
+    model = toy_tasks.load(base, toy_tasks.params(method=method, special_tokens="known"), context)
+    read = task_layers.inner(model.lm).get_input_embeddings()
+    newline = base.tokenizer.encode("\n", add_special_tokens=False)[-1]
+    known = torch.tensor([packing.separator_id(base.tokenizer), newline, newline])
+    assert torch.equal(read(torch.tensor(list(base.special))), read(known).float())
+    drawn = toy_tasks.load(base, toy_tasks.params(method=method, special_tokens="drawn"), context)
+    fresh = task_layers.inner(drawn.lm).get_input_embeddings()(torch.tensor(list(base.special)))
+    assert len({tuple(row.tolist()) for row in fresh}) == 3  # delimiter and extract differ
 
 
 def test_similarity_does_not_know_which_text_comes_first(base: toy_tasks.Base, context: StageContext) -> None:

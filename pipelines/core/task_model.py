@@ -5,9 +5,9 @@ The last token of every sequence is `extract`; its last hidden state h goes thro
 final norm and W_y. `lora`, `qlora`: adapters on every linear layer of the blocks, W_y, and the three tokens' input
 embeddings. What is trained is fp32, what is frozen in the compute type.
 
-`head` and `last_n` keep the three tokens' embeddings as they were drawn: what lies below is computed once, so nothing
-there can be learned. With adapters, the output embeddings of the three tokens stay as drawn: only the auxiliary loss
-reads them. With `unfreeze` the embeddings are learned after the bottom block, if there are so many epochs.
+`head` and `last_n` keep the three tokens' embeddings as they begin: what lies below is computed once, so nothing
+there can be learned. With adapters, the output embeddings of the three tokens stay as they begin: only the auxiliary
+loss reads them. With `unfreeze` the embeddings are learned after the bottom block, if there are so many epochs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from pipelines.core import attention, fine_tuning, k_way, language_models, segments, task_layers
+from pipelines.core import attention, fine_tuning, k_way, language_models, segments, task_layers, task_sequences
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError, ParamsError
 from pipelines.core.params.tuning import Tuning
@@ -134,12 +134,15 @@ def _made(
 
     # The same numbers whatever the method and the size of the vocabulary.
     generator = torch.Generator().manual_seed(seed)
-    head, tokens = (torch.randn(rows, width, generator=generator) * DEVIATION for rows in (outputs, len(special)))
+    head, drawn = (torch.randn(rows, width, generator=generator) * DEVIATION for rows in (outputs, len(special)))
     score = torch.nn.Linear(width, outputs, bias=False)
+    read = plain.get_input_embeddings().weight
+    known = list(task_sequences.stand_ins(tokenizer))
     with torch.no_grad():
         score.weight.copy_(head)
-        for weight in (plain.get_input_embeddings().weight, output):
-            weight[list(special)] = tokens.to(weight)
+        for weight in (read, output):
+            weight[list(special)] = drawn.to(weight) if params.special_tokens == "drawn" else weight[known]
+        tokens = read[list(special)].float()
     model = TaskModel(lm, score, method, params.dropout, seed, pad_id(tokenizer))
     _choose(model, params, special, tokens)
     return model.to(context.device)

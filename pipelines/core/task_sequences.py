@@ -16,6 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from pipelines.core import packing
+from pipelines.core.errors import ArtifactError
+
 Kind = Literal["classification", "entailment", "similarity", "choice"]
 Tokens = Sequence[int]
 SPELLINGS = ("<|start|>", "<|delimiter|>", "<|extract|>")
@@ -43,6 +46,24 @@ def add_special(tokenizer: Any) -> Special:
 
     tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in SPELLINGS], special_tokens=True)
     return Special(*(tokenizer.convert_tokens_to_ids(text) for text in SPELLINGS))
+
+
+def stand_ins(tokenizer: Any) -> Special:
+    """Tokens the base knows, in whose place the learned ones stand: what opens a document, and twice the newline.
+
+    The state of a newline tells what the line before it was about; that of a token drawn at random, which a frozen
+    body has never seen, tells far less.
+
+    Raises:
+        ArtifactError: the tokenizer has no token for a newline.
+    """
+    ids = tokenizer.encode("\n", add_special_tokens=False)
+    if not ids:
+        raise ArtifactError(
+            "the tokenizer has no token for a newline, in whose place delimiter and extract would stand: set "
+            "transfer.special_tokens: drawn"
+        )
+    return Special(packing.separator_id(tokenizer), ids[-1], ids[-1])
 
 
 def sequences(

@@ -21,6 +21,9 @@ class TransferParams(Section):
     unfreeze: bool = Field(description="methods full, last_n: the top block first, one more in each epoch")
     layer_decay: float = Field(gt=0.0, le=1.0, description="methods full, last_n: rate of a block to that above it")
     auxiliary: float = Field(lt=float("inf"), description="weight of the language-model loss; 0: none")
+    special_tokens: Literal["known", "drawn"] = Field(
+        description="embeddings of start, delimiter and extract begin as known tokens' (document, newline), or drawn"
+    )
     dropout: Share = Field(description="on what the linear head reads")
     examples: int | None = Field(ge=1, description="training rows a task, chosen by hash of the id; null: all")
     eval_examples: int | None = Field(ge=1, description="most validation rows, and most test rows; null: all")
