@@ -32,12 +32,14 @@ from pipelines.core.params.transfer import TransferParams
 
 if TYPE_CHECKING:
     from pipelines.core.task_evaluation import Judged
-    from pipelines.core.task_inputs import Task
+    from pipelines.core.task_inputs import Limits, Task
     from pipelines.core.task_runs import Base, Run, Variant
 
-METRICS = frozenset({"score", "tasks", "trained_parameters", "trained_share", "parameters"})
+METRICS = frozenset({"tasks"})
 OPTIONAL = frozenset(
     {
+        # where there is a task
+        "score", "trained_parameters", "trained_share", "parameters",
         "*/score", "*/score_low", "*/score_high", "*/majority", "*/tfidf", "*/tfidf_all", "*/train", "*/test",
         "*/truncated", "*/gain_over_*",
         # by kind of task, by number of seeds, by ablation
@@ -56,7 +58,7 @@ def run(params: TransferParams, inputs: dict[str, Path], outputs: Path, context:
     """Read and check every task, fine-tune a model on each, and measure them on examples they have not seen.
 
     Raises:
-        ArtifactError: no such task, or a base that cannot be fine-tuned.
+        ArtifactError: no task of a name asked for, or a base that cannot be fine-tuned.
         DataError: a table that cannot be learned from or measured on; all are read before the first is learned.
         ParamsError: a dial that does not fit the base model.
         Stopped: a signal came; the checkpoint is written.
@@ -65,14 +67,18 @@ def run(params: TransferParams, inputs: dict[str, Path], outputs: Path, context:
 
     # 1. Tasks and base, all checked before anything is trained.
     base, tasks, variants = _prepare(params, inputs, context)
+    if not tasks:
+        context.say("the data have no labelled task (a source with table: tasks and task: NAME): nothing to fine-tune")
+        return {"tasks": 0.0}
 
     # 2. Fine-tune: each task, each variant, each seed; what has ended is not made again after a kill.
     ended: list[dict[str, list[Run]]] = []
     for task in tasks:
         ended.append({})
-        for variant in variants:
+        for variant in variants[task.name]:
             seeds = range(params.seeds)
-            ended[-1][variant.name] = [task_runs.run(task, variant, n, params, base, context) for n in seeds]
+            asked = (params.of(task.name), base, context)
+            ended[-1][variant.name] = [task_runs.run(task, variant, n, *asked) for n in seeds]
     if not context.world.leads:
         return {}
     context.write_history(outputs / "history.csv")
@@ -113,7 +119,7 @@ def measure(
         raise ArtifactError(f"{model}: a model of task {saved.task['task']}, which is none of today's")
     # In the champion's own tokens, cut to its own length: rows of the same ids, as it would be asked in use.
     special = task_inputs.add_special(saved.tokenizer)
-    limits = task_inputs.Limits(params.examples, params.eval_examples, saved.task["max_length"], params.seed)
+    limits = _limits(params.of(asked.name))._replace(max_length=saved.task["max_length"])
     own = task_inputs.load(inputs["data"], asked.name, saved.tokenizer, special, limits)
     tell = k_way.teller(context, f"the champion of {own.name}")
     said = task_evaluation.answers(own, task_training.predict(saved.model, own.kind, own.test, context, tell))
@@ -124,11 +130,11 @@ def measure(
 
 def _prepare(
     params: TransferParams, inputs: dict[str, Path], context: StageContext
-) -> tuple[Base, list[Task], list[Variant]]:
-    """Base, tasks and runs.
+) -> tuple[Base, list[Task], dict[str, list[Variant]]]:
+    """Base, tasks, and the runs of each; no task where none is asked for by name and the data have none.
 
     Raises:
-        ArtifactError: the data have no tasks, or not the one asked for.
+        ArtifactError: the data have not the task asked for.
         DataError, ParamsError: see `run`.
     """
     from transformers import AutoConfig
@@ -139,23 +145,31 @@ def _prepare(
     tokenizer = language_models.load_tokenizer(str(place))
     special = task_inputs.add_special(tokenizer)
     there = sorted(found.name for found in (inputs["data"] / "tasks").glob("*") if found.is_dir())
-    if not there:
-        raise ArtifactError(
-            "the data have no labelled task: name a source with table: tasks and task: NAME in params.yaml data.sources"
-        )
-    limits = task_inputs.Limits(params.examples, params.eval_examples, params.max_length, params.seed)
-    tasks = [task_inputs.load(inputs["data"], name, tokenizer, special, limits) for name in params.tasks or there]
+    names = params.tasks or there
+    for one in params.per_task:
+        if one["task"] not in names:
+            there_are = ", ".join(names) or "none"
+            context.say(f"warning: transfer.per_task: the data have no task {one['task']}; there are: {there_are}")
+    own = {name: params.of(name) for name in names}
     layers = AutoConfig.from_pretrained(place).num_hidden_layers
-    for key in ("transferred_layers", "trained_layers"):
-        if (asked := getattr(params, key)) is not None and asked > layers:
-            raise ParamsError(f"transfer.{key}: {asked}; the base model has {layers} blocks")
+    for name, dials in own.items():
+        for key in ("transferred_layers", "trained_layers"):
+            if (asked := getattr(dials, key)) is not None and asked > layers:
+                raise ParamsError(f"transfer.{key} (task {name}): {asked}; the base model has {layers} blocks")
+    tasks = [task_inputs.load(inputs["data"], name, tokenizer, special, _limits(own[name])) for name in names]
     for task in tasks:
         context.say(task_card.example(task, tokenizer))
         if task.truncated:
-            context.say(
-                f"warning: {task.truncated} examples of {task.name} were cut to max_length ({params.max_length} tokens)"
-            )
-    return task_runs.Base(place, tokenizer, special), tasks, list(task_runs.variants(params, layers))
+            limit = f"max_length ({own[task.name].max_length} tokens)"
+            context.say(f"warning: {task.truncated} examples of {task.name} were cut to {limit}")
+    variants = {name: list(task_runs.variants(dials, layers)) for name, dials in own.items()}
+    return task_runs.Base(place, tokenizer, special), tasks, variants
+
+
+def _limits(params: TransferParams) -> Limits:
+    from pipelines.core.task_inputs import Limits
+
+    return Limits(params.examples, params.eval_examples, params.max_length, params.seed)
 
 
 def _judge(params: TransferParams, task: Task, runs: dict[str, list[Run]], base: Base, context: StageContext) -> Judged:
@@ -187,7 +201,7 @@ def _publish(
         kept = runs[task_runs.MAIN][one.chosen]
         assert kept.model is not None
         shutil.copytree(kept.model, outputs / "models" / task.name)
-        page = task_card.card(params, task, one.metrics, kept.parameters)
+        page = task_card.card(params.of(task.name), task, one.metrics, kept.parameters)
         artifacts.write_text(outputs / "models" / task.name / "README.md", page)
         if task.labels:
             (outputs / "confusion").mkdir(exist_ok=True)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import toy_tasks
 from models import tokenizer
+from pydantic import ValidationError
 
 from pipelines import transfer
 from pipelines.core import artifacts, task_evaluation, task_inputs
@@ -161,8 +162,8 @@ def test_the_saved_model_is_that_of_the_median_seed(inputs: dict[str, Path], tmp
     ("changed", "kind", "told"),
     [
         ({"tasks": ("absent",)}, ArtifactError, "absent"),
-        ({"trained_layers": 3, "method": "last_n"}, ParamsError, r"trained_layers: 3; the base model has 2 blocks"),
-        ({"transferred_layers": 5}, ParamsError, r"transferred_layers: 5; the base model has 2 blocks"),
+        ({"trained_layers": 3, "method": "last_n"}, ParamsError, r"trained_layers \(task close\): 3; the base model has 2 blocks"),
+        ({"transferred_layers": 5}, ParamsError, r"transferred_layers \(task close\): 5; the base model has 2 blocks"),
     ],
 )
 def test_refused_before_any_training(
@@ -185,8 +186,21 @@ def test_the_last_task_is_checked_before_the_first_is_trained(
 
 def test_data_without_tasks(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
     (tmp_path / "data").mkdir()
-    with pytest.raises(ArtifactError, match="no labelled task: name a source with table: tasks"):
-        run(inputs | {"data": tmp_path / "data"}, tmp_path / "out", context)
+    assert run(inputs | {"data": tmp_path / "data"}, tmp_path / "out", context) == {"tasks": 0.0}
+    with pytest.raises(ArtifactError, match="kind"):
+        run(inputs | {"data": tmp_path / "data"}, tmp_path / "out", context, tasks=("kind",))
+
+
+def test_a_task_with_its_own_dials(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
+    said: list[str] = []
+    context.say = said.append  # type: ignore[method-assign]
+    own = ({"task": "fits", "examples": 12, "transferred_layers": 1}, {"task": "gone", "epochs": 3})
+    metrics = run(inputs, tmp_path / "out", context, per_task=own)
+    assert (metrics["fits/train"], metrics["kind/train"]) == (12, 24)
+    for name, layers in (("fits", 1), ("kind", 2)):
+        config = json.loads((tmp_path / f"out/models/{name}/config.json").read_text())
+        assert config["num_hidden_layers"] == layers
+    assert any("warning: transfer.per_task: the data have no task gone; there are: close, fits" in one for one in said)
 
 
 def test_what_is_cut_is_counted_and_told(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
@@ -194,3 +208,19 @@ def test_what_is_cut_is_counted_and_told(inputs: dict[str, Path], tmp_path: Path
     metrics = run(inputs | {"data": tmp_path / "data"}, tmp_path / "out", context, max_length=16)
     assert metrics["fits/truncated"] > 0
     assert any("were cut to max_length (16 tokens)" in one for one in context.samples)
+
+
+def test_dials_of_one_task() -> None:
+    dials = toy_tasks.params(method="lora", per_task=({"task": "rte", "epochs": 9, "method": "full"},))
+    assert (dials.of("rte").epochs, dials.of("rte").method, dials.of("rte").per_task) == (9, "full", ())
+    assert dials.of("sst").model_dump() == {**dials.model_dump(), "per_task": ()}
+    for wrong, told in (
+        ({"epochs": 2}, r"per_task\[0\]: expected task: NAME"),
+        ({"task": "rte", "seed": 2}, r"per_task\[0\]: seed: accepted for one task: .*method"),
+        ({"task": "rte", "epochs": 0}, r"per_task\[0\] \(rte\): epochs: .*greater than or equal to 1 \(found 0\)"),
+        ({"task": "rte", "method": "head", "auxiliary": 1.0}, r"head trains no language model"),
+    ):
+        with pytest.raises(ValidationError, match=told):
+            toy_tasks.params(per_task=(wrong,))
+    with pytest.raises(ValidationError, match=r"task rte is none of transfer.tasks: sst"):
+        toy_tasks.params(tasks=("sst",), per_task=({"task": "rte"},))

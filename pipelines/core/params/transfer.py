@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipelines.core.params.section import Section, Share
+
+SHARED = ("seed", "tasks", "per_task", "seeds", "ablations", "checkpoint_steps", "checkpoint_seconds", "samples")
 
 
 class TransferParams(Section):
@@ -37,6 +39,9 @@ class TransferParams(Section):
     clip_norm: float = Field(gt=0.0)
     seeds: int = Field(ge=1, description="runs of each task; the median is reported")
     ablations: tuple[Literal["auxiliary", "random", "layers", "zero_shot"], ...]
+    per_task: tuple[dict[str, Any], ...] = Field(
+        description="{task: NAME, key: value, ...}: keys above that are other for one task"
+    )
     checkpoint_steps: int = Field(ge=1)
     checkpoint_seconds: float = Field(gt=0.0)
     samples: int = Field(ge=0, le=32)
@@ -66,3 +71,31 @@ class TransferParams(Section):
         if "auxiliary" in self.ablations and self.auxiliary == 0:
             raise ValueError("ablations: auxiliary leaves out the language-model loss; transfer.auxiliary is 0 already")
         return self
+
+    @model_validator(mode="after")
+    def _exceptions(self) -> TransferParams:
+        own = [key for key in type(self).model_fields if key not in SHARED]
+        named = [one.get("task") for one in self.per_task]
+        for number, one in enumerate(self.per_task):
+            name, where = one.get("task"), f"per_task[{number}]"
+            if not isinstance(name, str) or named.count(name) > 1:
+                raise ValueError(f"{where}: expected task: NAME, each task once (found {name!r})")
+            if self.tasks and name not in self.tasks:
+                raise ValueError(f"{where}: task {name} is none of transfer.tasks: {', '.join(self.tasks)}")
+            if strange := [key for key in one if key not in ("task", *own)]:
+                raise ValueError(f"{where}: {', '.join(strange)}: accepted for one task: {', '.join(own)}")
+            try:
+                self.of(name)
+            except ValidationError as error:
+                first = error.errors()[0]
+                told = first["msg"].removeprefix("Value error, ")
+                if first["loc"]:
+                    told = f"{'.'.join(map(str, first['loc']))}: {told} (found {first['input']!r})"
+                raise ValueError(f"{where} ({name}): {told}") from None
+        return self
+
+    def of(self, task: str) -> TransferParams:
+        """The dials of one task: those of all, with what `per_task` says of it."""
+        changes = next((one for one in self.per_task if one["task"] == task), {})
+        kept = {key: value for key, value in changes.items() if key != "task"}
+        return TransferParams.model_validate({**self.model_dump(), **kept, "per_task": ()})
