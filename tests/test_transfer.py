@@ -162,7 +162,7 @@ def test_the_saved_model_is_that_of_the_median_seed(inputs: dict[str, Path], tmp
     ("changed", "kind", "told"),
     [
         ({"tasks": ("absent",)}, ArtifactError, "absent"),
-        ({"trained_layers": 3, "method": "last_n"}, ParamsError, r"trained_layers \(task close\): 3; the base model has 2 blocks"),
+        ({"trained_layers": 3, "method": "last_n"}, ParamsError, r"trained_layers \(task close\): 3; the base model has"),
         ({"transferred_layers": 5}, ParamsError, r"transferred_layers \(task close\): 5; the base model has 2 blocks"),
     ],
 )
