@@ -15,7 +15,9 @@ Departures:
    newline, not drawn at random; `method: last_n` and `head` compute the frozen blocks once, so there they stay so.
 2. Rates follow the width from the paper's 6.25e-5 at 768; ten times that for adapters.
 3. A sequence that is too long is cut by a rule that keeps the special tokens (`core/task_sequences.py`), and counted.
-4. Candidates of a choice, and the two orders of a similarity, share the encoding of what they begin with; in the
+4. What is trained is `method` and `tuning`, as in the other stages (`core/tuning.py`); adapters are merged, and
+   `NAME/merge_delta` is the score of the saved model less that with adapters.
+5. Candidates of a choice, and the two orders of a similarity, share the encoding of what they begin with; in the
    auxiliary loss what they share counts once.
 """
 
@@ -42,9 +44,9 @@ OPTIONAL = frozenset(
         "score", "trained_parameters", "trained_share", "parameters",
         "*/score", "*/score_low", "*/score_high", "*/majority", "*/tfidf", "*/tfidf_all", "*/train", "*/test",
         "*/truncated", "*/gain_over_*",
-        # by kind of task, by number of seeds, by ablation
+        # by kind of task, by number of seeds, by method (lora, qlora), by ablation
         "*/accuracy", "*/macro_f1", "*/matthews", "*/log_loss", "*/pearson", "*/spearman", "*/score_of_model",
-        "*/no_auxiliary", "*/random", "*/layers_*", "*/zero_shot",
+        "*/merge_delta", "*/no_auxiliary", "*/random", "*/layers_*", "*/zero_shot",
     }
 )  # fmt: skip
 SCORES = frozenset(
@@ -97,7 +99,7 @@ def run(params: TransferParams, inputs: dict[str, Path], outputs: Path, context:
         "score": sum(one.metrics["score"] for one in judged) / len(judged),
         "tasks": float(len(tasks)),
         "trained_parameters": float(main.trained),
-        "trained_share": main.trained / main.parameters,
+        "trained_share": main.share,
         "parameters": float(main.parameters),
     }
 
@@ -153,9 +155,10 @@ def _prepare(
     own = {name: params.of(name) for name in names}
     layers = AutoConfig.from_pretrained(place).num_hidden_layers
     for name, dials in own.items():
-        for key in ("transferred_layers", "trained_layers"):
-            if (asked := getattr(dials, key)) is not None and asked > layers:
-                raise ParamsError(f"transfer.{key} (task {name}): {asked}; the base model has {layers} blocks")
+        for key, asked in (("transferred_layers", dials.transferred_layers), ("tuning.layers", dials.tuning.layers)):
+            if asked is not None and asked > layers:
+                told = f"{asked}; the base model has {layers} blocks; accepted: 1 to {layers}"
+                raise ParamsError(f"transfer.{key} (task {name}): {told}")
     tasks = [task_inputs.load(inputs["data"], name, tokenizer, special, _limits(own[name])) for name in names]
     for task in tasks:
         context.say(task_card.example(task, tokenizer))

@@ -14,12 +14,12 @@ from pipelines.core import (
     k_way,
     packing,
     task_frozen,
-    task_layers,
     task_model,
     task_objective,
     task_saved,
     task_training,
     training,
+    tuning,
 )
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError, ParamsError
@@ -71,12 +71,12 @@ def test_what_sequences_share_is_encoded_once_and_every_token_predicts_the_next(
 @pytest.mark.parametrize("method", ["full", "head", "lora"])
 def test_special_tokens_begin_as_what_the_base_knows(method: str, base: toy_tasks.Base, context: StageContext) -> None:
     model = toy_tasks.load(base, toy_tasks.params(method=method, special_tokens="known"), context)
-    read = task_layers.inner(model.lm).get_input_embeddings()
+    read = tuning.inner(model.lm).get_input_embeddings()
     newline = base.tokenizer.encode("\n", add_special_tokens=False)[-1]
     known = torch.tensor([packing.separator_id(base.tokenizer), newline, newline])
     assert torch.equal(read(torch.tensor(list(base.special))), read(known).float())
     drawn = toy_tasks.load(base, toy_tasks.params(method=method, special_tokens="drawn"), context)
-    fresh = task_layers.inner(drawn.lm).get_input_embeddings()(torch.tensor(list(base.special)))
+    fresh = tuning.inner(drawn.lm).get_input_embeddings()(torch.tensor(list(base.special)))
     assert len({tuple(row.tolist()) for row in fresh}) == 3  # delimiter and extract differ
 
 
@@ -116,7 +116,8 @@ def test_from_the_frozen_part_on_it_is_the_whole_forward(
     method: str, layers: int, kind: Kind, base: toy_tasks.Base, context: StageContext
 ) -> None:
     one = toy_tasks.task(kind, base.special, 9)
-    model = toy_tasks.load(base, toy_tasks.params(method=method, trained_layers=layers), context)
+    dials = {"layers": layers} if method == "last_n" else {}
+    model = toy_tasks.load(base, toy_tasks.params(method=method, tuning=dials), context)
     sequences = [task_model.encode(example) for example in one.train]
     frozen = task_frozen.frozen_states(model, sequences, context, toy_tasks.quiet)
     assert frozen.blocks == (3 if method == "head" else 3 - layers)
@@ -130,7 +131,7 @@ def test_from_the_frozen_part_on_it_is_the_whole_forward(
         for part, values in ((batch, found), (whole, expected))
     )
     torch.testing.assert_close(torch.cat([v for _, v in order]), torch.cat([v for _, v in other]), **EXACT)
-    assert all("forward" not in vars(block) for block in task_layers.blocks(model.lm)), "nothing is left skipped"
+    assert all("forward" not in vars(block) for block in tuning.blocks(model.lm)), "nothing is left skipped"
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "qwen3", "opt"])
@@ -149,12 +150,24 @@ def test_frozen_blocks_of_other_architectures(architecture: str, tmp_path: Path,
 
 
 @pytest.mark.parametrize("kind", ["classification", "choice", "similarity"])
-@pytest.mark.parametrize("method", ["full", "lora", "last_n", "head"])
+@pytest.mark.parametrize(
+    ("method", "finer"),
+    [
+        ("full", {}),
+        ("last_n", {}),
+        ("head", {}),
+        ("lora", {}),
+        ("lora", {"lora_variant": "dora"}),
+        ("lora", {"lora_variant": "rslora", "lora_targets": ("q_proj", "up_proj")}),
+        ("lora", {"lora_init": "pissa"}),
+        ("lora", {"lora_init": "olora"}),
+    ],
+)
 def test_what_is_saved_is_what_was_trained(
-    method: str, kind: Kind, base: toy_tasks.Base, context: StageContext, tmp_path: Path
+    method: str, finer: dict[str, Any], kind: Kind, base: toy_tasks.Base, context: StageContext, tmp_path: Path
 ) -> None:
     one = toy_tasks.task(kind, base.special, 6)
-    dials = toy_tasks.params(method=method, transferred_layers=2)
+    dials = toy_tasks.params(method=method, tuning=finer, transferred_layers=2)
     model = toy_tasks.load(base, dials, context, task_model.outputs_of(one))
     moved(model)
     before = task_training.predict(model, kind, one.train, context, toy_tasks.quiet)
@@ -182,7 +195,7 @@ def test_what_is_saved_is_what_was_trained(
 def test_layer_decay_and_unfreezing_by_hand(base: toy_tasks.Base, context: StageContext) -> None:
     model = toy_tasks.load(base, toy_tasks.params(), context)
     names = {id(value): name for name, value in model.named_parameters()}
-    groups = task_layers.groups(model, 0.1, 0.01, 0.5)
+    groups = tuning.groups(model, 0.01, 0.5)
     factor = {names[id(value)]: group["factor"] for group in groups for value in group["params"]}
     assert factor["score.weight"] == factor["lm.model.norm.weight"] == 1.0
     assert factor["lm.model.layers.2.mlp.up_proj.weight"] == 1.0
@@ -191,9 +204,11 @@ def test_layer_decay_and_unfreezing_by_hand(base: toy_tasks.Base, context: Stage
     assert factor["lm.model.embed_tokens.weight"] == 0.125
     assert set(factor) == set(dict(model.named_parameters())), "each once"
 
-    task_layers.thaw(torch.optim.AdamW(groups), 1)
-    trained = {name for name, value in model.named_parameters() if value.requires_grad}
-    assert {name for name in factor if factor[name] >= 0.5} == trained
+    dials = toy_tasks.params(tuning={"unfreeze": True})
+    for step, lowest in ((0, 1.0), (1, 1.0), (2, 0.5), (3, 0.5), (4, 0.125), (5, 0.125)):  # three blocks, six steps
+        with tuning.unfreezing(model, dials, step, 6):
+            trained = {name for name, value in model.named_parameters() if value.requires_grad}
+        assert {name for name in factor if factor[name] >= lowest} == trained
 
 
 @pytest.mark.parametrize(("method", "becomes"), [("head", "head"), ("full", "full"), ("lora", "full")])
@@ -214,8 +229,10 @@ def test_random_weights_are_other_weights(
 def test_mistakes_are_told(base: toy_tasks.Base, context: StageContext, tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match=r"transferred_layers: 4; the base model has 3"):
         toy_tasks.load(base, toy_tasks.params(transferred_layers=4), context)
-    with pytest.raises(ParamsError, match=r"trained_layers: 9; the model has 3 blocks"):
-        toy_tasks.load(base, toy_tasks.params(method="last_n", trained_layers=9), context)
+    with pytest.raises(ParamsError, match=r"tuning\.layers: 9; the model has 3 blocks; accepted: 1 to 3"):
+        toy_tasks.load(base, toy_tasks.params(method="last_n", tuning={"layers": 9}), context)
+    with pytest.raises(ValueError, match=r"tuning\.layers \(3\) must be at most transferred_layers \(2\)"):
+        toy_tasks.params(method="last_n", tuning={"layers": 3}, transferred_layers=2)
     with pytest.raises(ParamsError, match=r"max_length: 65 tokens; the base model's context is 64"):
         toy_tasks.load(base, toy_tasks.params(max_length=65), context)
     with pytest.raises(ArtifactError, match=r"no task\.json"):
@@ -224,8 +241,13 @@ def test_mistakes_are_told(base: toy_tasks.Base, context: StageContext, tmp_path
         toy_tasks.params(method="head", auxiliary=0.5)
     with pytest.raises(ValueError, match="a weight of at least 0"):
         toy_tasks.params(auxiliary=-0.5)
-    with pytest.raises(ValueError, match="has no blocks to tell apart"):
-        toy_tasks.params(method="lora", unfreeze=True)
+    with pytest.raises(ValueError, match=r"tuning\.unfreeze: method lora does not use it, method full, last_n does"):
+        toy_tasks.params(method="lora", tuning={"unfreeze": True})
+
+
+def test_8_bit_moments_need_a_gpu(base: toy_tasks.Base, context: StageContext) -> None:
+    with pytest.raises(ParamsError, match=r"tuning\.optimizer: adamw8bit needs a CUDA device"):
+        toy_tasks.load(base, toy_tasks.params(method="head", tuning={"optimizer": "adamw8bit"}), context)
 
 
 def test_adapters_over_4_bits_are_merged_into_the_base_as_it_was(

@@ -19,6 +19,8 @@ from pipelines.core.context import StageContext, Stopped
 from pipelines.core.params.transfer import TransferParams
 from pipelines.core.task_inputs import Kind, Task
 
+TOP: dict[str, Any] = {"layers": 2, "layer_decay": 0.8}  # of the top blocks the lower learns more slowly
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> toy_tasks.Base:
@@ -105,13 +107,21 @@ def test_without_the_auxiliary_loss_it_is_plain_classification(
 
 
 @pytest.mark.parametrize(
-    ("method", "moves"),
-    [("full", 1 + 3 * 9 + 1 + 1), ("head", 1), ("last_n", 9 + 1 + 1), ("lora", 3 * 7 * 2 + 1 + 1)],
+    ("method", "finer", "moves"),
+    [
+        ("full", {}, 1 + 3 * 9 + 1 + 1),
+        ("head", {}, 1),
+        ("last_n", {}, 9 + 1 + 1),
+        ("last_n", {"layers": 2}, 2 * 9 + 1 + 1),
+        ("lora", {}, 3 * 7 * 2 + 1 + 1),
+        ("lora", {"lora_variant": "dora"}, 3 * 7 * 3 + 1 + 1),
+        ("lora", {"lora_init": "pissa", "lora_targets": ("q_proj",)}, 3 * 2 + 1 + 1),
+    ],
 )
 def test_what_is_frozen_does_not_move_by_a_bit(
-    method: str, moves: int, base: toy_tasks.Base, context: StageContext
+    method: str, finer: dict[str, Any], moves: int, base: toy_tasks.Base, context: StageContext
 ) -> None:
-    dials = toy_tasks.params(method=method)
+    dials = toy_tasks.params(method=method, tuning=finer)
     before = {name: value.clone() for name, value in toy_tasks.load(base, dials, context).named_parameters()}
     model = trained(base, toy_tasks.task("similarity", base.special), dials, context)
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
@@ -123,7 +133,7 @@ def test_what_is_frozen_does_not_move_by_a_bit(
     ("kind", "dials"),
     [
         ("classification", {"method": "full", "auxiliary": 0.5}),
-        ("entailment", {"method": "last_n", "trained_layers": 2, "layer_decay": 0.8, "auxiliary": 0.1, "epochs": 12}),
+        ("entailment", {"method": "last_n", "tuning": TOP, "auxiliary": 0.1, "epochs": 12}),
         ("similarity", {"method": "full", "epochs": 16}),
         ("choice", {"method": "lora", "lr": 1e-2, "auxiliary": 0.1, "epochs": 20}),
         ("classification", {"method": "head", "lr": 5e-2, "epochs": 40}),
@@ -153,9 +163,10 @@ def test_a_regression_is_learned(base: toy_tasks.Base, context: StageContext) ->
 @pytest.mark.parametrize(
     "dials",
     [
-        {"method": "full", "auxiliary": 0.5, "unfreeze": True, "layer_decay": 0.7},
-        {"method": "last_n", "trained_layers": 2, "unfreeze": True, "auxiliary": 0.5},
+        {"method": "full", "auxiliary": 0.5, "tuning": {"unfreeze": True, "layer_decay": 0.7}},
+        {"method": "last_n", "tuning": {"layers": 2, "unfreeze": True}, "auxiliary": 0.5},
         {"method": "lora", "auxiliary": 0.5},
+        {"method": "lora", "tuning": {"lora_variant": "dora", "lora_init": "pissa", "lora_dropout": 0.1}},
         {"method": "head"},
     ],
 )
@@ -163,7 +174,7 @@ def test_a_killed_run_ends_with_the_same_bytes(dials: dict[str, Any], base: toy_
     one, chosen = toy_tasks.task("entailment", base.special, 24), toy_tasks.params(**dials)
     whole = context_in(tmp_path / "whole")
     expected = training.trained_state(trained(base, one, chosen, whole))
-    for stop in (2, 3):  # within the first epoch, and at its end: the next one thaws a block
+    for stop in (2, 3):  # the next step thaws the second of three blocks; of two, and a new epoch begins
         killed = context_in(tmp_path / f"killed-{stop}", stop)
         with pytest.raises(Stopped):
             trained(base, one, chosen, killed)
@@ -178,8 +189,11 @@ def test_a_killed_run_ends_with_the_same_bytes(dials: dict[str, Any], base: toy_
     assert all(torch.equal(done[name], expected[name]) for name in expected), "a finished run is only loaded"
 
 
-def test_unfreezing_reaches_one_block_more_in_each_epoch(base: toy_tasks.Base, context: StageContext) -> None:
-    dials = toy_tasks.params(unfreeze=True, epochs=2)
+def test_unfreezing_reaches_a_block_when_its_share_of_the_run_begins(
+    base: toy_tasks.Base, context: StageContext
+) -> None:
+    """Two steps of three blocks: the second lies in the second third, the last third begins after it."""
+    dials = toy_tasks.params(tuning={"unfreeze": True}, epochs=2)
     before = {name: value.clone() for name, value in toy_tasks.load(base, dials, context).named_parameters()}
     model = trained(base, toy_tasks.task("classification", base.special, 8), dials, context)
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
@@ -223,7 +237,7 @@ def test_with_a_frozen_body_a_step_is_at_least_five_times_as_fast(tmp_path: Path
 
 def test_a_lower_block_moves_by_less(base: toy_tasks.Base, context: StageContext) -> None:
     """Adam's first step is the rate itself, wherever there is a gradient."""
-    dials = toy_tasks.params(layer_decay=0.5, weight_decay=0.0, epochs=1)
+    dials = toy_tasks.params(tuning={"layer_decay": 0.5}, weight_decay=0.0, epochs=1)
     before = {name: value.clone() for name, value in toy_tasks.load(base, dials, context).named_parameters()}
     model = trained(base, toy_tasks.task("classification", base.special, 8), dials, context)
     for layer, rate in ((2, 2e-3), (1, 1e-3), (0, 5e-4)):

@@ -152,17 +152,41 @@ def test_the_saved_model_is_that_of_the_median_seed(inputs: dict[str, Path], tmp
     one = one._replace(test=one.train[:4], validation=one.train[:4])
     right, wrong = [[1.0, 0.0], [0.0, 1.0]] * 2, [[0.0, 1.0], [1.0, 0.0]] * 2
     half = [[1.0, 0.0]] * 4
-    runs = [Run(said, said, 0.0, 1, 1, None) for said in (right, wrong, half)]
+    runs = [Run(said, said, [], 0.0, 1, 1.0, 1, None) for said in (right, wrong, half)]
     texts = [example._replace(parts=(str(example.label),)) for example in one.train]
     judged = task_evaluation.judge(one._replace(train=texts, train_all=texts, test=texts[:4]), {"": runs})
     assert judged.chosen == 2 and judged.metrics["score"] == judged.metrics["score_of_model"] == 0.5
+    assert "merge_delta" not in judged.metrics
+
+    lost = [run._replace(merged=wrong) for run in runs]  # the kept model was right in two of four
+    judged = task_evaluation.judge(one._replace(train=texts, train_all=texts, test=texts[:4]), {"": lost})
+    assert judged.metrics["merge_delta"] == -0.5
+
+
+@pytest.mark.parametrize(("method", "least", "most"), [("lora", 0.0, 1e-5), ("qlora", 1e-5, 0.1)])
+def test_adapters_are_merged_and_what_that_costs_is_told(
+    method: str, least: float, most: float, inputs: dict[str, Path], tmp_path: Path, context: StageContext
+) -> None:
+    """In fp32 merging changes nothing but rounding; the base in 4 bits is another than the one merged into."""
+    metrics = run(inputs, tmp_path / "out", context, tasks=("kind",), method=method, ablations=("random",))
+    ended = json.loads((context.work / "runs/kind/run.json").read_text())
+    rights = [sum((row[1] > row[0]) == n % 2 for n, row in enumerate(ended[key])) / 12 for key in ("merged", "test")]
+    assert metrics["kind/merge_delta"] == pytest.approx(rights[0] - rights[1])
+    pairs = zip(sum(ended["test"], []), sum(ended["merged"], []), strict=True)
+    assert least <= max(abs(one - other) for one, other in pairs) < most
+    assert json.loads((context.work / "runs/kind-random/run.json").read_text())["merged"] == []
+    assert metrics["trained_share"] < 0.2, "what is packed in 4 bits counts as what it stands for"
 
 
 @pytest.mark.parametrize(
     ("changed", "kind", "told"),
     [
         ({"tasks": ("absent",)}, ArtifactError, "absent"),
-        ({"trained_layers": 3, "method": "last_n"}, ParamsError, r"trained_layers \(task close\): 3; the base model has"),
+        (
+            {"tuning": {"layers": 3}, "method": "last_n"},
+            ParamsError,
+            r"tuning.layers \(task close\): 3; the base",
+        ),
         ({"transferred_layers": 5}, ParamsError, r"transferred_layers \(task close\): 5; the base model has 2 blocks"),
     ],
 )

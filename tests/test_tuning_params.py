@@ -13,7 +13,7 @@ from pipelines.core.params import whole
 from pipelines.core.params.tuning import Tuning
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("pretrain", "sft", "reward", "ppo", "dpo")
+STAGES = ("pretrain", "sft", "reward", "ppo", "dpo", "transfer")
 
 
 def load(place: Path, stage: str, **changes: Any) -> Tuning:
@@ -29,7 +29,7 @@ def test_left_out_or_empty_means_the_same(stage: str, tmp_path: Path) -> None:
     known = load(tmp_path, stage)
     assert known == load(tmp_path, stage, tuning=dict.fromkeys(("lora_alpha", "layers", "unfreeze", "optimizer")))
     assert all(value is None for _, value in known.tuning) and known.lora_alpha == 2 * known.lora_rank
-    assert load(tmp_path, stage, tuning={"lora_alpha": 5}).lora_alpha == 5
+    assert load(tmp_path, stage, method="lora", tuning={"lora_alpha": 5}).lora_alpha == 5
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,13 @@ def test_methods_a_stage_does_not_have(stage: str, method: str, accepted: str, t
         ("ppo", "lora", {"optimizer": "adamw8bit"}, "accepted: adamw (found 'adamw8bit')"),
         ("dpo", "lora", {"lora_dropout": 0.1}, "dpo never drops anything"),
         ("sft", "last_n", {"layers": 1, "unfreeze": True}, "accepted: layers of 2 or more"),
+        (
+            "transfer",
+            "head",
+            {"layer_decay": 0.9},
+            "tuning.layer_decay: method head does not use it",
+        ),
+        ("transfer", "last_n", {"layers": 19}, "tuning.layers (19) must be at most transferred_layers (18)"),
         ("sft", "lora", {"lora_init": "eva"}, "sft.tuning.lora_init: Input should be 'default', 'gaussian'"),
         ("sft", "lora", {"lora_targets": []}, "sft.tuning.lora_targets"),
         ("sft", "lora", {"lora_rnk": 2}, "sft.tuning.lora_rnk: no such key; accepted here: layer_decay, layers"),

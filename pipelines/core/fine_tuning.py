@@ -5,6 +5,7 @@ Paper: Dettmers et al., "QLoRA" (2023).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +32,44 @@ def load(place: Path, params: Tuning, longest: int, context: StageContext) -> An
         ArtifactError: no causal language model, or one whose logits are more than states x output embedding.
         ParamsError: a dial that this model or machine cannot follow.
     """
-    kind = attention.choose(context.device, longest)
-    if params.method == "qlora":
-        model = _in_4_bits(place, kind, context)
-    else:
-        model = language_models.load(str(place), context.dtype if params.adapted else torch.float32, kind)
+    model = read(place, params.method, longest, context.dtype if params.adapted else torch.float32, context)
     language_models.body_and_head(model)
     return tuning.prepare(model, params, context).to(context.device)
 
 
-def merged(model: Any, place: Path, params: Tuning, context: StageContext) -> Any:
-    """A plain model in the context's type, with what was trained in it.
+def read(place: Path, method: Method, longest: int, dtype: torch.dtype, context: StageContext) -> Any:
+    """The model of a Hugging Face directory as it is: its linear layers in 4 bits for method qlora, else in `dtype`.
 
-    Adapters over a 4-bit base are merged into the base as it was before it was quantised: rounding the sum to
-    4 bits again would lose most of what was learned, which is smaller than the steps of the grid.
+    Raises:
+        ArtifactError: no causal language model.
     """
-    if params.method == "qlora":
-        state = training.trained_state(model)
-        model = load(place, params.model_copy(update={"method": "lora"}), attention.LONGEST, context)
-        training.load_trained_state(model, state)
+    kind = attention.choose(context.device, longest)
+    if method == "qlora":
+        return _in_4_bits(place, kind, context)
+    return language_models.load(str(place), dtype, kind)
+
+
+def merged(model: Any, place: Path, params: Tuning, context: StageContext) -> Any:
+    """A plain model in the context's type, with what was trained in it."""
+    whole = params.model_copy(update={"method": "lora"})
+    model = unpacked(model, params.method, lambda: load(place, whole, attention.LONGEST, context))
     plain = model.merge_and_unload() if params.adapted else model
     return plain.to(context.dtype)
+
+
+def unpacked(model: Any, method: Method, again: Callable[[], Any]) -> Any:
+    """The model to merge: adapters over a 4-bit base move to the base as it was before it was quantised.
+
+    Rounding the sum to 4 bits again would lose most of what was learned, which is smaller than the steps of the grid.
+
+    Args:
+        again: makes the same model with method lora.
+    """
+    if method != "qlora":
+        return model
+    exact = again()
+    training.load_trained_state(exact, training.trained_state(model))
+    return exact
 
 
 def save(model: Any, base: Path, params: Tuning, tokenizer: Any, place: Path, context: StageContext) -> Any:

@@ -20,13 +20,6 @@ COMPARED = {
     "no_auxiliary": "without the auxiliary loss",
     "random": "without pre-training",
 }
-HOW = {
-    "full": "all weights",
-    "head": "the linear head on a frozen body",
-    "last_n": "the top blocks, the final norm and the head",
-    "lora": "adapters on every linear layer, merged, and the head",
-    "qlora": "adapters over the base in 4 bits, merged into the base as it was before, and the head",
-}
 
 
 def example(task: Task, tokenizer: object) -> str:
@@ -68,11 +61,13 @@ def card(params: TransferParams, task: Task, metrics: Mapping[str, float], param
     score = "Pearson's correlation" if task.regression else "accuracy"
     rows = [f"| this model | {metrics['score']:.3f} ({metrics['score_low']:.3f} to {metrics['score_high']:.3f}) |"]
     rows += [f"| {told} | {metrics[key]:.3f} |" for key, told in COMPARED.items() if key in metrics]
+    how = {"full": "all weights", "head": "the linear head on a frozen body"}
+    trained = how.get(params.method, f"{params.words()}, and the head")
     listed = f"Labels: {', '.join(task.labels)}.\n\n" if task.labels else ""
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-classification\n---\n\n"
         f"# sluice-transfer-{task.name}\n\nA {task.kind} model, {parameters / 1e6:.1f} million parameters, fine-tuned "
-        f"from the pre-trained model as GPT-1 was: {HOW[params.method]}, on {len(task.train):,} examples; weight of "
+        f"from the pre-trained model as GPT-1 was: {trained}, on {len(task.train):,} examples; weight of "
         f"the auxiliary language-model loss {params.auxiliary:g}. Columns: {', '.join(task.columns)}; `task.json` says "
         f"how they become its input.\n\n{listed}"
         f"| {score} on {len(task.test):,} held-out examples | |\n| --- | --- |\n" + "\n".join(rows) + "\n\n"

@@ -77,6 +77,9 @@ def judge(task: Task, runs: Mapping[str, Sequence[Run]], untrained: Sequence[flo
     metrics |= {"score_low": low, "score_high": high}
     if len(every) > 1:
         metrics["score_of_model"] = estimate
+    if main[chosen].merged:  # what merging the adapters cost the model that is kept
+        after = _score(task, task.test, answers(task, main[chosen].merged))
+        metrics["merge_delta"] = after - _score(task, task.test, kept)
     metrics |= {name: _score(task, task.test, Answers(given, None)) for name, given in simple.items()}
     metrics |= {
         name: float(np.median([_score(task, task.test, one) for one in of_seeds]))

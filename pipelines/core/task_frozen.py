@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipelines.core import k_way, segments, task_layers
+from pipelines.core import k_way, segments, tuning
 from pipelines.core.context import StageContext
 from pipelines.core.task_model import TaskModel, at_extract
 
@@ -46,7 +46,7 @@ def frozen_states(
     `tell(done, total)` is called after each pass, in examples. The model is left in evaluation mode.
     """
     model.eval()
-    every = task_layers.blocks(model.lm)
+    every = tuning.blocks(model.lm)
     trained = sum(any(value.requires_grad for value in block.parameters()) for block in every)
     number = len(every) - trained
     found: dict[int, torch.Tensor] = {}
@@ -82,7 +82,7 @@ def forward_from(model: TaskModel, batch: k_way.Responses, frozen: Frozen, conte
     hidden = hidden.to(context.device)
     if model.method == "head":
         return hidden
-    with _replayed(list(task_layers.blocks(model.lm)), frozen, hidden):
+    with _replayed(tuning.blocks(model.lm), frozen, hidden):
         return segments.hidden_states(model.lm, batch.rows, context)
 
 

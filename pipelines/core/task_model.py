@@ -1,13 +1,12 @@
 """A language model with a linear head for one task: GPT-1, section 3.2 and 3.3.
 
 The last token of every sequence is `extract`; its last hidden state h goes through W_y, which has no bias (equation
-3). What of the model is trained is `method`: `full`: all weights. `head`: W_y alone. `last_n`: the top blocks, the
-final norm and W_y. `lora`, `qlora`: adapters on every linear layer of the blocks, W_y, and the three tokens' input
-embeddings. What is trained is fp32, what is frozen in the compute type.
+3). What of the model is trained is `method` and `tuning` (`core/tuning.py`), and always W_y; with adapters the three
+tokens' input embeddings as well. What is trained is fp32, what is frozen in the compute type.
 
 `head` and `last_n` keep the three tokens' embeddings as they begin: what lies below is computed once, so nothing
 there can be learned. With adapters, the output embeddings of the three tokens stay as they begin: only the auxiliary
-loss reads them. With `unfreeze` the embeddings are learned after the bottom block, if there are so many epochs.
+loss reads them.
 """
 
 from __future__ import annotations
@@ -15,20 +14,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipelines.core import attention, fine_tuning, k_way, language_models, segments, task_layers, task_sequences
+from pipelines.core import fine_tuning, k_way, language_models, segments, task_sequences, tuning
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError, ParamsError
-from pipelines.core.params.tuning import Tuning
+from pipelines.core.params.tuning import ADAPTERS, Method
 from pipelines.core.task_inputs import Example, Special, Task
 
 if TYPE_CHECKING:
     from pipelines.core.params.transfer import TransferParams
 
-Method = Literal["full", "head", "last_n", "lora", "qlora"]
+BETAS = (0.9, 0.999)  # of GPT-1's published fine-tuning code
 DEVIATION = 0.02  # of new weights: GPT-1, section 4.1
 PAPER_LR, PAPER_WIDTH = 6.25e-5, 768  # GPT-1, section 4.1
 PROBE_LR = 1e-3  # Adam's default: W_y alone has a convex problem, and the paper's rate hardly moves it
@@ -49,6 +48,11 @@ class TaskModel(torch.nn.Module):
         self.special_ids: tuple[int, ...] = ()
         self.again: Callable[[Method], TaskModel] | None = None
 
+    @property
+    def config(self) -> Any:
+        """The language model's, by which `tuning` finds the blocks."""
+        return tuning.inner(self.lm).config
+
     def learn_special(self, ids: tuple[int, ...], drawn: torch.Tensor) -> None:
         """From now on the input embeddings of the tokens `ids` are the rows of a parameter that begins as `drawn`."""
         self.special_ids, self.special = ids, torch.nn.Parameter(drawn)
@@ -59,7 +63,7 @@ class TaskModel(torch.nn.Module):
                 output = torch.where((inputs[0] == token)[..., None], self.special[row].to(output.dtype), output)
             return output
 
-        task_layers.inner(self.lm).get_input_embeddings().register_forward_hook(replaced)
+        tuning.inner(self.lm).get_input_embeddings().register_forward_hook(replaced)
 
 
 def outputs_of(task: Task) -> int:
@@ -70,7 +74,7 @@ def outputs_of(task: Task) -> int:
 def learning_rate(width: int, method: Method) -> float:
     """Peak rate: the paper's at its width, in inverse proportion to the width; ten times that for adapters."""
     paper = PROBE_LR if method == "head" else PAPER_LR
-    return paper * PAPER_WIDTH / width * (fine_tuning.LORA_FACTOR if method in ("lora", "qlora") else 1.0)
+    return paper * PAPER_WIDTH / width * (fine_tuning.LORA_FACTOR if method in ADAPTERS else 1.0)
 
 
 def load(
@@ -94,13 +98,15 @@ def load(
 
     Raises:
         ArtifactError: no causal language model, one without a classifier in transformers, or another tokenizer's.
-        ParamsError: more layers or a longer context are asked for than there are.
+        ParamsError: more layers or a longer context are asked for than there are, or a dial of `tuning` that the model
+            cannot follow.
     """
 
     def make(method: Method) -> TaskModel:
-        return _made(place, tokenizer, special, params, outputs, seed, context, method, random)
+        changed = params.model_copy(update={"method": method})
+        return _made(place, tokenizer, special, changed, outputs, seed, context, random)
 
-    model = make("full" if random and params.method in ("lora", "qlora") else params.method)
+    model = make("full" if random and params.adapted else params.method)
     model.again = make
     return model
 
@@ -113,65 +119,78 @@ def _made(
     outputs: int,
     seed: int,
     context: StageContext,
-    method: Method,
     random: bool,
 ) -> TaskModel:
     torch.manual_seed(seed)
-    lm = _language_model(place, params, context, method)
+    longest = max(k_way.ROW_TOKENS, params.max_length)
+    dtype = torch.float32 if params.method == "full" else context.dtype
+    lm = fine_tuning.read(place, params.method, longest, dtype, context)
     if random:
         from transformers import AutoModelForCausalLM
 
         kind = lm.config._attn_implementation
         lm = AutoModelForCausalLM.from_config(lm.config, dtype=lm.dtype, attn_implementation=kind)
-    plain = task_layers.inner(lm)
-    width, room = plain.config.hidden_size, getattr(plain.config, "max_position_embeddings", None)
+    width, room = lm.config.hidden_size, getattr(lm.config, "max_position_embeddings", None)
     if room and params.max_length > room:
         raise ParamsError(f"transfer.max_length: {params.max_length} tokens; the base model's context is {room}")
-    task_layers.keep_first(lm, params.transferred_layers)
-    language_models.fit_vocabulary(plain, tokenizer)
-    _, output = language_models.body_and_head(plain)
-    classifier(plain.config, outputs, torch.float32, "meta")  # refused now if it cannot be saved
+    keep_first(lm, params.transferred_layers)
+    language_models.fit_vocabulary(lm, tokenizer)
+    _, output = language_models.body_and_head(lm)
+    classifier(lm.config, outputs, torch.float32, "meta")  # refused now if it cannot be saved
 
     # The same numbers whatever the method and the size of the vocabulary.
     generator = torch.Generator().manual_seed(seed)
     head, drawn = (torch.randn(rows, width, generator=generator) * DEVIATION for rows in (outputs, len(special)))
     score = torch.nn.Linear(width, outputs, bias=False)
-    read = plain.get_input_embeddings().weight
-    known = list(task_sequences.stand_ins(tokenizer))
+    read = lm.get_input_embeddings().weight
+    known = list(task_sequences.stand_ins(tokenizer)) if params.special_tokens == "known" else None
     with torch.no_grad():
         score.weight.copy_(head)
         for weight in (read, output):
-            weight[list(special)] = drawn.to(weight) if params.special_tokens == "drawn" else weight[known]
+            weight[list(special)] = drawn.to(weight) if known is None else weight[known]
         tokens = read[list(special)].float()
-    model = TaskModel(lm, score, method, params.dropout, seed, pad_id(tokenizer))
-    _choose(model, params, special, tokens)
+    torch.manual_seed(seed)  # adapters do not depend on the vocabulary either
+    lm = _prepared(lm, params, context)
+    model = TaskModel(lm, score, params.method, params.dropout, seed, pad_id(tokenizer))
+    if params.adapted:
+        model.learn_special(tuple(special), tokens)
     return model.to(context.device)
 
 
-def _language_model(place: Path, params: TransferParams, context: StageContext, method: Method) -> Any:
-    """The pre-trained model, with adapters where the method has them; frozen weights in the compute type."""
-    longest = max(k_way.ROW_TOKENS, params.max_length)
-    if method in ("lora", "qlora"):
-        return fine_tuning.load(place, Tuning(method=method, lora_rank=params.lora_rank), longest, context)
-    kind = attention.choose(context.device, longest)
-    return language_models.load(str(place), torch.float32 if method == "full" else context.dtype, kind)
+def _prepared(lm: Any, params: TransferParams, context: StageContext) -> Any:
+    """The model, what is not trained frozen; what is trained in fp32, also the top of a model in the compute type."""
+    lm = tuning.prepare(lm, params, context)
+    for value in lm.parameters():
+        if value.requires_grad:
+            value.data = value.data.float()
+    plain = tuning.inner(lm)
+    entry, output = plain.get_input_embeddings(), plain.get_output_embeddings()
+    if params.method == "full" and output.weight is not entry.weight:
+        output.requires_grad_(params.auxiliary > 0)  # nothing else reads it
+    return lm
 
 
-def _choose(model: TaskModel, params: TransferParams, special: Special, tokens: torch.Tensor) -> None:
-    """Say what is trained."""
-    plain = task_layers.inner(model.lm)
-    embeddings = (plain.get_input_embeddings(), plain.get_output_embeddings())
-    if model.method in ("lora", "qlora"):
-        for part in embeddings:  # a resized one is a new one
-            part.requires_grad_(False)
-        model.learn_special(tuple(special), tokens.clone())
+def keep_first(lm: Any, count: int | None) -> None:
+    """Drop all blocks but the first `count` (None: keep all); figure 2 of GPT-1.
+
+    Raises:
+        ArtifactError: the architecture has no list of its blocks.
+        ParamsError: the model has fewer.
+    """
+    if count is None:
         return
-    model.lm.requires_grad_(model.method == "full")
-    if model.method == "last_n":
-        for part in (*task_layers.top(model.lm, params.trained_layers), task_layers.final_norm(model.lm)):
-            part.float().requires_grad_(True)
-    if model.method == "full" and embeddings[1].weight is not embeddings[0].weight:
-        embeddings[1].requires_grad_(params.auxiliary > 0)  # nothing else reads it
+    every, config = tuning.stack(lm), lm.config
+    if every is None:
+        raise ArtifactError(
+            f"architecture {config.model_type}: no list of its {config.num_hidden_layers} blocks is found; set "
+            "transfer.transferred_layers: null, or choose another, for example llama, gpt2, qwen3, mistral"
+        )
+    if count > len(every):
+        raise ParamsError(f"transfer.transferred_layers: {count}; the base model has {len(every)} (null: all of them)")
+    del every[count:]
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:count]
 
 
 def encode(example: Example) -> segments.Sequence:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipelines.core import artifacts, distributed, k_way, task_model, task_saved, task_training
+from pipelines.core import artifacts, distributed, k_way, task_model, task_saved, task_training, tuning
 from pipelines.core.checkpoint import Checkpoints
 from pipelines.core.context import StageContext
 from pipelines.core.task_inputs import Special, Task
@@ -45,8 +45,10 @@ class Run(NamedTuple):
 
     test: list[list[float]]  # logits of each test example
     validation: list[list[float]]  # the same of the validation side; empty where there is one seed
+    merged: list[list[float]]  # what the saved model says of the test side, adapters merged; empty without adapters
     seconds: float  # of training
     trained: int  # parameters that were trained
+    share: float  # of all parameters
     parameters: int
     model: Path | None  # where it lies, if it was saved
 
@@ -67,7 +69,9 @@ def variants(params: TransferParams, layers: int) -> Iterator[Variant]:
     if "layers" in params.ablations:
         whole = params.transferred_layers or layers
         for kept in sorted({max(1, whole * part // 4) for part in (1, 2, 3)} - {whole}):
-            changes = {"transferred_layers": kept, "trained_layers": min(params.trained_layers, kept)}
+            changes: dict[str, Any] = {"transferred_layers": kept}
+            if trained := params.tuning.layers:
+                changes["tuning"] = params.tuning.model_copy(update={"layers": min(trained, kept)})
             yield Variant(f"layers_{kept}", changes)
 
 
@@ -101,7 +105,7 @@ def _train(
     changed = params.model_copy(update=variant.changes)
     asked = (changed, task_model.outputs_of(task), params.seed + number, context, variant.random)
     model = task_model.load(base.place, base.tokenizer, base.special, *asked)
-    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    trained = tuning.report(model)
     known, began = len(context.history), time.perf_counter()
     checkpoints = Checkpoints(
         _checkpoints(context, name), context.fingerprint, params.checkpoint_steps, params.checkpoint_seconds
@@ -110,7 +114,8 @@ def _train(
     rows = [row for row in context.history[known:] if any(key.startswith(f"{name}_") for key in row)]
     return {
         "model": model,
-        "trained": trained,
+        "trained": trained.parameters,
+        "share": trained.share,
         "parameters": sum(value.numel() for value in model.parameters()),
         "seconds": time.perf_counter() - began,
         "history": rows,
@@ -128,13 +133,18 @@ def _keep(
     context: StageContext,
 ) -> None:
     """Write what the run is asked for later: its answers before its model, whose adapters are merged in place."""
-    model = made.pop("model")
-    tell = k_way.teller(context, f"{made.pop('name')} after training")
+    model, name = made.pop("model"), made.pop("name")
+    tell = k_way.teller(context, f"{name} after training")
     for split in ("validation", "test"):
         asked = getattr(task, split) if split == "test" or params.seeds > 1 else []
         made[split] = task_training.predict(model, task.kind, asked, context, tell)
+    made["merged"] = []
     if wanted:
         task_saved.save(model, base.tokenizer, task, params.max_length, draft / "model", context)
+        if params.adapted:  # the sum is rounded to the compute type; over 4 bits, the base becomes another one as well
+            saved = task_saved.load_saved(draft / "model", context).model
+            tell = k_way.teller(context, f"{name} merged")
+            made["merged"] = task_training.predict(saved, task.kind, task.test, context, tell)
     artifacts.write_json(draft / "run.json", made)
 
 

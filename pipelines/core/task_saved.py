@@ -7,14 +7,16 @@ Beside it `task.json` says how text becomes its input: {"task", "kind", "labels"
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from pipelines.core import artifacts, attention, k_way, task_layers, training
+from pipelines.core import artifacts, attention, fine_tuning, k_way, tuning
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
+from pipelines.core.params.tuning import ADAPTERS
 from pipelines.core.task_inputs import Task
 from pipelines.core.task_model import TaskModel, classifier, pad_id
 
@@ -33,10 +35,10 @@ def save(model: TaskModel, tokenizer: Any, task: Task, max_length: int, place: P
     """Write the classifier in the compute type, adapters merged and dropped blocks gone, with its tokenizer.
 
     A model with adapters is used up: they are merged in place. Adapters over a 4-bit base are merged into the base as
-    it was before it was quantised (see `fine_tuning.merged`).
+    it was before it was quantised (see `fine_tuning.unpacked`).
     """
     model = _merged(model)
-    plain = task_layers.inner(model.lm)
+    plain = tuning.inner(model.lm)
     outputs = model.score.weight.shape[0]
     whole = classifier(plain.config, outputs, context.dtype, "cpu")
     whole.base_model.load_state_dict(plain.base_model.state_dict())  # copied into the compute type
@@ -84,15 +86,12 @@ def load_saved(place: Path, context: StageContext) -> Saved:
 
 def _merged(model: TaskModel) -> TaskModel:
     """The model without adapters, its special tokens' embeddings in their place."""
-    if model.method == "qlora":
-        assert model.again is not None
-        state = training.trained_state(model)
-        model = model.again("lora")
-        training.load_trained_state(model, state)
-    if model.method != "lora":
+    if model.method not in ADAPTERS:
         return model
-    plain = model.lm.merge_and_unload()
+    assert model.again is not None
+    model = fine_tuning.unpacked(model, model.method, partial(model.again, "lora"))
     assert model.special is not None
+    plain = model.lm.merge_and_unload()
     with torch.no_grad():
         weight = plain.get_input_embeddings().weight
         weight[list(model.special_ids)] = model.special.to(weight)

@@ -15,14 +15,14 @@ from pipelines.core import (
     reward_examples,
     segments,
     task_frozen,
-    task_layers,
     task_objective,
     training,
+    tuning,
 )
 from pipelines.core.checkpoint import Checkpoints
 from pipelines.core.context import StageContext
 from pipelines.core.task_inputs import Example, Kind, Task
-from pipelines.core.task_model import TaskModel, at_extract, encode, head_logits, learning_rate, logits
+from pipelines.core.task_model import BETAS, TaskModel, at_extract, encode, head_logits, learning_rate, logits
 
 if TYPE_CHECKING:
     from pipelines.core.params.transfer import TransferParams
@@ -60,9 +60,8 @@ def train(
     # 1. The optimizer, and where a killed run had got to.
     steps = steps_of(task, params)
     an_epoch = steps // params.epochs
-    peak = params.lr or learning_rate(task_layers.inner(model.lm).config.hidden_size, model.method)
-    groups = task_layers.groups(model, peak, params.weight_decay, params.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=task_layers.BETAS, fused=True)
+    peak = params.lr or learning_rate(model.config.hidden_size, model.method)
+    optimizer = training.optimizer(model, params, peak, params.weight_decay, BETAS)
     state = distributed.from_leader(context.world, checkpoints.newest) or {"step": 0}
 
     # 2. What is learned from: examples, or the frozen part's answer to them.
@@ -75,17 +74,13 @@ def train(
 
     torch.manual_seed(model.seed)  # dropout's: what was drawn before, such as for another run, plays no part
     if state["step"]:
-        if params.unfreeze:  # a checkpoint holds what its own epoch trained
-            task_layers.thaw(optimizer, (state["step"] - 1) // an_epoch)
         _resume(model, optimizer, state, context, f"{name}: resuming after step {state['step']} of {steps}")
     model.train()
     for step in range(state["step"], steps):
-        if params.unfreeze:
-            task_layers.thaw(optimizer, step // an_epoch)
-
         # 3. Gradients of L3, accumulated over forward passes; each example of the step weighs the same.
         numbers = reward_examples.drawn(model.seed, step, an_epoch, len(task.train))
-        told = _gradients(task, model, numbers, sequences, frozen, params, context)
+        with tuning.unfreezing(model, params, step, steps):
+            told = _gradients(task, model, numbers, sequences, frozen, params, context)
 
         # 4. Clip, update at the rate of this step.
         lr = peak * linear_with_warmup(step, steps, params.warmup_share)
@@ -102,7 +97,6 @@ def train(
             _keep(model, optimizer, step + 1, checkpoints, context)
         if stop:
             context.stop_if_asked()
-    task_layers.thaw(optimizer, None)
 
 
 def _resume(
@@ -139,7 +133,7 @@ def _gradients(
     world, chosen = context.world, [sequences[number] for number in numbers]
     here = frozen and frozen._replace(sequences=chosen, states=[frozen.states[number] for number in numbers])
     tokens = sum(label != segments.UNSUPERVISED for one in chosen for label in one.labels)
-    head = language_models.body_and_head(task_layers.inner(model.lm))[1] if params.auxiliary else None
+    head = language_models.body_and_head(tuning.inner(model.lm))[1] if params.auxiliary else None
     loss = language = right = 0.0
     for batch, weight in world.share(k_way.batches(chosen, params.micro_tokens, model.pad)):
         hidden = hidden_states(model, batch, here, context)

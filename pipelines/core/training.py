@@ -35,7 +35,9 @@ def adamw(parameters: Iterable[torch.Tensor], lr: float, weight_decay: float, ep
     return torch.optim.AdamW(tuning.decayed(parameters, weight_decay), lr=lr, betas=BETAS, eps=eps, fused=True)
 
 
-def optimizer(model: Any, params: Tuning, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def optimizer(
+    model: Any, params: Tuning, lr: float, weight_decay: float, betas: tuple[float, float] = BETAS
+) -> torch.optim.Optimizer:
     """AdamW over what the model trains, at the rates that `params.tuning` gives; its moments paged and in 8 bits
     under `optimizer: adamw8bit` (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022).
     """
@@ -43,9 +45,9 @@ def optimizer(model: Any, params: Tuning, lr: float, weight_decay: float) -> tor
     if params.tuning.optimizer == "adamw8bit":
         from bitsandbytes.optim import PagedAdamW8bit
 
-        paged: torch.optim.Optimizer = PagedAdamW8bit(groups, lr=lr, betas=BETAS)
+        paged: torch.optim.Optimizer = PagedAdamW8bit(groups, lr=lr, betas=betas)
         return paged
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def update(

@@ -80,10 +80,16 @@ def inner(model: Any) -> Any:
 
 def blocks(model: Any) -> list[Any]:
     """The transformer's blocks, from the bottom; empty where the architecture has no list of them."""
+    found = stack(model)
+    return [] if found is None else list(found)
+
+
+def stack(model: Any) -> torch.nn.ModuleList | None:
+    """The module that holds the blocks, if there is one."""
     inside = inner(model)
     layers = inside.config.num_hidden_layers
     lists = (part for part in inside.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == layers)
-    return list(next(lists, []))
+    return next(lists, None)
 
 
 def groups(model: Any, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:

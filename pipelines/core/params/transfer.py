@@ -6,22 +6,18 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pipelines.core.params.section import Section, Share
+from pipelines.core.params.section import Share
+from pipelines.core.params.tuning import Tuning
 
 SHARED = ("seed", "tasks", "per_task", "seeds", "ablations", "checkpoint_steps", "checkpoint_seconds", "samples")
 
 
-class TransferParams(Section):
+class TransferParams(Tuning):
     """Stage `transfer`."""
 
     seed: int = Field(ge=0)
     tasks: tuple[str, ...] = Field(description="tasks to learn; empty: all tables of the data")
-    method: Literal["full", "head", "last_n", "lora", "qlora"]
-    lora_rank: int = Field(ge=1, le=1024)
-    trained_layers: int = Field(ge=1, description="method last_n: how many of the top blocks are trained")
     transferred_layers: int | None = Field(ge=1, description="keep the first so many blocks of the base; null: all")
-    unfreeze: bool = Field(description="methods full, last_n: the top block first, one more in each epoch")
-    layer_decay: float = Field(gt=0.0, le=1.0, description="methods full, last_n: rate of a block to that above it")
     auxiliary: float = Field(lt=float("inf"), description="weight of the language-model loss; 0: none")
     special_tokens: Literal["known", "drawn"] = Field(
         description="embeddings of start, delimiter and extract begin as known tokens' (document, newline), or drawn"
@@ -57,16 +53,10 @@ class TransferParams(Section):
     def _arithmetic(self) -> TransferParams:
         if self.auxiliary > 0 and self.method == "head":
             raise ValueError(f"auxiliary ({self.auxiliary}): head trains no language model: set transfer.auxiliary: 0")
-        by_layer = self.unfreeze or self.layer_decay != 1.0
-        if by_layer and self.method not in ("full", "last_n"):
+        kept, trained = self.transferred_layers, self.tuning.layers  # only method last_n has the latter
+        if kept is not None and trained is not None and trained > kept:
             raise ValueError(
-                f"unfreeze and layer_decay: method {self.method} has no blocks to tell apart; "
-                "set transfer.unfreeze: false and transfer.layer_decay: 1.0, or method: full or last_n"
-            )
-        kept = self.transferred_layers
-        if self.method == "last_n" and kept is not None and self.trained_layers > kept:
-            raise ValueError(
-                f"trained_layers ({self.trained_layers}) must be at most transferred_layers ({kept}), which are kept"
+                f"tuning.layers ({trained}) must be at most transferred_layers ({kept}), the blocks that are kept"
             )
         if "auxiliary" in self.ablations and self.auxiliary == 0:
             raise ValueError("ablations: auxiliary leaves out the language-model loss; transfer.auxiliary is 0 already")
