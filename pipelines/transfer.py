@@ -1,4 +1,4 @@
-"""Stage `transfer`: the pre-trained model fine-tuned on labelled tasks, one model a task.
+"""Stage `transfer`: the pre-trained model fine-tuned on labelled tasks, one model a task, or one for all (`mixing`).
 
 In: `data` (tables `tasks/NAME`), `pretrain` (the model). Out: `models/NAME/` (a Hugging Face classifier, its
 tokenizer, `task.json`, a card), `history.csv`, `evaluation.parquet` (one row a held-out example of any task: the score
@@ -73,14 +73,16 @@ def run(params: TransferParams, inputs: dict[str, Path], outputs: Path, context:
         context.say("the data have no labelled task (a source with table: tasks and task: NAME): nothing to fine-tune")
         return {"tasks": 0.0}
 
-    # 2. Fine-tune: each task, each variant, each seed; what has ended is not made again after a kill.
-    ended: list[dict[str, list[Run]]] = []
-    for task in tasks:
-        ended.append({})
-        for variant in variants[task.name]:
-            seeds = range(params.seeds)
-            asked = (params.of(task.name), base, context)
-            ended[-1][variant.name] = [task_runs.run(task, variant, n, *asked) for n in seeds]
+    # 2. Fine-tune: each task or all in one model, each variant, each seed; what has ended is not made again.
+    ended: list[dict[str, list[Run]]] = [{} for _ in tasks]
+    numbers = range(len(tasks))
+    for together in [list(numbers)] if params.mixing else [[number] for number in numbers]:
+        learned = [tasks[number] for number in together]
+        asked = (params.of(learned[0].name), base, context)
+        for variant in variants[learned[0].name]:
+            every = [task_runs.run(learned, variant, n, *asked) for n in range(params.seeds)]
+            for number, of_seeds in zip(together, zip(*every, strict=True), strict=True):
+                ended[number][variant.name] = list(of_seeds)
     if not context.world.leads:
         return {}
     context.write_history(outputs / "history.csv")

@@ -14,6 +14,7 @@ from pipelines.core import (
     k_way,
     packing,
     task_frozen,
+    task_mixture,
     task_model,
     task_objective,
     task_saved,
@@ -168,10 +169,10 @@ def test_what_is_saved_is_what_was_trained(
 ) -> None:
     one = toy_tasks.task(kind, base.special, 6)
     dials = toy_tasks.params(method=method, tuning=finer, transferred_layers=2)
-    model = toy_tasks.load(base, dials, context, task_model.outputs_of(one))
+    model = toy_tasks.load(base, dials, context, task_mixture.outputs_of(one))
     moved(model)
     before = task_training.predict(model, kind, one.train, context, toy_tasks.quiet)
-    task_saved.save(model, base.tokenizer, one, 32, tmp_path, context)
+    task_saved.save(task_saved.merged(model), base.tokenizer, one, 32, tmp_path, context)
 
     plain: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert plain.config.num_hidden_layers == 2 and len(AutoTokenizer.from_pretrained(tmp_path)) == 303
@@ -264,7 +265,7 @@ def test_adapters_over_4_bits_are_merged_into_the_base_as_it_was(
         torch.tensor(task_training.predict(which, "similarity", one.train, context, toy_tasks.quiet))
         for which in (model, plain)
     )
-    task_saved.save(model, base.tokenizer, one, 32, tmp_path, context)
+    task_saved.save(task_saved.merged(model), base.tokenizer, one, 32, tmp_path, context)
     saved = task_saved.load_saved(tmp_path, context).model
     after = torch.tensor(task_training.predict(saved, "similarity", one.train, context, toy_tasks.quiet))
     torch.testing.assert_close(after, expected, rtol=1e-4, atol=2e-5)

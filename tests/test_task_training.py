@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import toy_tasks
 
-from pipelines.core import k_way, reward_examples, task_model, task_training, training
+from pipelines.core import k_way, reward_examples, task_mixture, task_model, task_training, training
 from pipelines.core.checkpoint import Checkpoints
 from pipelines.core.context import StageContext, Stopped
 from pipelines.core.params.transfer import TransferParams
@@ -34,8 +34,8 @@ def checkpoints(context: StageContext, dials: TransferParams) -> Checkpoints:
 def trained(
     base: toy_tasks.Base, one: Task, dials: TransferParams, context: StageContext, **more: Any
 ) -> task_model.TaskModel:
-    model = toy_tasks.load(base, dials, context, task_model.outputs_of(one), **more)
-    task_training.train(one, model, dials, context, checkpoints(context, dials), "toy")
+    model = toy_tasks.load(base, dials, context, task_mixture.outputs_of(one), **more)
+    task_training.train([one], model, dials, context, checkpoints(context, dials), "toy")
     return model
 
 
@@ -65,7 +65,7 @@ def test_the_objective_against_torch(
     expected.backward()  # type: ignore[no-untyped-call]
 
     monkeypatch.setattr(training, "update", lambda *asked: (asked[4], 0.0))
-    task_training.train(one, model, dials, context, checkpoints(context, dials), "toy")
+    task_training.train([one], model, dials, context, checkpoints(context, dials), "toy")
     assert context.history[0]["toy_loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
     assert context.history[0]["toy_language_loss"] == pytest.approx(float(torch.cat(spoken).detach().mean()), rel=1e-5)
     for found, value in zip(model.parameters(), plain.parameters(), strict=True):

@@ -12,9 +12,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import toy_tasks
 from models import tokenizer
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from pipelines import transfer
 from pipelines.core import artifacts, task_evaluation, task_inputs
@@ -169,12 +171,13 @@ def test_adapters_are_merged_and_what_that_costs_is_told(
 ) -> None:
     """In fp32 merging changes nothing but rounding; the base in 4 bits is another than the one merged into."""
     metrics = run(inputs, tmp_path / "out", context, tasks=("kind",), method=method, ablations=("random",))
-    ended = json.loads((context.work / "runs/kind/run.json").read_text())
+    ended = json.loads((context.work / "runs/kind/run.json").read_text())["answers"]["kind"]
     rights = [sum((row[1] > row[0]) == n % 2 for n, row in enumerate(ended[key])) / 12 for key in ("merged", "test")]
     assert metrics["kind/merge_delta"] == pytest.approx(rights[0] - rights[1])
     pairs = zip(sum(ended["test"], []), sum(ended["merged"], []), strict=True)
     assert least <= max(abs(one - other) for one, other in pairs) < most
-    assert json.loads((context.work / "runs/kind-random/run.json").read_text())["merged"] == []
+    plain = json.loads((context.work / "runs/kind-random/run.json").read_text())
+    assert plain["answers"]["kind"]["merged"] == []
     assert metrics["trained_share"] < 0.2, "what is packed in 4 bits counts as what it stands for"
 
 
@@ -248,3 +251,16 @@ def test_dials_of_one_task() -> None:
             toy_tasks.params(per_task=(wrong,))
     with pytest.raises(ValidationError, match=r"task rte is none of transfer.tasks: sst"):
         toy_tasks.params(tasks=("sst",), per_task=({"task": "rte"},))
+
+
+def test_one_model_for_all_tasks(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
+    metrics = run(inputs, tmp_path / "out", context, mixing=2.0, per_task=({"task": "fits", "examples": 12},))
+    assert (metrics["fits/train"], metrics["kind/train"], metrics["tasks"]) == (12, 24, 4)
+    bodies = [
+        {key: value.clone() for key, value in load_file(place).items() if not key.startswith("score")}
+        for place in sorted((tmp_path / "out/models").glob("*/model.safetensors"))
+    ]
+    assert len(bodies) == 4
+    assert all(torch.equal(bodies[0][key], body[key]) for body in bodies for key in bodies[0])
+    steps = {row["step"] for row in context.history}
+    assert len(steps) == 2 + 3 * 3  # an epoch of each, in batches of 8

@@ -18,8 +18,8 @@ DEFAULT: dict[str, Any] = {
     "seed": 1, "tasks": (), "method": "full", "lora_rank": 4, "transferred_layers": None,
     "auxiliary": 0.0, "special_tokens": "drawn", "dropout": 0.1, "examples": None, "eval_examples": None,
     "epochs": 2, "batch_size": 8, "micro_tokens": 128, "max_length": 32, "lr": 2e-3, "warmup_share": 0.002,
-    "weight_decay": 0.01, "clip_norm": 1.0, "seeds": 1, "per_task": (), "ablations": (), "checkpoint_steps": 1000,
-    "checkpoint_seconds": 1e9, "samples": 0,
+    "weight_decay": 0.01, "clip_norm": 1.0, "seeds": 1, "mixing": None, "per_task": (), "ablations": (),
+    "checkpoint_steps": 1000, "checkpoint_seconds": 1e9, "samples": 0,
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from pipelines.core import fine_tuning, k_way, language_models, segments, task_s
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError, ParamsError
 from pipelines.core.params.tuning import ADAPTERS, Method
-from pipelines.core.task_inputs import Example, Special, Task
+from pipelines.core.task_inputs import Example, Special
 
 if TYPE_CHECKING:
     from pipelines.core.params.transfer import TransferParams
@@ -66,11 +66,6 @@ class TaskModel(torch.nn.Module):
         tuning.inner(self.lm).get_input_embeddings().register_forward_hook(replaced)
 
 
-def outputs_of(task: Task) -> int:
-    """Rows of W_y: the classes; one for a choice (a logit a candidate) and for a regression."""
-    return 1 if task.kind == "choice" or task.regression else len(task.labels)
-
-
 def learning_rate(width: int, method: Method) -> float:
     """Peak rate: the paper's at its width, in inverse proportion to the width; ten times that for adapters."""
     paper = PROBE_LR if method == "head" else PAPER_LR
@@ -91,7 +86,7 @@ def load(
 
     Args:
         tokenizer: the base's, with the special tokens added.
-        outputs: see `outputs_of`.
+        outputs: rows of W_y (`task_mixture.rows`).
         seed: of W_y, of the special tokens' embeddings, of adapters and dropout.
         random: the same architecture with random weights: the paper's "without pre-training" (section 5), where all of
             them are trained (`method: full`). Adapters on them would teach nothing: with `lora` all are trained too.

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipelines.core import artifacts, distributed, k_way, task_model, task_saved, task_training, tuning
+from pipelines.core import artifacts, distributed, k_way, task_mixture, task_model, task_saved, task_training, tuning
 from pipelines.core.checkpoint import Checkpoints
 from pipelines.core.context import StageContext
 from pipelines.core.task_inputs import Special, Task
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipelines.core.params.transfer import TransferParams
 
 MAIN = ""
+MIXTURE = "mixture"
 
 
 class Variant(NamedTuple):
@@ -75,42 +76,57 @@ def variants(params: TransferParams, layers: int) -> Iterator[Variant]:
             yield Variant(f"layers_{kept}", changes)
 
 
-def run(task: Task, variant: Variant, number: int, params: TransferParams, base: Base, context: StageContext) -> Run:
-    """Fine-tune, answer, and keep; or what was kept. `number` of the seed, from 0.
+def run(
+    tasks: Sequence[Task], variant: Variant, number: int, params: TransferParams, base: Base, context: StageContext
+) -> list[Run]:
+    """Fine-tune, answer, and keep; or what was kept: for each task.
+
+    Args:
+        tasks: one, or those of a mixture, which share the model.
+        number: of the seed, from 0.
 
     Raises:
         ArtifactError, ParamsError: a model that cannot be trained, a run that diverged.
         Stopped: a signal came; the checkpoint is written.
     """
-    name = "-".join(part for part in (task.name, variant.name, str(number) if number else "") if part)
+    whose = tasks[0].name if len(tasks) == 1 else MIXTURE
+    name = "-".join(part for part in (whose, variant.name, str(number) if number else "") if part)
     place = context.work / "runs" / name
     ended = distributed.from_leader(context.world, lambda: (place / "run.json").exists())
     if not ended:
-        made = _train(task, variant, number, params, base, name, context)
+        made = _train(tasks, variant, number, params, base, name, context)
         if context.world.leads:
             with artifacts.published(place) as draft:
-                _keep(made, task, params, base, variant.name == MAIN, draft, context)
+                _keep(made, tasks, params, base, variant.name == MAIN, draft, context)
             shutil.rmtree(_checkpoints(context, name), ignore_errors=True)
     found = json.loads(distributed.from_leader(context.world, (place / "run.json").read_text))
     if ended:
         context.resume(context.history + found["history"])
-    model = place / "model" if variant.name == MAIN else None
-    return Run(**{field: found[field] for field in Run._fields if field != "model"}, model=model)
+    common = {field: found[field] for field in ("seconds", "trained", "share", "parameters")}
+    kept = {task.name: place / "models" / task.name if variant.name == MAIN else None for task in tasks}
+    return [Run(**found["answers"][task.name], **common, model=kept[task.name]) for task in tasks]
 
 
 def _train(
-    task: Task, variant: Variant, number: int, params: TransferParams, base: Base, name: str, context: StageContext
+    tasks: Sequence[Task],
+    variant: Variant,
+    number: int,
+    params: TransferParams,
+    base: Base,
+    name: str,
+    context: StageContext,
 ) -> dict[str, Any]:
     """The trained model and what is known of its training."""
     changed = params.model_copy(update=variant.changes)
-    asked = (changed, task_model.outputs_of(task), params.seed + number, context, variant.random)
+    outputs = sum(map(task_mixture.outputs_of, tasks))
+    asked = (changed, outputs, params.seed + number, context, variant.random)
     model = task_model.load(base.place, base.tokenizer, base.special, *asked)
     trained = tuning.report(model)
     known, began = len(context.history), time.perf_counter()
     checkpoints = Checkpoints(
         _checkpoints(context, name), context.fingerprint, params.checkpoint_steps, params.checkpoint_seconds
     )
-    task_training.train(task, model, changed, context, checkpoints, name)
+    task_training.train(tasks, model, changed, context, checkpoints, name)
     rows = [row for row in context.history[known:] if any(key.startswith(f"{name}_") for key in row)]
     return {
         "model": model,
@@ -125,27 +141,32 @@ def _train(
 
 def _keep(
     made: dict[str, Any],
-    task: Task,
+    tasks: Sequence[Task],
     params: TransferParams,
     base: Base,
     wanted: bool,
     draft: Path,
     context: StageContext,
 ) -> None:
-    """Write what the run is asked for later: its answers before its model, whose adapters are merged in place."""
+    """Write what the run is asked for later: its answers, and then its models, whose adapters are merged in place."""
     model, name = made.pop("model"), made.pop("name")
+    rows = dict(zip((task.name for task in tasks), task_mixture.rows(tasks), strict=True))
+    answers: dict[str, dict[str, Any]] = {task.name: {"merged": []} for task in tasks}
     tell = k_way.teller(context, f"{name} after training")
-    for split in ("validation", "test"):
-        asked = getattr(task, split) if split == "test" or params.seeds > 1 else []
-        made[split] = task_training.predict(model, task.kind, asked, context, tell)
-    made["merged"] = []
+    for task in tasks:
+        for split in ("validation", "test"):
+            asked = getattr(task, split) if split == "test" or params.seeds > 1 else []
+            answers[task.name][split] = task_training.predict(model, task.kind, asked, context, tell, rows[task.name])
     if wanted:
-        task_saved.save(model, base.tokenizer, task, params.max_length, draft / "model", context)
-        if params.adapted:  # the sum is rounded to the compute type; over 4 bits, the base becomes another one as well
-            saved = task_saved.load_saved(draft / "model", context).model
-            tell = k_way.teller(context, f"{name} merged")
-            made["merged"] = task_training.predict(saved, task.kind, task.test, context, tell)
-    artifacts.write_json(draft / "run.json", made)
+        model = task_saved.merged(model)
+        for task in tasks:
+            place = draft / "models" / task.name
+            task_saved.save(model, base.tokenizer, task, params.max_length, place, context, rows[task.name])
+            if params.adapted:  # the sum is rounded to the compute type; over 4 bits, the base becomes another one too
+                saved = task_saved.load_saved(place, context).model
+                tell = k_way.teller(context, f"{task.name} merged")
+                answers[task.name]["merged"] = task_training.predict(saved, task.kind, task.test, context, tell)
+    artifacts.write_json(draft / "run.json", made | {"answers": answers})
 
 
 def _checkpoints(context: StageContext, name: str) -> Path:

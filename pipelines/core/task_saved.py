@@ -6,6 +6,7 @@ Beside it `task.json` says how text becomes its input: {"task", "kind", "labels"
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipelines.core import artifacts, attention, fine_tuning, k_way, tuning
+from pipelines.core import artifacts, attention, fine_tuning, k_way
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
 from pipelines.core.params.tuning import ADAPTERS
@@ -31,19 +32,27 @@ class Saved(NamedTuple):
     task: dict[str, Any]  # of task.json
 
 
-def save(model: TaskModel, tokenizer: Any, task: Task, max_length: int, place: Path, context: StageContext) -> None:
-    """Write the classifier in the compute type, adapters merged and dropped blocks gone, with its tokenizer.
+def save(
+    model: TaskModel,
+    tokenizer: Any,
+    task: Task,
+    max_length: int,
+    place: Path,
+    context: StageContext,
+    rows: slice = slice(None),
+) -> None:
+    """Write the classifier in the compute type, without dropped blocks, with its tokenizer.
 
-    A model with adapters is used up: they are merged in place. Adapters over a 4-bit base are merged into the base as
-    it was before it was quantised (see `fine_tuning.unpacked`).
+    Args:
+        model: without adapters (`merged`).
+        rows: of W_y, the task's in a mixture (`task_mixture.rows`).
     """
-    model = _merged(model)
-    plain = tuning.inner(model.lm)
-    outputs = model.score.weight.shape[0]
-    whole = classifier(plain.config, outputs, context.dtype, "cpu")
-    whole.base_model.load_state_dict(plain.base_model.state_dict())  # copied into the compute type
+    weight = model.score.weight[rows].detach()
+    whole = classifier(model.config, len(weight), context.dtype, "meta")  # random weights would only take time
+    setattr(whole, whole.base_model_prefix, copy.deepcopy(model.lm.base_model).to("cpu", context.dtype))
+    whole.score = torch.nn.Linear(weight.shape[1], len(weight), bias=False, dtype=context.dtype)
     with torch.no_grad():
-        whole.score.weight.copy_(model.score.weight)
+        whole.score.weight.copy_(weight)
     whole.config.pad_token_id = model.pad
     if task.regression:
         whole.config.problem_type = "regression"
@@ -84,8 +93,12 @@ def load_saved(place: Path, context: StageContext) -> Saved:
     return Saved(model.to(context.device).eval(), tokenizer, task)
 
 
-def _merged(model: TaskModel) -> TaskModel:
-    """The model without adapters, its special tokens' embeddings in their place."""
+def merged(model: TaskModel) -> TaskModel:
+    """The model without adapters, its special tokens' embeddings in their place; one that has none as it is.
+
+    A model with adapters is used up: they are merged in place. Adapters over a 4-bit base are merged into the base as
+    it was before it was quantised (see `fine_tuning.unpacked`).
+    """
     if model.method not in ADAPTERS:
         return model
     assert model.again is not None

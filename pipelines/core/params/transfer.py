@@ -9,7 +9,17 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pipelines.core.params.section import Share
 from pipelines.core.params.tuning import Tuning
 
-SHARED = ("seed", "tasks", "per_task", "seeds", "ablations", "checkpoint_steps", "checkpoint_seconds", "samples")
+SHARED = (
+    "seed",
+    "tasks",
+    "mixing",
+    "per_task",
+    "seeds",
+    "ablations",
+    "checkpoint_steps",
+    "checkpoint_seconds",
+    "samples",
+)
 
 
 class TransferParams(Tuning):
@@ -35,6 +45,11 @@ class TransferParams(Tuning):
     clip_norm: float = Field(gt=0.0)
     seeds: int = Field(ge=1, description="runs of each task; the median is reported")
     ablations: tuple[Literal["auxiliary", "random", "layers", "zero_shot"], ...]
+    mixing: float | None = Field(
+        ge=1.0,
+        le=1e6,
+        description="null: a model a task; else one model learns all, a task is drawn by examples^(1/mixing)",
+    )
     per_task: tuple[dict[str, Any], ...] = Field(
         description="{task: NAME, key: value, ...}: keys above that are other for one task"
     )
@@ -58,6 +73,8 @@ class TransferParams(Tuning):
             raise ValueError(
                 f"tuning.layers ({trained}) must be at most transferred_layers ({kept}), the blocks that are kept"
             )
+        if self.mixing is not None and self.method == "head":
+            raise ValueError("mixing: method head trains nothing that tasks share; accepted: full, last_n, lora, qlora")
         if "auxiliary" in self.ablations and self.auxiliary == 0:
             raise ValueError("ablations: auxiliary leaves out the language-model loss; transfer.auxiliary is 0 already")
         return self
@@ -65,6 +82,8 @@ class TransferParams(Tuning):
     @model_validator(mode="after")
     def _exceptions(self) -> TransferParams:
         own = [key for key in type(self).model_fields if key not in SHARED]
+        if self.mixing is not None:  # one model: what is read of a task may differ, how it is learned may not
+            own = ["examples", "eval_examples"]
         named = [one.get("task") for one in self.per_task]
         for number, one in enumerate(self.per_task):
             name, where = one.get("task"), f"per_task[{number}]"
