@@ -159,7 +159,7 @@ def _gates(gates: Sequence[report_gates.ModelGate]) -> str:
             grid = table(head, [_rule(row) for row in gate.rows], right=(2, 4, 5))
             parts.append(f"{title}\n\n{passed} of the {judged} rules that are judged here passed.\n\n{grid}")
         else:
-            parts.append(f"{title}\n\nIts stage is not part of this report.")
+            parts.append(f"{title}\n\nIts stage is not part of this report, or made no such model.")
     parts.append(
         "Comparisons with the champion are judged when a version is registered, since the champion changes without "
         "any file changing: `sluice status` and the version's page in MLflow tell that verdict."

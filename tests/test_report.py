@@ -89,6 +89,11 @@ def test_works_with_what_there_is(inputs: dict[str, Path], tmp_path: Path, conte
     later.write_text('{"rouge_l": 0.25}')
     _, page = make({**inputs, "metrics/later.json": later}, tmp_path / "more", context)
     assert "rouge_l" in page, "a stage that the report has never heard of appears in it"
+    later.write_text('{"tasks": 0}')
+    (tmp_path / "transfer").mkdir()
+    empty = {"transfer": tmp_path / "transfer", "metrics/transfer.json": later}
+    _, page = make({**inputs, **empty}, tmp_path / "no-task", context)
+    assert "made no such model" in page
 
 
 def test_a_damaged_metrics_file_is_named(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
