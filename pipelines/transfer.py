@@ -3,12 +3,13 @@
 In: `data` (tables `tasks/NAME`), `pretrain` (the model). Out: `models/NAME/` (a Hugging Face classifier, its
 tokenizer, `task.json`, a card), `history.csv`, `evaluation.parquet` (one row a held-out example of any task: the score
 of the model and of what it is compared with), `confusion/NAME.csv`, `layers.csv` (score by transferred blocks, where
-asked for), `samples.md`.
+asked for), `zero_shot.csv` (answers of the model along its pre-training, where asked for), `samples.md`.
 
 Paper: Radford et al., "Improving Language Understanding by Generative Pre-Training" (2018), sections 3.2 to 5. As
 there: start, delimiter and extract tokens, a linear head without bias on the state of `extract`, both orders of a
 similarity added, a softmax over the candidates of a choice; L3 = L2 + lambda x L1; a linear schedule with warm-up;
-dropout on the classifier; ablations without auxiliary loss, without pre-training, and by transferred blocks.
+dropout on the classifier; ablations without auxiliary loss, without pre-training, and by transferred blocks;
+zero-shot heuristics along pre-training.
 Departures:
 
 1. `special_tokens: known`: the embeddings of the three tokens begin as those of what opens a document and of the
@@ -65,7 +66,9 @@ def run(params: TransferParams, inputs: dict[str, Path], outputs: Path, context:
         ParamsError: a dial that does not fit the base model.
         Stopped: a signal came; the checkpoint is written.
     """
-    from pipelines.core import task_runs
+    import pandas as pd
+
+    from pipelines.core import task_evaluation, task_runs, task_zero_shot
 
     # 1. Tasks and base, all checked before anything is trained.
     base, tasks, variants = _prepare(params, inputs, context)
@@ -88,8 +91,15 @@ def run(params: TransferParams, inputs: dict[str, Path], outputs: Path, context:
     context.write_history(outputs / "history.csv")
 
     # 3. Judge on the test side, and publish the models with what is known of them.
-    judged = [_judge(params, task, runs, base, context) for task, runs in zip(tasks, ended, strict=True)]
+    untrained: dict[int, dict[str, list[float]]] = {}
+    if "zero_shot" in params.ablations:
+        plain = language_models.load_tokenizer(str(base.place))
+        untrained = task_zero_shot.along(inputs["pretrain"], plain, tasks, params.heuristics, context)
+    final = untrained[max(untrained)] if untrained else {}
+    judged = [task_evaluation.judge(task, runs, final.get(task.name)) for task, runs in zip(tasks, ended, strict=True)]
     _publish(params, tasks, judged, ended, outputs, context)
+    if rows := task_zero_shot.curve(tasks, untrained, [one.metrics for one in judged]):
+        pd.DataFrame(rows).to_csv(outputs / "zero_shot.csv", index=False, lineterminator="\n")
     named = zip((task.name for task in tasks), judged, strict=True)
     metrics = {f"{name}/{key}": value for name, one in named for key, value in one.metrics.items()}
     main = ended[0][task_runs.MAIN][0]
@@ -143,7 +153,7 @@ def _prepare(
     """
     from transformers import AutoConfig
 
-    from pipelines.core import task_card, task_runs
+    from pipelines.core import task_card, task_runs, zero_shot
 
     place = inputs["pretrain"] / "model"
     tokenizer = language_models.load_tokenizer(str(place))
@@ -162,6 +172,10 @@ def _prepare(
                 told = f"{asked}; the base model has {layers} blocks; accepted: 1 to {layers}"
                 raise ParamsError(f"transfer.{key} (task {name}): {told}")
     tasks = [task_inputs.load(inputs["data"], name, tokenizer, special, _limits(own[name])) for name in names]
+    for heuristic in params.heuristics:
+        if heuristic.task not in names:
+            raise ParamsError(f"transfer.heuristics: no task {heuristic.task}; there are: {', '.join(names) or 'none'}")
+        zero_shot.check(next(task for task in tasks if task.name == heuristic.task), heuristic)
     for task in tasks:
         context.say(task_card.example(task, tokenizer))
         if task.truncated:
@@ -175,17 +189,6 @@ def _limits(params: TransferParams) -> Limits:
     from pipelines.core.task_inputs import Limits
 
     return Limits(params.examples, params.eval_examples, params.max_length, params.seed)
-
-
-def _judge(params: TransferParams, task: Task, runs: dict[str, list[Run]], base: Base, context: StageContext) -> Judged:
-    """The task's figures, with what the pre-trained model makes of it untrained where that is asked for."""
-    from pipelines.core import k_way, task_evaluation, zero_shot
-
-    untrained = None
-    if "zero_shot" in params.ablations and not task.regression:
-        tell = k_way.teller(context, f"{task.name}, zero-shot")
-        untrained = zero_shot.predict(base.place, base.tokenizer, task, context, tell)
-    return task_evaluation.judge(task, runs, untrained)
 
 
 def _publish(

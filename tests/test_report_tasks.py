@@ -18,14 +18,19 @@ def test_scores_confusion_and_layers(tmp_path: Path) -> None:
     (tmp_path / "confusion").mkdir()
     (tmp_path / "confusion/kind.csv").write_text("truth,yes,no\nyes,3,1\nno,0,4\n")
     (tmp_path / "layers.csv").write_text("task,layers,score\nkind,2,0.7\nkind,1,0.5\npick,1,0.3\n")
+    (tmp_path / "zero_shot.csv").write_text(
+        "task,step,score,low,high,relative\nkind,9,0.6,0.4,0.8,0.4\nkind,0,0.5,0.3,0.7,0.0\npick,9,0.2,0.1,0.3,\n"
+    )
     plots = {plot.name: plot for plot in report_tasks.of_stage(Stage("transfer", tmp_path, METRICS))}
-    assert list(plots) == ["transfer-scores", "transfer-confusion-kind", "transfer-layers"]
+    assert list(plots) == ["transfer-scores", "transfer-confusion-kind", "transfer-layers", "transfer-zero-shot"]
     for plot in plots.values():
         parseString(plot.svg)
     assert "kind 0.75" in plots["transfer-scores"].caption and "pick 0.4" in plots["transfer-scores"].caption
     assert "without pre-training" not in plots["transfer-scores"].svg
     assert "7 of 8 held-out examples on the diagonal" in plots["transfer-confusion-kind"].caption
     assert "kind 0.5000 to 0.7000" in plots["transfer-layers"].caption
+    assert "kind 0.6000 to 0.5000" not in plots["transfer-zero-shot"].caption  # by step, not as written
+    assert "kind 0.5000 to 0.6000; pick 0.2000" in plots["transfer-zero-shot"].caption
     again = {plot.name: plot for plot in report_tasks.of_stage(Stage("transfer", tmp_path, METRICS))}
     assert again == plots, "the same bytes twice"
 

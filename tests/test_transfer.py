@@ -57,6 +57,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("inputs")
     made = toy_tasks.base(root / "pretrain/model", depth=2)
     tokenizer().save_pretrained(root / "pretrain/model")
+    (root / "pretrain/history.csv").write_text("step,loss\n1,3.0\n5,2.0\n")
     assert made.special.start == len(tokenizer())
     for task in ("kind", "fits", "close", "pick"):
         write(root / "data", task, train=24, validation=8, test=12)
@@ -75,7 +76,7 @@ def test_files_metrics_and_rows(inputs: dict[str, Path], tmp_path: Path, context
     asked["ablations"] = ("auxiliary", "random", "layers", "zero_shot")
     metrics = run(inputs, tmp_path / "out", context, **asked)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "models", "history.csv", "evaluation.parquet", "confusion", "layers.csv", "samples.md"
+        "models", "history.csv", "evaluation.parquet", "confusion", "layers.csv", "samples.md", "zero_shot.csv"
     }  # fmt: skip
     known = transfer.METRICS | transfer.OPTIONAL
     assert set(metrics) >= transfer.METRICS

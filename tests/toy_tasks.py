@@ -19,7 +19,7 @@ DEFAULT: dict[str, Any] = {
     "auxiliary": 0.0, "special_tokens": "drawn", "dropout": 0.1, "examples": None, "eval_examples": None,
     "epochs": 2, "batch_size": 8, "micro_tokens": 128, "max_length": 32, "lr": 2e-3, "warmup_share": 0.002,
     "weight_decay": 0.01, "clip_norm": 1.0, "seeds": 1, "mixing": None, "per_task": (), "ablations": (),
-    "checkpoint_steps": 1000, "checkpoint_seconds": 1e9, "samples": 0,
+    "heuristics": (), "checkpoint_steps": 1000, "checkpoint_seconds": 1e9, "samples": 0,
 }  # fmt: skip
 
 

@@ -134,11 +134,18 @@ def log_probabilities(
 def mean_log_probabilities(
     place: Path, sequences: Sequence[segments.Sequence], pad: int, context: StageContext, tell: Tell
 ) -> list[list[float]]:
-    """As `log_probabilities`, of a model's directory, and the mean over a response's tokens.
+    """As `log_probabilities`, of a model's directory, and the mean over a response's tokens."""
+    model = language_models.load(str(place), context.dtype, kind(context.device, sequences)).to(context.device).eval()
+    return mean_log_probabilities_of(model, sequences, pad, context, tell)
+
+
+def mean_log_probabilities_of(
+    model: Any, sequences: Sequence[segments.Sequence], pad: int, context: StageContext, tell: Tell
+) -> list[list[float]]:
+    """What a causal model thinks of each response: the mean over its tokens, in nats.
 
     The mean, since the sum falls with every token and would only prefer the shorter one.
     """
-    model = language_models.load(str(place), context.dtype, kind(context.device, sequences)).to(context.device).eval()
 
     def values(batch: Responses) -> torch.Tensor:
         each = token_log_probabilities(model, batch, context)

@@ -1,6 +1,6 @@
-"""The report's plots of fine-tuned task models: scores beside baselines, confusion, and score by transferred blocks.
+"""The report's plots of fine-tuned task models: scores, confusion, by transferred blocks, and before fine-tuning.
 
-In: a stage that wrote what `task_evaluation` measures. GPT-1 (Radford et al., 2018): table 5, and figure 2, left.
+In: a stage that wrote what `task_evaluation` measures. GPT-1 (Radford et al., 2018): table 5, and figure 2.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def of_stage(stage: Stage) -> list[Plot]:
     plots += [_confusion(stage.name, task, rows) for task, rows in tables.items() if rows]
     if layers := _table(stage, "layers.csv"):
         plots.append(_layers(stage, layers))
+    if along := _table(stage, "zero_shot.csv"):
+        plots.append(_zero_shot(stage, along))
     return plots
 
 
@@ -116,3 +118,26 @@ def _layers(stage: Stage, rows: list[dict[str, str]]) -> Plot:
     told = "; ".join(f"{task} {number(points[0][1])} to {number(points[-1][1])}" for task, points in curves.items())
     caption = f"Score of {stage.name} by the number of blocks that were transferred, fewest to most: {told}."
     return Plot(f"{stage.name}-layers", caption, svg(draw, caption))
+
+
+def _zero_shot(stage: Stage, rows: list[dict[str, str]]) -> Plot:
+    """Answers without fine-tuning along pre-training: 0 is the majority, 1 the fine-tuned model."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    scores: dict[str, list[str]] = {}
+    for row in sorted(rows, key=lambda row: int(row["step"])):
+        scores.setdefault(row["task"], []).append(number(float(row["score"])))
+        if row["relative"]:
+            curves.setdefault(row["task"], []).append((int(row["step"]), float(row["relative"])))
+
+    def draw(axes: Axes) -> None:
+        for task, points in curves.items():
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.5, label=task)
+        axes.axhline(0.0, color=GREY, linewidth=1)
+        if curves:
+            axes.legend(frameon=False, fontsize=8)
+        title = f"{stage.name}: zero-shot, 0 = majority, 1 = fine-tuned"
+        axes.set(title=title, xlabel="step of pre-training", ylabel="relative score")
+
+    told = "; ".join(f"{task} {' to '.join(dict.fromkeys((of[0], of[-1])))}" for task, of in scores.items())
+    caption = f"Zero-shot score of the model along its pre-training, first to last snapshot: {told}."
+    return Plot(f"{stage.name}-zero-shot", caption, svg(draw, caption))

@@ -70,7 +70,7 @@ def judge(task: Task, runs: Mapping[str, Sequence[Run]], untrained: Sequence[flo
     if "random" in said:
         scores["score_random"] = task_metrics.example_scores(task, said["random"][chosen].predictions)
 
-    estimate, low, high = _interval(task, kept.predictions)
+    estimate, low, high = interval(task, kept.predictions)
     every = [_figures(task, one) for one in said[MAIN]]
     metrics = {key: float(np.median([figures[key] for figures in every])) for key in every[0]}
     metrics |= {"score": float(np.median([_score(task, task.test, one) for one in said[MAIN]]))}
@@ -147,7 +147,7 @@ def _score(task: Task, examples: Sequence[Any], given: Answers) -> float:
     return task_metrics.metrics(of_these, given.predictions)[task_metrics.score_name(task)]
 
 
-def _interval(task: Task, predictions: Sequence[float]) -> Interval:
+def interval(task: Task, predictions: Sequence[float]) -> Interval:
     """THE score of the test side: by bootstrap over groups; of a correlation by Fisher's transformation."""
     if not task.regression:
         group = [example.group for example in task.test]
@@ -158,4 +158,4 @@ def _interval(task: Task, predictions: Sequence[float]) -> Interval:
     if len(truth) < 4 or np.ptp(truth) == 0 or np.ptp(predictions) == 0:
         return Interval(0.0, -1.0, 1.0)
     found = pearsonr(truth, predictions)
-    return Interval(float(found.statistic), *map(float, found.confidence_interval()))
+    return Interval(float(found.statistic), *map(float, found.confidenceinterval()))

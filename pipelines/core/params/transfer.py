@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pipelines.core.params.section import Share
+from pipelines.core.params.section import Section, Share
 from pipelines.core.params.tuning import Tuning
 
 SHARED = (
@@ -16,10 +16,28 @@ SHARED = (
     "per_task",
     "seeds",
     "ablations",
+    "heuristics",
     "checkpoint_steps",
     "checkpoint_seconds",
     "samples",
 )
+
+
+class Heuristic(Section):
+    """How the pre-trained model answers a classification it was never trained on (GPT-1, section 5)."""
+
+    task: str
+    kind: Literal["acceptability", "words"]
+    cue: str | None = Field(None, description="words: appended to the text; null: ' very', as in the paper")
+    words: tuple[str, ...] = Field((), description="words: one a label, in the labels' order; the likeliest answers")
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> Heuristic:
+        if (self.kind == "words") != bool(self.words):
+            raise ValueError("kind: words needs words: one a label; kind: acceptability has none")
+        if self.kind == "acceptability" and self.cue is not None:
+            raise ValueError("cue: only with kind: words")
+        return self
 
 
 class TransferParams(Tuning):
@@ -52,6 +70,9 @@ class TransferParams(Tuning):
     )
     per_task: tuple[dict[str, Any], ...] = Field(
         description="{task: NAME, key: value, ...}: keys above that are other for one task"
+    )
+    heuristics: tuple[Heuristic, ...] = Field(
+        description="ablation zero_shot: other than the likeliest label after a cue: {task, kind, cue, words}"
     )
     checkpoint_steps: int = Field(ge=1)
     checkpoint_seconds: float = Field(gt=0.0)
