@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.core import task_baselines, task_metrics
+from pipelines.core import task_baselines, task_evaluation, task_metrics
 from pipelines.core.task_inputs import Example, Kind, Task
 
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty", "knoll", "marsh"]
@@ -126,3 +126,14 @@ def test_tfidf_learns_from_the_rows_it_is_given() -> None:
         "classification", [(0.0, ("!",), ()), (1.0, ("?",), ())], [(1.0, ("? ?",), ()), (0.0, ("!",), ())], "ab"
     )
     assert task_baselines.tfidf(marks, marks.train) == [1.0, 0.0]
+
+
+def test_interval_of_a_correlation_is_fishers() -> None:
+    given = truth("similarity", [1, 2, 3, 4, 5, 6], regression=True)
+    predictions = [1.1, 1.9, 3.5, 3.0, 5.2, 5.5]
+    found = task_evaluation.interval(given, predictions)
+    r = float(np.corrcoef([1, 2, 3, 4, 5, 6], predictions)[0, 1])
+    reach = 1.959964 / math.sqrt(6 - 3)
+    ends = [math.tanh(math.atanh(r) + sign * reach) for sign in (-1, 1)]
+    assert list(found) == pytest.approx([r, *ends], rel=1e-5)
+    assert tuple(task_evaluation.interval(given, [2.0] * 6)) == (0.0, -1.0, 1.0), "a constant says nothing"

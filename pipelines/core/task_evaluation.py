@@ -158,4 +158,4 @@ def interval(task: Task, predictions: Sequence[float]) -> Interval:
     if len(truth) < 4 or np.ptp(truth) == 0 or np.ptp(predictions) == 0:
         return Interval(0.0, -1.0, 1.0)
     found = pearsonr(truth, predictions)
-    return Interval(float(found.statistic), *map(float, found.confidenceinterval()))
+    return Interval(float(found.statistic), *map(float, found.confidence_interval()))
