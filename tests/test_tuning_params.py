@@ -72,7 +72,7 @@ def test_methods_a_stage_does_not_have(stage: str, method: str, accepted: str, t
             {"layer_decay": 0.9},
             "tuning.layer_decay: method head does not use it",
         ),
-        ("transfer", "last_n", {"layers": 19}, "tuning.layers (19) must be at most transferred_layers (18)"),
+        ("transfer", "last_n", {"layers": 16}, "tuning.layers (16) must be at most transferred_layers (15)"),
         ("sft", "lora", {"lora_init": "eva"}, "sft.tuning.lora_init: Input should be 'default', 'gaussian'"),
         ("sft", "lora", {"lora_targets": []}, "sft.tuning.lora_targets"),
         ("sft", "lora", {"lora_rnk": 2}, "sft.tuning.lora_rnk: no such key; accepted here: layer_decay, layers"),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipelines.core import fine_tuning, k_way, language_models, segments, task_sequences, tuning
+from pipelines.core import fine_tuning, k_way, language_models, packing, segments, tuning
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError, ParamsError
 from pipelines.core.params.tuning import ADAPTERS, Method
@@ -138,7 +138,7 @@ def _made(
     head, drawn = (torch.randn(rows, width, generator=generator) * DEVIATION for rows in (outputs, len(special)))
     score = torch.nn.Linear(width, outputs, bias=False)
     read = lm.get_input_embeddings().weight
-    known = list(task_sequences.stand_ins(tokenizer)) if params.special_tokens == "known" else None
+    known = list(stand_ins(tokenizer)) if params.special_tokens == "known" else None
     with torch.no_grad():
         score.weight.copy_(head)
         for weight in (read, output):
@@ -186,6 +186,24 @@ def keep_first(lm: Any, count: int | None) -> None:
     config.num_hidden_layers = count
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:count]
+
+
+def stand_ins(tokenizer: Any) -> Special:
+    """Tokens the base knows, in whose place the learned ones stand: what opens a document, and twice the newline.
+
+    The state of a newline tells what the line before it was about; that of a token drawn at random, which a frozen
+    body has never seen, tells far less.
+
+    Raises:
+        ArtifactError: the tokenizer has no token for a newline.
+    """
+    ids = tokenizer.encode("\n", add_special_tokens=False)
+    if not ids:
+        raise ArtifactError(
+            "the tokenizer has no token for a newline, in whose place delimiter and extract would stand: set "
+            "transfer.special_tokens: drawn"
+        )
+    return Special(packing.separator_id(tokenizer), ids[-1], ids[-1])
 
 
 def encode(example: Example) -> segments.Sequence:

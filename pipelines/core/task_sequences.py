@@ -9,15 +9,14 @@ The hidden state of `extract`, always the last token, is what the classifier rea
 cut by one rule: the three learned tokens stay; a single text loses its end; of two texts the longer one loses its
 last token, again and again (of equal ones the second), as transformers' `longest_first`; in a choice the context is
 cut to what the longest candidate leaves, the same for all candidates, and a candidate only if it does not fit alone.
+
+A served model carries a copy of this file (`serving_task.py`): it imports nothing of the project.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
-
-from pipelines.core import packing
-from pipelines.core.errors import ArtifactError
 
 Kind = Literal["classification", "entailment", "similarity", "choice"]
 Tokens = Sequence[int]
@@ -46,24 +45,6 @@ def add_special(tokenizer: Any) -> Special:
 
     tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in SPELLINGS], special_tokens=True)
     return Special(*(tokenizer.convert_tokens_to_ids(text) for text in SPELLINGS))
-
-
-def stand_ins(tokenizer: Any) -> Special:
-    """Tokens the base knows, in whose place the learned ones stand: what opens a document, and twice the newline.
-
-    The state of a newline tells what the line before it was about; that of a token drawn at random, which a frozen
-    body has never seen, tells far less.
-
-    Raises:
-        ArtifactError: the tokenizer has no token for a newline.
-    """
-    ids = tokenizer.encode("\n", add_special_tokens=False)
-    if not ids:
-        raise ArtifactError(
-            "the tokenizer has no token for a newline, in whose place delimiter and extract would stand: set "
-            "transfer.special_tokens: drawn"
-        )
-    return Special(packing.separator_id(tokenizer), ids[-1], ids[-1])
 
 
 def sequences(
