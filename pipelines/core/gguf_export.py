@@ -204,8 +204,9 @@ def _type(values: torch.Tensor, kind: Kind, head: bool) -> Any:
 def _rope_factors(model: Any) -> torch.Tensor:
     """By what each frequency is divided, (head width / 2,): Llama 3.1's stretching, which has no keys in GGUF."""
     actual: torch.Tensor = model.base_model.rotary_emb.inv_freq.float()
-    base, width = model.config.rope_parameters["rope_theta"], 2 * len(actual)
-    unstretched = 1.0 / base ** (torch.arange(0, width, 2) / width)
+    base: float = model.config.rope_parameters["rope_theta"]
+    width = 2 * len(actual)
+    unstretched = torch.tensor(base) ** (-torch.arange(0, width, 2) / width)
     return unstretched / actual
 
 

@@ -1,0 +1,306 @@
+"""A model directory exported as GGUF computes, splits text and talks as before."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from data_folder import write_corpus
+from models import TEXTS, model, tokenizer
+from torch.nn.functional import kl_div
+
+from pipelines import tokenizer as tokenizer_stage
+from pipelines.core import gguf_export, gguf_vocabulary, language_models
+from pipelines.core.context import StageContext
+from pipelines.core.errors import ArtifactError, ParamsError
+from pipelines.core.params.tokenizer import TokenizerParams
+
+SHAPE = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 128, "initializer_range": 0.1,
+}  # fmt: skip
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "grouped queries, untied": ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+    "one key head, wide": ("llama", {"num_key_value_heads": 1, "head_dim": 64}),
+    "rows without a token": ("llama", {"num_key_value_heads": 2, "more_rows": 20}),
+    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": 64}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
+    "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 128}),
+}
+
+
+def directory(place: Path, architecture: str = "llama", more_rows: int = 0, **config: Any) -> Path:
+    """A random model and its tokenizer, saved. Norms and biases are no ones and zeros, so that a lost one shows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    known = tokenizer()
+    ids = {f"{kind}_token_id": getattr(known, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    config = {**SHAPE, **ids, "vocab_size": len(known) + more_rows, **config}
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **config))
+    for weight in lm.parameters():
+        if weight.ndim == 1:
+            weight.data += 0.2 * torch.randn_like(weight)
+    lm.save_pretrained(place)
+    known.save_pretrained(place)
+    return place
+
+
+def logits(base: Path, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return language_models.load(str(base), torch.float32, "sdpa").eval()(ids).logits  # type: ignore[no-any-return]
+
+
+def compare(place: Path, file: Path, ids: torch.Tensor) -> tuple[float, float]:
+    """Share of positions with the same top token, and mean KL in nats, of the file against the directory."""
+    ours, theirs = logits(place, ids).log_softmax(-1), logits(file, ids).log_softmax(-1)
+    same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
+    return same, kl_div(theirs, ours, log_target=True, reduction="none").sum(-1).mean().item()
+
+
+def odd_strings(count: int = 200) -> list[str]:
+    """Text to trip a tokenizer: scripts, emoji, spaces of all kinds, controls, special tokens spelled out."""
+    draw = random.Random(0)
+    pieces = [
+        *tokenizer_stage.PROBES, *tokenizer_stage.SPECIAL, " ", "  ", "   ", "\n", "\r\n", "\t", "\u00a0", "\u3000",
+        "\u200b", "\ufeff", "'s", "'LL", "don't", "I'Ve", "3", "33 333", "1,000.50", "x=1;", "!!", "...", "ﬁ", "Ⅷ", "½",
+        "e\u0301", "\U0001f999", "\x1f", "def f(a):", "snake_case", "CamelCase", "ßẞ", "İ", "١٢٣", "[PAD3]", "Ġ", "Ċ",
+    ]  # fmt: skip
+    return ["", *("".join(draw.choices(pieces, k=draw.randint(1, 8))) for _ in range(count - 1))]
+
+
+def field(file: Path, key: str) -> Any:
+    return gguf.GGUFReader(file).fields[key].contents()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_f16_gives_the_same_logits(name: str, tmp_path: Path) -> None:
+    architecture, config = VARIANTS[name]
+    place = directory(tmp_path / "m", architecture, **config)
+    report = gguf_export.export(place, tmp_path / "m.gguf", "f16")
+    ids = torch.randint(0, 300, (4, 60), generator=torch.Generator().manual_seed(1))
+    same, divergence = compare(place, tmp_path / "m.gguf", ids)
+    assert same >= 0.99 and divergence < 1e-4
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert ("output.weight" in names) != config.get("tie_word_embeddings", False)
+    lm = language_models.load(str(place), torch.float32, "sdpa")
+    assert report.parameters == lm.num_parameters() and report.bytes == (tmp_path / "m.gguf").stat().st_size
+
+
+def test_fewer_bits_cost_more(tmp_path: Path) -> None:
+    place = directory(tmp_path / "m", num_key_value_heads=2)
+    ids = torch.randint(0, 300, (4, 60), generator=torch.Generator().manual_seed(1))
+    costs, sizes = [], []
+    for kind in ("f16", "q8_0", "q4_0"):
+        report = gguf_export.export(place, tmp_path / f"{kind}.gguf", kind)
+        assert report.kept_in_f16 == ()
+        costs.append(compare(place, tmp_path / f"{kind}.gguf", ids)[1])
+        sizes.append(report.bytes)
+    assert costs[0] < costs[1] < 0.01 < costs[2] < 1.0
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert report.tensors == {"F32": 5, "Q4_0": 15, "Q8_0": 1}  # the output matrix hurts most: 8 bits
+
+
+def test_blocks_worked_by_hand(tmp_path: Path) -> None:
+    """Q8_0: scale max|w| / 127. Q4_0: scale (largest by size) / -8, levels -8..7. Scales are f16."""
+    place = directory(tmp_path / "m")
+    row = language_models.load(str(place), torch.float32, "sdpa").state_dict()["model.layers.0.mlp.up_proj.weight"]
+    block = row[0, :32].numpy()
+    for kind in ("q8_0", "q4_0"):
+        gguf_export.export(place, tmp_path / "m.gguf", kind)
+        found = {one.name: one for one in gguf.GGUFReader(tmp_path / "m.gguf").tensors}["blk.0.ffn_up.weight"]
+        back = gguf.dequantize(found.data, found.tensor_type)[0, :32]
+        peak = block[np.abs(block).argmax()]
+        scale = abs(peak) / 127 if kind == "q8_0" else peak / -8
+        levels = np.round(block / scale).clip(*((-127, 127) if kind == "q8_0" else (-8, 7)))
+        assert np.allclose(back, levels * np.float16(scale), atol=1e-6)
+
+
+def test_rows_that_make_no_blocks_stay_in_f16(tmp_path: Path) -> None:
+    """Width 120 is no multiple of 32; the attention output reads 4 x 32 and the vocabulary does not matter."""
+    place = directory(tmp_path / "m", hidden_size=120, head_dim=32, num_hidden_layers=1)
+    report = gguf_export.export(place, tmp_path / "m.gguf", "q4_0")
+    wide = {f"blk.0.{name}.weight" for name in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")}
+    assert set(report.kept_in_f16) == wide | {"token_embd.weight", "output.weight"}
+    assert report.tensors == {"F16": 7, "F32": 3, "Q4_0": 2}
+    assert gguf_export.export(place, tmp_path / "m.gguf", "f16").kept_in_f16 == ()
+
+
+def test_rows_permuted() -> None:
+    """Two heads of width 4, halves (0 1 | 2 3) to pairs (0 2)(1 3), by hand."""
+    rows = torch.arange(8.0)
+    assert gguf_export.permute(rows, 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert gguf_export.permute(rows[:, None], 2).squeeze(1).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_hyperparameters(tmp_path: Path) -> None:
+    place = directory(tmp_path / "m", "mistral", num_key_value_heads=2, sliding_window=64, rms_norm_eps=1e-5)
+    gguf_export.export(place, tmp_path / "a.gguf", "q8_0")
+    expected = {
+        "general.architecture": "llama", "general.name": "a", "general.file_type": gguf.LlamaFileType.MOSTLY_Q8_0,
+        "llama.context_length": 64, "llama.embedding_length": 128, "llama.feed_forward_length": 256,
+        "llama.block_count": 2, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
+        "llama.rope.dimension_count": 32, "llama.rope.freq_base": 10000.0, "llama.vocab_size": 300,
+        "llama.attention.key_length": 32,
+    }  # fmt: skip
+    assert {key: field(tmp_path / "a.gguf", key) for key in expected} == expected
+    assert field(tmp_path / "a.gguf", "llama.attention.layer_norm_rms_epsilon") == pytest.approx(1e-5)
+
+
+def test_stretched_positions(tmp_path: Path) -> None:
+    """Llama 3.1 divides the slow frequencies by the factor and leaves the fast ones; linear has keys."""
+    llama3 = {
+        "rope_type": "llama3", "factor": 8.0, "rope_theta": 500.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    gguf_export.export(directory(tmp_path / "a", rope_parameters=llama3), tmp_path / "a.gguf", "f16")
+    found = {one.name: one.data for one in gguf.GGUFReader(tmp_path / "a.gguf").tensors}["rope_freqs.weight"]
+    lengths = 2 * np.pi * 500.0 ** (np.arange(0, 32, 2) / 32)  # tokens a turn
+    smooth = ((64 / lengths - 1) / (4 - 1)).clip(0, 1)  # 0: slower than one turn in 64 tokens; 1: than four
+    assert np.allclose(found, 1 / ((1 - smooth) / 8 + smooth), rtol=1e-5) and found[0] == 1 and found[-1] == 8
+    linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    gguf_export.export(directory(tmp_path / "b", rope_parameters=linear), tmp_path / "b.gguf", "f16")
+    assert field(tmp_path / "b.gguf", "llama.rope.scaling.type") == "linear"
+    assert field(tmp_path / "b.gguf", "llama.rope.scaling.factor") == 4.0
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+    with pytest.raises(ArtifactError, match="yarn.*supported: default, linear, llama3"):
+        gguf_export.export(directory(tmp_path / "c", rope_parameters=yarn), tmp_path / "c.gguf", "f16")
+
+
+def test_the_tokenizer_survives(tmp_path: Path, context: StageContext) -> None:
+    """One trained by the stage: ids, ranks, special tokens, template, and the splitting of odd strings."""
+    from transformers import AutoTokenizer
+
+    data, place = write_corpus(tmp_path / "data", TEXTS), tmp_path / "m"
+    place.mkdir()
+    tokenizer_stage.run(TokenizerParams(base=None, vocab_size=400), {"data": data}, place, context)
+    ours = AutoTokenizer.from_pretrained(place)
+    model(ours).save_pretrained(place)
+    file = tmp_path / "m.gguf"
+    assert gguf_export.export(place, file, "f16").pre == "gpt-2"
+    _same_tokenizer(ours, language_models.load_tokenizer(str(file)), file)
+
+
+def _same_tokenizer(ours: Any, theirs: Any, file: Path) -> None:
+    assert theirs.get_vocab() == ours.get_vocab()
+    told = json.loads(ours.backend_tokenizer.to_str())["model"]
+    assert json.loads(theirs.backend_tokenizer.to_str())["model"]["merges"] == told["merges"]
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template"):
+        assert getattr(theirs, name) == getattr(ours, name)
+    special = {index for index, token in ours.added_tokens_decoder.items() if token.special}
+    types = field(file, "tokenizer.ggml.token_type")
+    assert {index for index, kind in enumerate(types) if kind == gguf.TokenType.CONTROL} == special
+    chat = [{"role": "user", "content": "안녕 🙂"}]
+    assert theirs.apply_chat_template(chat, tokenize=False) == ours.apply_chat_template(chat, tokenize=False)
+    strings = odd_strings()
+    assert theirs(strings)["input_ids"] == ours(strings)["input_ids"]
+
+
+def _rule(*steps: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    wrapped = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": list(steps)}
+    return {"model": {"type": "BPE", "ignore_merges": False} | changes, "pre_tokenizer": wrapped, "normalizer": None}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+def _split(pattern: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    return (
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+        BYTES | {"use_regex": False},
+    )
+
+
+def test_names_of_splitting_rules() -> None:
+    """The patterns of the published tokenizers, and rules that have no name."""
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    assert gguf_vocabulary.splitting_rule(_rule(BYTES)) == "gpt-2"
+    assert gguf_vocabulary.splitting_rule(_rule(DIGITS, BYTES)) == "smollm"
+    assert gguf_vocabulary.splitting_rule(_rule(*_split(PRETOKENIZE_REGEX))) == "qwen2"
+    llama3 = _split(gguf_vocabulary.LLAMA3)
+    assert gguf_vocabulary.splitting_rule(_rule(*llama3, ignore_merges=True)) == "llama-bpe"
+    refused = [
+        (_rule(*llama3), "ignore_merges is False"),
+        (_rule(BYTES, ignore_merges=True), "ignore_merges is True"),
+        (_rule(BYTES | {"add_prefix_space": True}), "no name"),
+        (_rule(DIGITS | {"individual_digits": False}, BYTES), "no name"),
+        (_rule(*_split(r"\w+")), "no name"),
+        (_rule(BYTES, type="Unigram"), "byte-level BPE"),
+        (_rule(BYTES, byte_fallback=True), "byte-level BPE"),
+        (_rule(BYTES) | {"normalizer": {"type": "Lowercase"}}, "normalizes text"),
+    ]
+    for told, message in refused:
+        with pytest.raises(ArtifactError, match=message):
+            gguf_vocabulary.splitting_rule(told)
+
+
+def test_refused_and_nothing_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import load_file, save_file
+
+    place, file = directory(tmp_path / "m"), tmp_path / "out" / "m.gguf"
+
+    def refused(message: str, kind: Any = "f16", error: type[Exception] = ArtifactError) -> None:
+        with pytest.raises(error, match=message):
+            gguf_export.export(place, file, kind)
+        assert not file.parent.exists() or [*file.parent.iterdir()] == []
+
+    refused("unknown type 'q4'; known: f16, q8_0, q4_0", "q4", ParamsError)
+    weights = load_file(place / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for value in (float("nan"), float("inf"), 1e6):
+        spoiled = weights[name].clone()
+        spoiled[3, 5] = value
+        save_file(weights | {name: spoiled}, place / "model.safetensors", {"format": "pt"})
+        refused(f"{name}: largest absolute value")
+    save_file({key: value for key, value in weights.items() if key != name}, place / "model.safetensors")
+    refused(f"missing weights: {name}")
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    with monkeypatch.context() as patch:  # a disk that fills up halfway
+        patch.setattr(gguf.GGUFWriter, "write_tensor_data", _full_disk)
+        refused("No space left", error=OSError)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    refused("hidden_act is 'gelu'")
+    (place / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    refused("'gpt2' cannot be exported; supported: llama, mistral, qwen2, qwen3")
+    (place / "config.json").unlink()
+    refused("no config.json")
+
+
+def _full_disk(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_token_without_a_row_is_refused(tmp_path: Path) -> None:
+    place = directory(tmp_path / "m")
+    known = tokenizer()
+    known.add_tokens(["<more>"])
+    known.save_pretrained(place)
+    with pytest.raises(ArtifactError, match="1 tokens have no row .* 300 rows, for example '<more>'"):
+        gguf_export.export(place, tmp_path / "m.gguf", "f16")
+
+
+@pytest.mark.slow
+def test_the_packaged_model(tmp_path: Path) -> None:
+    """SmolLM2: f16 agrees on 99 % of positions, q8_0 diverges by hundredths of a nat, the tokenizer is the same."""
+    place = tmp_path / "m"
+    ours = language_models.load_tokenizer("smollm2-135m")
+    language_models.load("smollm2-135m", torch.float32, "sdpa").save_pretrained(place)
+    ours.save_pretrained(place)
+    text = Path(gguf_export.__file__).read_text() + Path(gguf_vocabulary.__file__).read_text()
+    ids = torch.tensor(ours(text)["input_ids"][:2048]).reshape(4, 512)
+    for kind, agreement, bound in (("f16", 0.99, 1e-4), ("q8_0", 0.95, 0.02)):
+        report = gguf_export.export(place, tmp_path / f"{kind}.gguf", kind)  # type: ignore[arg-type]
+        same, divergence = compare(place, tmp_path / f"{kind}.gguf", ids)
+        assert same >= agreement and divergence < bound
+    assert report.bytes < 0.30 * (place / "model.safetensors").stat().st_size
+    _same_tokenizer(ours, language_models.load_tokenizer(str(tmp_path / "f16.gguf")), tmp_path / "f16.gguf")
