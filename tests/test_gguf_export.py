@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from gguf_files import directory, field, same_tokenizer
 from torch.nn.functional import kl_div
+from typer.testing import CliRunner
 
 from pipelines.core import gguf_export, gguf_vocabulary, language_models
 from pipelines.core.errors import ArtifactError, ParamsError
@@ -188,3 +190,19 @@ def test_the_packaged_model(tmp_path: Path) -> None:
     assert report.pre == "gpt-2"  # as transformers reads the package: without the smollm rule's single digits
     assert report.bytes < 0.30 * (place / "model.safetensors").stat().st_size
     same_tokenizer(ours, language_models.load_tokenizer(str(tmp_path / "f16.gguf")), tmp_path / "f16.gguf")
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.cli import app
+
+    for name in ("dvc.yaml", "params.yaml"):
+        (tmp_path / name).touch()
+    (tmp_path / "sub").mkdir()
+    directory(tmp_path / "sub/model")
+    monkeypatch.chdir(tmp_path / "sub")  # paths are as seen from here
+    done = CliRunner().invoke(app, ["export", "model", "out.gguf", "--type", "f16"])
+    assert done.exit_code == 0 and re.search(r"out\.gguf: [\d.]+ million parameters in [\d.]+ MB, f16", done.output)
+    assert (tmp_path / "sub/out.gguf").stat().st_size > 1e5
+    monkeypatch.chdir(tmp_path / "sub")
+    refused = CliRunner().invoke(app, ["export", "model", "out.gguf", "--type", "q2"])
+    assert refused.exit_code == 2 and "known: f16, q8_0, q4_0" in refused.output
