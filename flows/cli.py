@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, cast
 
 import typer
 
@@ -94,6 +94,25 @@ def profile(name: Annotated[str, typer.Argument(help="A file in profiles/, witho
 
         for line in apply(root, name) or [f"params.yaml has the values of {name} already"]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Directory of a model, such as artifacts/ppo/model.")],
+    file: Annotated[Path, typer.Argument(help="The GGUF file to write, NAME.gguf.")],
+    type_: Annotated[str, typer.Option("--type", help="Of the matrices: f16, q8_0 or q4_0.")] = "q8_0",
+) -> None:
+    """Write a model as one GGUF file, which llama.cpp and Ollama load."""
+    place, target = model.absolute(), file.absolute()  # as seen from here, not from the repository's root
+    with _messages() as (_, console):
+        from pipelines.core import gguf_export
+
+        made = gguf_export.export(place, target, cast("gguf_export.Kind", type_))
+        told = f"{file}: {made.parameters / 1e6:.1f} million parameters in {made.bytes / 1e6:.1f} MB, {made.kind}"
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
+        if made.kept_in_f16:
+            kept = f"in f16, since their rows are no multiple of 32: {', '.join(made.kept_in_f16)}"
+            console.print(kept, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
