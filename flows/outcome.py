@@ -69,6 +69,15 @@ def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
     return f"{verdict.model} {verdict.version} is the champion now" + (f", after {champion}" if champion else "")
 
 
+def point_best(root: Path, stage: str) -> str | None:
+    """Give the alias of the best model of a stage to the one that has earned it; see `promotion.point_best`."""
+    if all(model.best is None for model in policy.load(root).models.values() if model.stage == stage):
+        return None
+    from pipelines.core import promotion
+
+    return promotion.point_best(root, stage)
+
+
 def cell(judged: Sequence[Verdict]) -> str:
     """Verdicts of a stage in a table cell; of several models how many passed, and the names of those that did not."""
     told = [f"{one.model} {one.version} {'passed' if one.passed else 'FAILED'}" for one in judged]

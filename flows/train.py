@@ -111,6 +111,8 @@ class Job:
                     records.verdict(one)
                     if one.passed and (done := outcome.promote(self.root, one, fresh_output)):
                         row.notes.append(done)
+                if done := outcome.point_best(self.root, row.stage):
+                    row.notes.append(done)
                 if failed := "\n".join(one.table() for one in judged if not one.passed):
                     if self.stops_at_gate:
                         raise GateError(f"what depends on stage {row.stage} does not run\n{failed}")

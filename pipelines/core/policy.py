@@ -13,7 +13,7 @@
 A budget bounds a key of `metrics/<stage>.json`. A comparison takes columns of `evaluation.parquet`; its baseline
 is another column of the same file, `stage:NAME` (that stage's evaluation of the same examples) or `champion`.
 An entry with a `*` in its name and its directory (`sluice-transfer-*`, `models/*`) stands for one model a directory;
-in its rules `*` stands for the same.
+in its rules `*` stands for the same, and a rule with `only: [NAME]` is asked of those that one of the names fits.
 `check` holds all of it against the graph and the stages before anything is computed, and imports no MLflow.
 """
 
@@ -45,6 +45,7 @@ class Budget(Section, strict=True):
     at_most: float | None = None
     at_least: float | None = None
     where_measured: bool = Field(False, description="true, and only then, for a metric that not all data give")
+    only: list[str] = Field([], description="what * stands for in the models that are asked; []: all")
 
     @model_validator(mode="after")
     def _one_bound(self) -> Budget:
@@ -68,6 +69,7 @@ class Comparison(Section, strict=True):
     not_worse_than: str | None = None
     margin: float | None = Field(None, ge=0.0, lt=1.0)
     where_measured: bool = Field(False, description="true: not judged where no example has a weight in `per`")
+    only: list[str] = Field([], description="what * stands for in the models that are asked; []: all")
 
     @model_validator(mode="after")
     def _one_baseline(self) -> Comparison:
@@ -98,6 +100,14 @@ Rule = Annotated[
 ]
 
 
+class Best(Section, strict=True):
+    """Which of the models that an entry with `*` stands for gets an alias: of those that passed, the lowest."""
+
+    alias: str = Field(pattern="^[a-z][a-z0-9_-]*$")
+    lowest: str = Field(description="a metric of the stage; * stands for the model")
+    only: list[str] = Field([], description="what * stands for in those that may get it; []: all")
+
+
 class ModelPolicy(Section, strict=True):
     """One registered model."""
 
@@ -105,6 +115,7 @@ class ModelPolicy(Section, strict=True):
     model: str = Field(min_length=1, description="directory inside the stage's output")
     gate: list[Rule] = Field(min_length=1)
     promote: Literal["auto", "manual"]
+    best: Best | None = None
 
     @property
     def comparisons(self) -> list[Comparison]:
@@ -117,7 +128,8 @@ class ModelPolicy(Section, strict=True):
         def filled(values: dict[str, Any]) -> dict[str, Any]:
             return {key: value.replace(ANY, part) for key, value in values.items() if isinstance(value, str)}
 
-        gate = [rule.model_copy(update=filled(dict(rule))) for rule in self.gate]
+        asked = [rule for rule in self.gate if not rule.only or any(fnmatchcase(part, name) for name in rule.only)]
+        gate = [rule.model_copy(update=filled(dict(rule))) for rule in asked]
         return self.model_copy(update={"model": self.model.replace(ANY, part), "gate": gate})
 
 
@@ -137,6 +149,10 @@ class Policy(Section, strict=True):
                 raise ValueError(
                     f"{name}: model: {model.model}: one {ANY} in both the name and the directory, or none in either"
                 )
+            if ANY not in name and (model.best or any(rule.only for rule in model.gate)):
+                raise ValueError(f"{name}: only: and best: belong to an entry with {ANY} in its name")
+            if model.best is not None and model.best.alias in (CHAMPION, "previous"):
+                raise ValueError(f"{name}: best.alias: {model.best.alias} is given by promotions alone")
         return self
 
     def of_stage(self, stage: str, output: Path) -> list[tuple[str, ModelPolicy]]:
@@ -189,6 +205,9 @@ def check(root: Path) -> None:
         for number, rule in enumerate(model.gate):
             where = f"{FILE}: models.{name}.gate.{number}"
             mistakes += [f"{where}.{mistake}" for mistake in _unknown(rule, model.stage, stages)]
+        every = _declared(model.stage, "METRICS") | declared_optional(model.stage)
+        if model.best is not None and not _fits(model.best.lowest, every):
+            mistakes.append(f"{FILE}: models.{name}.best.lowest: {model.stage} has no metric {model.best.lowest!r}")
     if mistakes:
         raise GateError("\n".join(mistakes))
 

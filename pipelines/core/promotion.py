@@ -1,4 +1,4 @@
-"""Moving the alias `champion`, which only this module does: compare-and-set, with a journal.
+"""Moving aliases, which only this module does: `champion` by compare-and-set, with a journal; and the best of several.
 
 MLflow has no compare-and-set for aliases (the last writer wins), so a promotion happens under a lock and names
 the champion it means to replace. Steps: write the intent, move `champion` (from here on it has happened), point
@@ -16,13 +16,14 @@ import shutil
 import uuid
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.core import store, versions
 from pipelines.core.environment import STATE
 from pipelines.core.errors import GateError
-from pipelines.core.policy import CHAMPION
+from pipelines.core.policy import ANY, CHAMPION
 
 PREVIOUS = "previous"
 FROM = "promotion.from"
@@ -99,6 +100,53 @@ def rollback(root: Path, model: str, *, who: str = "", why: str, expected_champi
                 raise GateError(f"{model} has no previous champion to go back to (champion: {now or 'none'})")
             before = _version(client, model, target).tags.get(FROM) or None
             return _move(root, client, "rollback", model, now, target, previous=before, who=who, why=why)
+
+
+def point_best(root: Path, stage: str) -> str | None:
+    """Give the alias that `mlflow/registry.yaml` names under `best` to the best model of a stage that passed its gate.
+
+    It is on one model at a time. Where none passed it stays where it is. It follows from the verdicts that are stored,
+    so doing it again changes nothing, and a crash in between is mended by the next call.
+
+    Returns what was done, in words; nothing where nothing was to do.
+
+    Raises:
+        StoreUnavailable: the store is away.
+    """
+    from pipelines.core import lineage, verdicts
+
+    found = [one for one in verdicts.candidates(root, stage) if one.policy.best is not None]
+    if not found:
+        return None
+    metrics = lineage.read_metrics(root, found[0].spec)
+    passed: dict[str, tuple[float, str]] = {}
+    for one in found:
+        best, part = one.policy.best, Path(one.policy.model).name
+        assert best is not None
+        verdict = verdicts.stored(root, one.name)
+        allowed = not best.only or any(fnmatchcase(part, name) for name in best.only)
+        if allowed and verdict is not None and verdict.passed and verdict.content_hash == one.content:
+            passed[one.name] = (metrics[best.lowest.replace(ANY, part)], verdict.version)
+    if not passed:
+        return None
+    chosen = min(passed, key=lambda name: (passed[name][0], name))
+    best = found[0].policy.best
+    assert best is not None
+    with store.locked(root, "promotion"):
+        client, _ = store.connect(root)
+        with store.answering(root):
+            return _point(client, best.alias, chosen, passed[chosen][1], [one.name for one in found])
+
+
+def _point(client: Any, alias: str, chosen: str, version: str, family: list[str]) -> str | None:
+    """Move an alias to one model of a family; the new one first, so that there is always one that has it."""
+    holders = {name: versions.alias(client, name, alias) for name in family}
+    if holders[chosen] != version:
+        client.set_registered_model_alias(chosen, alias, version)
+    for name, held in holders.items():
+        if held is not None and name != chosen:
+            client.delete_registered_model_alias(name, alias)
+    return None if holders[chosen] == version else f"{chosen} {version} is {alias} now"
 
 
 def history(root: Path) -> list[dict[str, Any]]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import lzma
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.core import packing
 from pipelines.core.language_models import body_and_head
+
+if TYPE_CHECKING:
+    import torch
 
 WINDOW = 1024  # longest context a text is scored in, in tokens
 UNSCORED = -100  # a label that is context only: `losses.IGNORE`, without its import of torch
@@ -31,21 +34,35 @@ def model_bits(
     """
     import torch
 
-    window = min(WINDOW, getattr(model.config, "max_position_embeddings", WINDOW) or WINDOW)
-    separator = packing.separator_id(tokenizer)
-    pieces: list[tuple[int, list[int], list[int]]] = []  # text, ids, labels
-    for number, ids in enumerate(packing.encode(tokenizer, texts)):
-        pieces += [(number, *piece) for piece in _windows([separator, *ids], window)]
-    pieces.sort(key=lambda piece: (-len(piece[1]), piece[0]))
+    found = batches(model.config, tokenizer, texts)
+    total = sum(map(len, found))
     bits = [0.0] * len(texts)
     with torch.inference_mode():
         done = 0
-        for batch in _batches(pieces):
-            for (number, _, _), value in zip(batch, _score(model, batch, precision), strict=True):
-                bits[number] += value
+        for batch in found:
+            for piece, value in zip(batch, _score(model, batch, precision), strict=True):
+                bits[piece.text] += value
             done += len(batch)
-            tell(done, len(pieces))
+            tell(done, total)
     return bits
+
+
+class Piece(NamedTuple):
+    """A window of a text."""
+
+    text: int  # its number
+    ids: list[int]
+    labels: list[int]  # the next token, or UNSCORED where the window before has scored it
+
+
+def batches(config: Any, tokenizer: Any, texts: list[str]) -> list[list[Piece]]:
+    """The windows of all texts that fit a model's context, the longest first, in batches of `BATCH_TOKENS`."""
+    window = min(WINDOW, getattr(config, "max_position_embeddings", WINDOW) or WINDOW)
+    separator = packing.separator_id(tokenizer)
+    pieces: list[Piece] = []
+    for number, ids in enumerate(packing.encode(tokenizer, texts)):
+        pieces += [Piece(number, *piece) for piece in _windows([separator, *ids], window)]
+    return _batches(sorted(pieces, key=lambda piece: (-len(piece.ids), piece.text)))
 
 
 def classical_bits(texts: list[str], primer: str) -> list[float]:
@@ -77,38 +94,45 @@ def _windows(ids: list[int], window: int) -> list[tuple[list[int], list[int]]]:
     return pieces
 
 
-def _batches(pieces: list[tuple[int, list[int], list[int]]]) -> list[list[tuple[int, list[int], list[int]]]]:
+def _batches(pieces: list[Piece]) -> list[list[Piece]]:
     """Consecutive pieces, sorted by length, of at most `BATCH_TOKENS` padded tokens."""
-    batches: list[list[tuple[int, list[int], list[int]]]] = []
+    found: list[list[Piece]] = []
     for piece in pieces:
-        if batches and (len(batches[-1]) + 1) * len(batches[-1][0][1]) <= BATCH_TOKENS:
-            batches[-1].append(piece)
+        if found and (len(found[-1]) + 1) * len(found[-1][0].ids) <= BATCH_TOKENS:
+            found[-1].append(piece)
         else:
-            batches.append([piece])
-    return batches
+            found.append([piece])
+    return found
 
 
-def _score(model: Any, batch: list[tuple[int, list[int], list[int]]], precision: str) -> list[float]:
+def _score(model: Any, batch: list[Piece], precision: str) -> list[float]:
     """Bits of the labels of each piece."""
+    from pipelines.core import losses
+
+    hidden, labels = hidden_states(model, batch, precision)
+    _, head = body_and_head(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    scores = losses.label_log_probabilities(hidden.flatten(0, 1), head, labels.flatten())
+    return [float(value) / -math.log(2) for value in scores.view_as(labels).double().sum(dim=1)]
+
+
+def hidden_states(model: Any, batch: list[Piece], precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the head reads, (pieces, longest, width), and the labels, (pieces, longest), `losses.IGNORE` on padding."""
     import torch
 
     from pipelines.core import losses, training
 
-    longest = len(batch[0][1])
+    longest = len(batch[0].ids)
     device = model.device
     ids = torch.zeros(len(batch), longest, dtype=torch.long, device=device)
     labels = torch.full((len(batch), longest), losses.IGNORE, device=device)
-    for row, (_, tokens, wanted) in enumerate(batch):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        labels[row, : len(wanted)] = torch.tensor(wanted)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    body, head = body_and_head(inner)
+    for row, piece in enumerate(batch):
+        ids[row, : len(piece.ids)] = torch.tensor(piece.ids)
+        labels[row, : len(piece.labels)] = torch.tensor(piece.labels)
+    body = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
     documents = torch.zeros_like(ids)
     positions = torch.arange(longest, device=device).expand_as(ids)
     mask_type = torch.bfloat16 if precision == "bf16" else torch.float32
     mask = packing.attention_mask(documents, mask_type)
     with training.computing_in(precision, device.type, model):
         states = body(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
-    hidden = states.last_hidden_state.to(mask_type)
-    scores = losses.label_log_probabilities(hidden.flatten(0, 1), head, labels.flatten())
-    return [float(value) / -math.log(2) for value in scores.view_as(labels).double().sum(dim=1)]
+    return states.last_hidden_state.to(mask_type), labels

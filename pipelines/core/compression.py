@@ -1,0 +1,121 @@
+"""What a compressed model has lost: it and the original say the same held-out texts, token by token.
+
+* bits of each text, and so what it loses in bits per byte;
+* KL(original || variant) of the next token, in nats, and the share of places where both find the same token likeliest;
+* of each layer that was made smaller: how far its outputs are from the original's, on the same inputs.
+
+The original's hidden states are kept (width x 2 bytes a token), its logits are formed again chunk by chunk: those of
+all tokens would take vocabulary x 4 bytes each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from pipelines.core import losses, scoring
+from pipelines.core.language_models import body_and_head
+
+CHUNK = 256  # tokens whose logits of both models exist at one time: at V = 49152, 100 MB
+
+
+class Reference(NamedTuple):
+    """The original, on held-out texts."""
+
+    batches: list[list[scoring.Piece]]
+    hidden: list[torch.Tensor]  # of each batch, (pieces, longest, width)
+    head: torch.Tensor  # (vocabulary, width)
+    texts: int
+
+
+class Lost(NamedTuple):
+    """A variant beside the original."""
+
+    bits: list[float]  # of each text
+    kl: float  # nats a token
+    agreement: float  # share of places with the same likeliest token
+
+
+@torch.inference_mode()
+def reference(model: Any, tokenizer: Any, texts: list[str], precision: str) -> Reference:
+    """What the original says of the texts."""
+    found = scoring.batches(model.config, tokenizer, texts)
+    hidden = [scoring.hidden_states(model, batch, precision)[0] for batch in found]
+    return Reference(found, hidden, body_and_head(model)[1].detach(), len(texts))
+
+
+@torch.inference_mode()
+def compare(original: Reference, model: Any, precision: str) -> Lost:
+    """A variant, dense or with packed layers, beside the original. `model.lm_head` may be of any kind."""
+    bits = [0.0] * original.texts
+    divergence, same, count = 0.0, 0, 0
+    head = model.get_output_embeddings()
+    for batch, theirs in zip(original.batches, original.hidden, strict=True):
+        hidden, labels = scoring.hidden_states(model, batch, precision)
+        numbers = torch.tensor([piece.text for piece in batch])[:, None].expand_as(labels)
+        kept = labels != losses.IGNORE
+        rows, told = (hidden[kept], theirs[kept]), (labels[kept], numbers[kept])
+        for start in range(0, len(told[0]), CHUNK):
+            part = slice(start, start + CHUNK)
+            ours = torch.log_softmax(head(rows[0][part]).float(), dim=1)
+            exact = torch.log_softmax((rows[1][part] @ original.head.t()).float(), dim=1)
+            divergence += float((exact.exp() * (exact - ours)).sum())
+            same += int((exact.argmax(1) == ours.argmax(1)).sum())
+            count += len(ours)
+            said = ours.gather(1, told[0][part][:, None])[:, 0].double() / -math.log(2)
+            for number, value in zip(told[1][part].tolist(), said.tolist(), strict=True):
+                bits[number] += value
+    return Lost(bits, divergence / count, same / count)
+
+
+@torch.inference_mode()
+def layer_errors(
+    model: Any, variant: Any, rows: Sequence[list[int]], weight_of: Callable[[Any], torch.Tensor | None]
+) -> dict[str, float]:
+    """Of each layer whose weight has changed: ||x W^T - x W'^T|| / ||x W^T|| over the rows' tokens, in fp32.
+
+    Args:
+        model: the original, dense; x are its own inputs of the layer.
+        variant: the same architecture with other layers in the place of linear ones.
+        rows: token ids.
+        weight_of: the weight (out, in) that a layer stands for; None for what is no linear layer.
+    """
+    others = dict(variant.named_modules())
+    sums: dict[str, list[float]] = {}
+
+    def look(name: str, wrong: torch.Tensor, weight: torch.Tensor) -> Any:
+        def hook(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+            inputs = given[0].flatten(0, -2).float()
+            error, size = (float((inputs @ part.t()).square().sum()) for part in (wrong, weight))
+            of_layer = sums.setdefault(name, [0.0, 0.0])
+            of_layer[0] += error
+            of_layer[1] += size
+
+        return hook
+
+    hooks = []
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or name not in others:
+            continue
+        theirs = weight_of(others[name])
+        if theirs is not None and not torch.equal(theirs.float(), module.weight.float()):
+            weight = module.weight.float()
+            hooks.append((module, look(name, theirs.float() - weight, weight)))
+    with _hooks(hooks):
+        for ids in rows:
+            model(input_ids=torch.tensor([ids]), use_cache=False)
+    return {name: math.sqrt(error / size) if size else 0.0 for name, (error, size) in sums.items()}
+
+
+@contextmanager
+def _hooks(wanted: list[tuple[Any, Any]]) -> Iterator[None]:
+    placed = [module.register_forward_pre_hook(hook) for module, hook in wanted]
+    try:
+        yield
+    finally:
+        for hook in placed:
+            hook.remove()

@@ -1,0 +1,174 @@
+"""How fast, and in how much memory, model directories answer on this machine: each in a process of its own, in turns.
+
+A process is forked from a server that has torch and transformers imported and has computed nothing, so that what a
+model adds to memory is the model's. All are loaded first; then they are asked in turns, since a neighbour's load comes
+and goes and would otherwise fall on one of them. One token at a time runs through `decoding.Decoder` where it supports
+the architecture, else through transformers' `generate`; the card says which.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pipelines.core import decoding, variants
+from pipelines.core.errors import ArtifactError
+
+ROUNDS = 3
+PREFILL_TOKENS, DECODE_TOKENS = 128, 48
+# Threads that sleep between two products take longer to wake than the product takes: they spin for that long instead.
+ENVIRONMENT = {"GOMP_SPINCOUNT": "100000", "OMP_WAIT_POLICY": ""}
+READ_BYTES = 256 * 2**20  # of an array that is summed to measure memory's rate: more than any cache
+
+
+class Speed(NamedTuple):
+    """Medians over the rounds, and the spread (lowest, highest) of decoding."""
+
+    decode: float  # tokens a second
+    decode_low: float
+    decode_high: float
+    prefill: float  # tokens a second
+    load_seconds: float
+    memory_mb: float  # resident at the most, less what the process had before the model
+    by_decoder: bool  # False: through transformers' `generate`
+
+
+def measure(
+    models: Mapping[str, tuple[Path, str]], threads: int, tell: Callable[[int, int], None], rounds: int = ROUNDS
+) -> dict[str, Speed]:
+    """Load every model, ask all in turns, `rounds` times.
+
+    Args:
+        models: directory and kind (`variants.load`) by name.
+        threads: of each process; only one works at a time.
+        tell: called with (done, total) rounds.
+
+    Raises:
+        ArtifactError: a process has died; its model is named.
+    """
+    with _server_environment():
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload([__name__])
+        asked = {}
+        for name, (place, kind) in models.items():
+            ours, theirs = server.Pipe()
+            process = server.Process(target=_serve, args=(theirs, str(place), kind, threads), daemon=True)
+            process.start()
+            theirs.close()
+            asked[name] = (process, ours)
+    try:
+        loaded = {name: _receive(name, ours) for name, (_, ours) in asked.items()}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+        for number in range(rounds + 1):  # the first is a warm-up
+            for name, (_, ours) in asked.items():
+                ours.send(True)
+                found[name].append(_receive(name, ours))
+            tell(number, rounds)
+        ended = {}
+        for name, (_, ours) in asked.items():
+            ours.send(False)
+            ended[name] = _receive(name, ours)
+    finally:
+        for process, ours in asked.values():
+            ours.close()
+            process.join(5)
+            process.kill()
+    result = {}
+    for name in models:
+        decode, prefill = ([one[part] for one in found[name][1:]] for part in (0, 1))
+        speeds = (median(decode), min(decode), max(decode), median(prefill))
+        result[name] = Speed(*speeds, loaded[name][0], ended[name], loaded[name][1])
+    return result
+
+
+def bandwidth(threads: int) -> float:
+    """Bytes a second that this machine reads from memory, the best of five sums over a large array."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        array = torch.ones(READ_BYTES // 4)
+        best = 0.0
+        for _ in range(5):
+            start = time.perf_counter()
+            array.sum()
+            best = max(best, READ_BYTES / (time.perf_counter() - start))
+    finally:
+        torch.set_num_threads(before)
+    return best
+
+
+def _serve(pipe: Connection, place: str, kind: str, threads: int) -> None:
+    """One model: load it, answer rounds, tell its memory."""
+    torch.set_num_threads(threads)
+    before = _resident()
+    start = time.perf_counter()
+    model = variants.load(Path(place), kind)
+    seconds = time.perf_counter() - start
+    quick = decoding.unsupported(model) is None
+    decoder = decoding.Decoder(model, PREFILL_TOKENS + DECODE_TOKENS + 1) if quick else None
+    pipe.send((seconds, quick))
+    ids = np.random.default_rng(17).integers(0, model.config.vocab_size, PREFILL_TOKENS).tolist()
+    while pipe.recv():
+        pipe.send(_round(model, decoder, ids))
+    pipe.send(max(0.0, _resident() - before) / 2**20)
+
+
+def _round(model: Any, decoder: decoding.Decoder | None, ids: list[int]) -> tuple[float, float]:
+    """Tokens a second of decoding and of reading a prompt."""
+    start = time.perf_counter()
+    if decoder is not None:
+        decoder.prefill(ids)
+        read = time.perf_counter() - start
+        start = time.perf_counter()
+        for token in ids[:DECODE_TOKENS]:
+            decoder.step(token)
+        return DECODE_TOKENS / (time.perf_counter() - start), len(ids) / read
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([ids]), logits_to_keep=1)
+        read = time.perf_counter() - start
+        start = time.perf_counter()
+        model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False,
+            max_new_tokens=DECODE_TOKENS, min_new_tokens=DECODE_TOKENS, pad_token_id=0,
+        )  # fmt: skip
+    return DECODE_TOKENS / max(1e-9, time.perf_counter() - start - read), len(ids) / read
+
+
+def _resident() -> float:
+    """Bytes resident at the most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _receive(name: str, pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise ArtifactError(f"{name}: the process that measures its speed has died; it may be out of memory") from None
+
+
+@contextmanager
+def _server_environment() -> Any:
+    """What the fork server, and so every process, starts with: OpenMP reads it when it is loaded."""
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    for name, value in ENVIRONMENT.items():
+        os.environ.pop(name, None)
+        if value:
+            os.environ[name] = value
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
