@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 NOT_PER_LAYER = ("architectures", "bos_token_id", "eos_token_id", "pad_token_id")  # lists of a length of their own
-MAY_DIFFER = ("layer_idx", "training", "gradient_checkpointing")  # a block's place, and how it is used at the moment
+MAY_DIFFER = (
+    "layer_idx",
+    "layer_id",
+    "training",
+    "gradient_checkpointing",
+)  # a block's place, and how it is used at the moment
 SHOWN = 5  # names of weights that a message lists
 
 
@@ -154,7 +159,7 @@ def from_directory(place: Path, dtype: torch.dtype = torch.float32, attention: s
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, told[what])):
             raise ArtifactError(f"{place}: {what.replace('_keys', '')} weights: {', '.join(names[:SHOWN])}")
-    _refuse_altered(model)
+    _refuse_altered(model, str(place))
     return model
 
 
@@ -164,19 +169,19 @@ def _stack(teacher: PreTrainedModel) -> str:
     Raises:
         ArtifactError: as `from_layers`.
     """
-    _refuse_altered(teacher)
+    _refuse_altered(teacher, "the teacher")
     stack = tuning.stack(teacher)
     if stack is None:
         raise ArtifactError(f"{_unfit(teacher)}: it has no list of {teacher.config.num_hidden_layers} blocks")
     return str(next(name for name, part in teacher.named_modules() if part is stack))
 
 
-def _refuse_altered(model: PreTrainedModel) -> None:
+def _refuse_altered(model: PreTrainedModel, what: str) -> None:
     """Raises ArtifactError where the weights are not the plain ones of the architecture."""
     if getattr(model, "is_quantized", False):
-        raise ArtifactError(f"{model.config._name_or_path}: the model is quantized; use the one it was made from")
+        raise ArtifactError(f"{what} is quantized; its layers cannot be trained: use the model it was made from")
     if getattr(model, "peft_config", None):
-        raise ArtifactError(f"{model.config._name_or_path}: the model carries adapters; merge them into it before")
+        raise ArtifactError(f"{what} carries adapters; merge them into its weights and save the result")
 
 
 def _cut(config: Any, kept: list[int]) -> Any:
