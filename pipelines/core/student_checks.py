@@ -1,0 +1,133 @@
+"""Whether a teacher and a student fit together: settled before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipelines.core import language_models
+from pipelines.core.errors import ArtifactError, ParamsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PARTS = ("model", "normalizer", "pre_tokenizer")  # of tokenizer.json: what decides which ids a text gets
+
+
+def size(model: PreTrainedModel) -> dict[str, int]:
+    """`parameters` and their `bytes` in memory; an embedding that is also the head counts once.
+
+    Numbers packed by 4-bit quantization count as what they stand for; their bytes are those of the packed ones.
+    """
+    parameters = stored = 0
+    for value in model.parameters():  # each tied one once
+        packed = getattr(value, "quant_state", None)
+        parameters += value.numel() if packed is None else packed.shape.numel()
+        stored += value.numel() * value.element_size()
+    return {"parameters": parameters, "bytes": stored}
+
+
+def check_smaller(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Raises ParamsError where the student has more parameters than the teacher. As many is self-distillation."""
+    most, found = size(teacher)["parameters"], size(student)["parameters"]
+    if found > most:
+        raise ParamsError(
+            f"distill: the student has {found:,} parameters, its teacher {most:,}; accepted: at most as many. Set a "
+            "smaller distill.depth or another student, or let them change places"
+        )
+
+
+def check_finite(model: PreTrainedModel, place: Path | str) -> None:
+    """Raises ArtifactError where a weight of the model read from `place` is NaN or infinite; names the tensor."""
+    for name, values in model.state_dict().items():
+        if not values.is_floating_point() or bool(torch.isfinite(values).all()):
+            continue
+        bad = ~torch.isfinite(values)
+        first = tuple(int(i) for i in bad.nonzero()[0])
+        raise ArtifactError(
+            f"{place}: weight {name} has {int(bad.sum())} values of {values.numel()} that are NaN or infinite, the "
+            f"first at {first}: {values[first].item()}; only finite weights are accepted: train or copy it again"
+        )
+
+
+def check_same_rows(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Raises ArtifactError where the logits differ in width, which padding beyond the tokenizer's tokens can do."""
+    wanted, found = (model.get_output_embeddings().weight.shape[0] for model in (teacher, student))
+    if wanted != found:
+        raise ArtifactError(
+            f"the student's head has {found} rows, the teacher's {wanted}, so their logits cannot be compared; "
+            f"accepted: {wanted} (transformers: model.resize_token_embeddings({wanted}), then save it)"
+        )
+
+
+def check_same_tokenizer(teacher_dir: Path, student_dir: Path) -> None:
+    """Whether two model directories split every text into the same ids.
+
+    Compared are the vocabularies, the special tokens, the merges, and how text is cleaned and cut before.
+
+    Raises:
+        ArtifactError: a directory holds no fast tokenizer; or they differ: the message names the first token
+            (the lowest id) that does, and its id in both.
+    """
+    teacher, student = _tokenizer(teacher_dir), _tokenizer(student_dir)
+    different = (
+        _different_token(teacher, student)
+        or _different_special(teacher, student)
+        or _different_part(_parts(teacher), _parts(student))
+    )
+    if different:
+        raise ArtifactError(
+            f"the student's tokenizer ({student_dir}) is not the teacher's ({teacher_dir}): {different}. The two must "
+            "be equal: train the student with the teacher's tokenizer, or choose one that was"
+        )
+
+
+def _tokenizer(place: Path) -> Any:
+    if not place.is_dir():
+        raise ArtifactError(f"{place}: no such directory; a Hugging Face model directory is needed")
+    tokenizer = language_models.load_tokenizer(str(place))
+    if not tokenizer.is_fast:
+        raise ArtifactError(f"{place}: its tokenizer has no tokenizer.json, so its merges cannot be compared")
+    return tokenizer
+
+
+def _different_token(teacher: Any, student: Any) -> str | None:
+    """The first token with another id; before it those the teacher lacks only if all of its own agree."""
+    theirs, ours = teacher.get_vocab(), student.get_vocab()
+    odd = [*(t for t in theirs if theirs[t] != ours.get(t)), *(t for t in ours if t not in theirs)]
+    if not odd:
+        return None
+    first = min(odd, key=lambda token: (token not in theirs, theirs.get(token, ours.get(token))))
+    return (
+        f"token {first!r} has id {theirs.get(first, 'none')} in the teacher's and {ours.get(first, 'none')} in the "
+        f"student's; {len(odd)} tokens differ ({len(theirs)} and {len(ours)} in all)"
+    )
+
+
+def _different_special(teacher: Any, student: Any) -> str | None:
+    theirs, ours = teacher.special_tokens_map, student.special_tokens_map
+    for name in sorted(theirs.keys() | ours.keys()):
+        if str(theirs.get(name)) != str(ours.get(name)):
+            ids = [getattr(one, f"{name}_id", None) for one in (teacher, student)]
+            return f"{name} is {theirs.get(name)} (id {ids[0]}) and {ours.get(name)} (id {ids[1]})"
+    return None
+
+
+def _parts(tokenizer: Any) -> dict[str, Any]:
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: whole[name] for name in PARTS}
+
+
+def _different_part(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    """The first merge that differs, or the part of the tokenizer."""
+    merges = [part["model"].get("merges") or [] for part in (theirs, ours)]
+    for rank, (left, right) in enumerate(zip(*merges, strict=False)):
+        if left != right:
+            return f"merge {rank} is {left} and {right}"
+    if len(merges[0]) != len(merges[1]):
+        return f"they have {len(merges[0])} and {len(merges[1])} merges"
+    odd = [name for name in PARTS if theirs[name] != ours[name]]
+    return f"their {odd[0]} differ (tokenizer.json)" if odd else None
