@@ -1,4 +1,4 @@
-"""Keeps deps in `dvc.yaml` in step with files that `params.yaml` names in data.sources, feedback.rankings, ppo.rewards.
+"""Keeps deps in `dvc.yaml` in step with the files and directories that `params.yaml` names, such as data.sources.
 
 DVC runs a stage again when a dep changes, but deps cannot be written in `params.yaml`. So the lines below a
 marker comment in `dvc.yaml` belong to `sluice run`; every other line of the file is left as it is.
@@ -18,6 +18,8 @@ MARKERS = {
     "data": "# files named in params.yaml data.sources, kept by sluice run",
     "feedback": "# file named in params.yaml feedback.rankings, kept by sluice run",
     "ppo": "# files named in params.yaml ppo.rewards, kept by sluice run",
+    "distill": "# directories named in params.yaml distill.teacher and distill.student, kept by sluice run",
+    "quantize": "# directory named in params.yaml quantize.model, kept by sluice run",
 }
 _PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./+@-]*")
 
@@ -28,9 +30,9 @@ def keep(root: Path) -> list[str]:
     Raises:
         UserError: `dvc.yaml` lacks a marker although there are files to list.
         DataError: a source names a file that does not exist.
-        ParamsError: a reward does.
+        ParamsError: a reward or a model does.
     """
-    from pipelines.core import reward_functions
+    from pipelines.core import language_models, reward_functions
     from pipelines.core.sources import local_paths
 
     params = whole.load(root / "params.yaml")
@@ -38,6 +40,7 @@ def keep(root: Path) -> list[str]:
     rankings = [root / path for path in [params.feedback.rankings] if path and (root / path).exists()]
     rewards = reward_functions.local_paths(params.ppo.rewards, root)
     named = {"data": local_paths(params.data, root), "feedback": rankings, "ppo": rewards}
+    named |= {stage: language_models.local_paths(whole.models(params, stage), root) for stage in whole.NAME_MODELS}
     changes = []
     for stage, paths in named.items():
         changes += write(root / "dvc.yaml", stage, sorted({_name(path, root) for path in paths}))

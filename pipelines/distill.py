@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.core import artifacts, language_models
 from pipelines.core.context import StageContext
-from pipelines.core.errors import ParamsError
 from pipelines.core.params.distill import DistillParams, Terms
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def run(params: DistillParams, inputs: dict[str, Path], outputs: Path, context: 
         distill_evaluation,
         distilling,
         policy_answers,
-        students,
+        student_checks,
     )
 
     # 1. Teacher, data and student, all checked before anything is trained.
@@ -74,12 +73,12 @@ def run(params: DistillParams, inputs: dict[str, Path], outputs: Path, context: 
     prompts = policy_answers.held_out(params, inputs["data"], tokenizer, "distill")
     people = distill_data.of_people(params, inputs["data"], tokenizer)
     teacher = _load(params, str(place), context.dtype, context).eval()
-    students.check_finite(teacher, place)
+    student_checks.check_finite(teacher, place)
     before, kept = _student(params, teacher, place, tokenizer, context)
     start = context.work / "before"
     shutil.rmtree(start, ignore_errors=True)
     _save(before, tokenizer, start, context)
-    sizes = {end: students.parameters(model) for end, model in (("", before), ("_teacher", teacher))}
+    sizes = {end: student_checks.size(model)["parameters"] for end, model in (("", before), ("_teacher", teacher))}
     blocks = f", of its blocks {', '.join(map(str, kept))}" if kept else ""
     context.say(f"student: {sizes[''] / 1e6:.1f} million parameters, teacher: {sizes['_teacher'] / 1e6:.1f}{blocks}")
 
@@ -149,7 +148,7 @@ def _student(
     """
     import torch
 
-    from pipelines.core import students
+    from pipelines.core import student_checks, students
 
     kept: list[int] = []
     if params.student == "layers":
@@ -158,13 +157,14 @@ def _student(
     elif params.student == "random":
         assert params.depth is not None
         torch.manual_seed(params.seed)
-        model = students.random(teacher, params.depth, tokenizer)
+        model = students.random(teacher.config, params.depth, attention=teacher.config._attn_implementation)
     else:
-        students.check_same_tokenizer(place, Path(params.student))
-        model = _load(params, params.student, torch.float32, context)
-        students.check_finite(model, params.student)
+        student_checks.check_same_tokenizer(place, Path(params.student))
+        model = students.from_directory(Path(params.student), attention=teacher.config._attn_implementation)
+        student_checks.check_finite(model, params.student)
     model = model.float().to(context.device)
-    students.check_smaller(teacher, model)
+    student_checks.check_smaller(teacher, model)
+    student_checks.check_same_rows(teacher, model)
     language_models.body_and_head(model)
     for value in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
         value.requires_grad_(params.train_embedding)
@@ -194,10 +194,10 @@ def _arms(
     if weights.of_features:
         widths = student.config.hidden_size, teacher.config.hidden_size
         depths = teacher.config.num_hidden_layers, student.config.num_hidden_layers
-        pairs = list(zip(kept, range(len(kept)), strict=True)) or students.pairs(*depths)
+        pairs = students.pairs(*depths, kept or None)
         matching = distill_features.Matching(widths, pairs, params.seed).to(context.device)
     if params.top_k is not None and weights.of_logits:
-        cache = teacher_cache.of(teacher, sequences, params.top_k, params.micro_tokens, tokenizer, context)
+        cache = teacher_cache.of(teacher, sequences, params.top_k, params.micro_tokens, tokenizer.pad_token_id, context)
     if weights.on_policy:
         every = distill_data.chosen(params, data, tokenizer)
         asked = [chats.encode_prompt(tokenizer, example.prompt)[-params.max_prompt_tokens :] for example in every]

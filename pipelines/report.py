@@ -15,6 +15,7 @@ from pathlib import Path
 from pipelines.core import (
     artifacts,
     policy,
+    report_compression,
     report_gates,
     report_html,
     report_inputs,
@@ -58,7 +59,7 @@ def run(params: ReportParams, inputs: dict[str, Path], outputs: Path, context: S
     samples = {stage.name: report_inputs.samples(stage, params.samples) for stage in stages}
     registry = inputs.get(policy.FILE)
     gates = report_gates.judge(stages, registry) if registry is not None else []
-    kinds = (report_tasks, report_policy, report_plots)
+    kinds = (report_tasks, report_policy, report_compression, report_plots)
     plots = [plot for stage in stages for kind in kinds for plot in kind.of_stage(stage)]
 
     # 2. What it says, the answer first.

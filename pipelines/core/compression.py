@@ -41,16 +41,18 @@ class Lost(NamedTuple):
 
 
 @torch.inference_mode()
-def reference(model: Any, tokenizer: Any, texts: list[str], precision: str) -> Reference:
-    """What the original says of the texts."""
+def reference(model: Any, tokenizer: Any, texts: list[str]) -> Reference:
+    """What the original says of the texts, computed in its own type."""
+    precision = _precision(model)
     found = scoring.batches(model.config, tokenizer, texts)
     hidden = [scoring.hidden_states(model, batch, precision)[0] for batch in found]
     return Reference(found, hidden, body_and_head(model)[1].detach(), len(texts))
 
 
 @torch.inference_mode()
-def compare(original: Reference, model: Any, precision: str) -> Lost:
-    """A variant, dense or with packed layers, beside the original. `model.lm_head` may be of any kind."""
+def compare(original: Reference, model: Any) -> Lost:
+    """A variant, dense or with packed layers, beside the original; computed in its own type."""
+    precision = _precision(model)
     bits = [0.0] * original.texts
     divergence, same, count = 0.0, 0, 0
     head = model.get_output_embeddings()
@@ -61,7 +63,7 @@ def compare(original: Reference, model: Any, precision: str) -> Lost:
         rows, told = (hidden[kept], theirs[kept]), (labels[kept], numbers[kept])
         for start in range(0, len(told[0]), CHUNK):
             part = slice(start, start + CHUNK)
-            ours = torch.log_softmax(head(rows[0][part]).float(), dim=1)
+            ours = torch.log_softmax(head(rows[0][part].to(model.dtype)).float(), dim=1)
             exact = torch.log_softmax((rows[1][part] @ original.head.t()).float(), dim=1)
             divergence += float((exact.exp() * (exact - ours)).sum())
             same += int((exact.argmax(1) == ours.argmax(1)).sum())
@@ -109,6 +111,10 @@ def layer_errors(
         for ids in rows:
             model(input_ids=torch.tensor([ids]), use_cache=False)
     return {name: math.sqrt(error / size) if size else 0.0 for name, (error, size) in sums.items()}
+
+
+def _precision(model: Any) -> str:
+    return "bf16" if model.dtype is torch.bfloat16 else "fp32"
 
 
 @contextmanager

@@ -55,12 +55,14 @@ def choose(
     count: int | None,
     longest: int,
     too_long: Literal["refuse", "drop"],
+    section: str = "sft",
 ) -> Chosen:
     """At most `count` demonstrations of the kinds (none named: all), those whose hashed ids come first.
 
     Args:
         longest: tokens of a chat that are accepted.
         too_long: whether a longer one stops the stage, or is left out and counted.
+        section: of `params.yaml`, for messages.
 
     Raises:
         ArtifactError: the data have no demonstrations.
@@ -79,8 +81,8 @@ def choose(
             long.append((row["id"], len(chat.ids)))
             if too_long == "refuse":
                 raise DataError(
-                    f"{where}: {len(chat.ids)} tokens, accepted are {longest}. Shorten it, raise sft.max_length (up to "
-                    "the model's context), or set sft.too_long: drop"
+                    f"{where}: {len(chat.ids)} tokens, accepted are {longest}. Shorten it, raise {section}.max_length "
+                    f"(up to the model's context), or set {section}.too_long: drop"
                 )
         else:
             kept.append(Demonstration(row["id"], row["group"], row["messages"], chat))
@@ -88,7 +90,7 @@ def choose(
         told = f"{TABLE}/{split}.parquet: {len(long)} of {len(rows)} chats are longer than {longest} tokens"
         first = f"the first is row {long[0][0]} with {long[0][1]}"
         if not kept:
-            raise DataError(f"{told} ({first}), so none is left: raise sft.max_length or use shorter chats")
+            raise DataError(f"{told} ({first}), so none is left: raise {section}.max_length or use shorter chats")
         print(f"{told} and dropped; {first}", flush=True)
     return Chosen(kept, len(long))
 

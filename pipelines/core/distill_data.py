@@ -36,8 +36,8 @@ def of_people(params: DistillParams, data: Path, tokenizer: Any) -> list[segment
 
 def chosen(params: DistillParams, data: Path, tokenizer: Any) -> list[demonstrations.Demonstration]:
     """The demonstrations of a run."""
-    kinds = (data, "train", tokenizer, (), params.examples, params.max_length, params.too_long)
-    return demonstrations.choose(*kinds).kept
+    limits = (params.examples, params.max_length, params.too_long, "distill")
+    return demonstrations.choose(data, "train", tokenizer, (), *limits).kept
 
 
 def of_teacher(

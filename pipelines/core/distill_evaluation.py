@@ -94,7 +94,9 @@ def speeds(models: Mapping[str, Path], context: StageContext) -> None:
     asked = {end: (models[end], variants.PLAIN) for end in (STUDENT, TEACHER)}
     found = speed.measure(asked, context.threads, lambda done, total: context.progress(done, total, timing="decoding"))
     for end, one in found.items():
-        context.measure(**{f"decode_tokens_per_second{end}": one.decode, f"prefill_tokens_per_second{end}": one.prefill})
+        context.measure(
+            **{f"decode_tokens_per_second{end}": one.decode, f"prefill_tokens_per_second{end}": one.prefill}
+        )
         context.measure(**{f"decode_tokens_per_second{end}_{way}": value for way, value in
                            (("low", one.decode_low), ("high", one.decode_high))})  # fmt: skip
     context.measure(decode_speedup=found[STUDENT].decode / found[TEACHER].decode)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from pipelines.core import feature_losses, segments, training
+from pipelines.core import segments, training
 from pipelines.core.context import StageContext
 from pipelines.core.params.distill import Terms
 
@@ -71,13 +71,22 @@ class Matching(torch.nn.Module):
             inner = [(theirs, ours) for theirs, ours in self.pairs if ours + 1 < len(student.hidden)]
             for theirs, ours in inner or self.pairs:
                 wanted = teacher.hidden[theirs][real].float()
-                error = feature_losses.hidden_loss(student.hidden[ours][real].float(), wanted, self.projection)
-                errors.append(error / wanted.square().mean())
+                own = student.hidden[ours][real].float()
+                own = own if self.projection is None else self.projection(own)
+                errors.append((own - wanted).square().mean() / wanted.square().mean())
             found["hidden"] = torch.stack(errors).mean()
         if weights.attention:
-            pairs = [
-                feature_losses.attention_loss(student.attention[ours], teacher.attention[theirs], real)
-                for theirs, ours in self.pairs
-            ]
-            found["attention"] = torch.stack(pairs).mean()
+            maps = [(student.attention[ours], teacher.attention[theirs]) for theirs, ours in self.pairs]
+            found["attention"] = torch.stack([attention_loss(*both, real) for both in maps]).mean()
         return found
+
+
+def attention_loss(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Squared error of attention maps (rows, heads, length, length), summed over what a token attends to.
+
+    The mean over heads and the tokens of `real` (rows, length); over the heads' means where their numbers differ.
+    """
+    if student.shape[1] != teacher.shape[1]:
+        student, teacher = student.mean(dim=1, keepdim=True), teacher.mean(dim=1, keepdim=True)
+    error = (student.float() - teacher.float()).square().sum(dim=-1)  # (rows, heads, length)
+    return error.transpose(1, 2)[real].mean()

@@ -131,7 +131,7 @@ def _terms(
     if teacher is None or not (kinds or arm.weights.of_features):
         return found
     if teacher.cache is not None:
-        cached = teacher.cache.rows(numbers, rows)
+        cached = teacher.cache.rows(numbers, rows, context.device)
         for kind in kinds:
             found[kind] = losses.linear_divergence_to_top_k(hidden, head, cached, kind, params.beta)
         return found

@@ -84,6 +84,19 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def available_memory_bytes() -> int:
+    """Memory that can be had without swapping, as the kernel estimates it; the limit of the control group if lower."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
+    if limit.exists() and (most := limit.read_text(encoding="utf-8").strip()) != "max":
+        # What the group's files take in the page cache is given back when it is asked for
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+        free = min(free, int(most) - int(stat["anon"]))
+    return free
+
+
 def _measured_precision(root: Path, device: str) -> str:
     """bf16 where its matrix products are clearly faster here, else fp32."""
     import json

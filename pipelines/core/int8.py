@@ -33,6 +33,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 METHOD = "sluice-int8"
 LEVELS = 127  # -127 .. 127: symmetric, so that 0 is 0
 FEW_ROWS = 32  # rows for which the packed kernel is faster than a dense product: its time grows with them
+STEP = 16  # inputs the packed kernel reads at a time; it crashes the process where a row is no multiple
 
 
 def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +45,7 @@ def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: NaN or infinity in the weight.
     """
-    rows = weight.detach().float()
+    rows = weight.detach().float().contiguous()
     if not bool(torch.isfinite(rows).all()):
         raise ValueError(f"{int((~torch.isfinite(rows)).sum())} of {rows.numel()} weights are NaN or infinite")
     exact = rows.abs().amax(dim=1) / LEVELS
@@ -65,12 +66,19 @@ class Int8Linear(torch.nn.Module):
         self.scale = torch.nn.Parameter(torch.empty(outputs, dtype=torch.bfloat16), requires_grad=False)
         self.bias = torch.nn.Parameter(torch.empty(outputs), requires_grad=False) if bias else None
 
+    @property
+    def packed(self) -> bool:
+        """Whether torch's packed kernel can multiply with it."""
+        return self.weight.device.type == "cpu" and self.in_features % STEP == 0
+
     def dense(self) -> torch.Tensor:
         """The weight (out, in) that it stands for, in the scale's type."""
         return self.weight.to(self.scale.dtype) * self.scale[:, None]
 
     def product(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The layer for few rows, (M, in) -> (M, out) in bf16, without what a module's call costs."""
+        if not self.packed:
+            return self
         weight, scale, bias = self.weight.data, self.scale.data.bfloat16(), self.bias
         if bias is None:
             return lambda x: torch._weight_int8pack_mm(x, weight, scale)
@@ -79,7 +87,7 @@ class Int8Linear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out), in x's type."""
         rows = x.reshape(-1, self.in_features)
-        if len(rows) <= FEW_ROWS and x.device.type == "cpu":
+        if len(rows) <= FEW_ROWS and self.packed:
             # In bf16 only: with fp32 activations the kernel takes a scalar path, 12 times slower.
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16()).to(x.dtype)
         else:
@@ -175,14 +183,15 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships no
         _tie_scales(model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        # The packed kernel reads aligned memory, which tensors mapped from a file need not be: it would crash.
+        # The packed kernel crashes on tensors that are mapped from a file: they get memory of their own.
         moved: dict[int, torch.Tensor] = {}
         for module in model.modules():
             if isinstance(module, Int8Linear | Int8Embedding):
-                place = module.weight.data_ptr()
-                if place not in moved:
-                    moved[place] = module.weight.data.clone()
-                module.weight.data = moved[place]
+                for part in (module.weight, module.scale):
+                    place = part.data_ptr()
+                    if place not in moved:
+                        moved[place] = part.data.clone()
+                    part.data = moved[place]
         model.requires_grad_(False)
 
     def is_serializable(self) -> bool:

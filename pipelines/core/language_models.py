@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +59,29 @@ def find(base: str) -> Source:
         f"base {base!r} is neither one of {sorted(PACKAGES)}, nor an existing directory or .gguf file, "
         "nor a hub id (owner/name)"
     )
+
+
+def local_paths(named: Mapping[str, str | None], root: Path) -> list[Path]:
+    """The files and directories among models that dials name: what a stage depends on.
+
+    Args:
+        named: by dial, for messages.
+        root: of the project, which relative names start from.
+
+    Raises:
+        ParamsError: a name is nothing that `find` knows.
+    """
+    found = []
+    for dial, name in named.items():
+        if name is None or name in PACKAGES:
+            continue
+        try:
+            source = find(str(root / name) if (root / name).exists() else name)
+        except ParamsError as error:
+            raise ParamsError(f"{dial}: {str(error).removeprefix('base ')}") from None
+        if source.kind != "hub":
+            found.append(Path(source.path))
+    return found
 
 
 def load_tokenizer(base: str) -> Any:

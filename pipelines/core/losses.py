@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 IGNORE = -100  # a label that is not supervised, as in torch and transformers
+Kind = Literal["forward", "reverse", "jsd"]  # of divergence, from a teacher
+OfLogits = Callable[[torch.Tensor, slice], torch.Tensor]  # logits (n, V) in fp32 of the tokens in a slice -> (n,)
 CHUNK = 256  # tokens whose logits exist at one time: at V = 49152 in fp32, 50 MB
 
 
@@ -159,3 +163,130 @@ def token_log_probabilities(
         entropies: they cost as much as the softmax.
     """
     return TokenScores(*_TokenScores.apply(hidden, weight, labels, temperature, entropies))  # type: ignore[no-untyped-call]
+
+
+class TopK(NamedTuple):
+    """What a teacher said of N tokens, as far as it is kept: distributions at temperature 1."""
+
+    ids: torch.Tensor  # (N, k) int64
+    log_p: torch.Tensor  # (N, k) fp32
+    rest: torch.Tensor  # (N,) fp32, log of the mass of all other tokens; -inf where there is none
+
+
+def divergence(log_q: torch.Tensor, log_p: torch.Tensor, kind: Kind, beta: float = 0.5) -> torch.Tensor:
+    """How far a student's distributions q are from a teacher's p: (N,) in nats, of log-probabilities (N, V).
+
+    * forward: KL(p || q), Hinton et al. (2015): the student covers all that the teacher may say.
+    * reverse: KL(q || p), Gu et al., "MiniLLM" (2024): it says only what the teacher would.
+    * jsd: beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, Agarwal et al., "GKD" (2024),
+      section 2: over beta the forward KL as beta -> 0, over 1 - beta the reverse as beta -> 1.
+
+    A token without mass (-inf) in the first distribution of a KL counts nothing.
+    """
+    if kind == "forward":
+        return _kl(log_p, log_q)
+    if kind == "reverse":
+        return _kl(log_q, log_p)
+    mixture = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return beta * _kl(log_p, mixture) + (1 - beta) * _kl(log_q, mixture)
+
+
+def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    none = log_p.isneginf()
+    return (log_p.exp() * (log_p.masked_fill(none, 0.0) - log_q.masked_fill(none, 0.0))).sum(dim=-1)
+
+
+def divergence_to_top_k(logits: torch.Tensor, cached: TopK, kind: Kind, beta: float = 0.5) -> torch.Tensor:
+    """The divergence of logits (N, V) from what is kept of a teacher: over its k tokens and all others as one.
+
+    Never more than the whole divergence, since both are put through the same map (data processing inequality), and
+    equal to it where k is the vocabulary. (N,) in nats.
+    """
+    known = torch.log_softmax(logits, dim=1).gather(1, cached.ids)
+    others = logits.scatter(1, cached.ids, float("-inf"))
+    rest = torch.logsumexp(others, dim=1) - torch.logsumexp(logits, dim=1)
+    ours, theirs = torch.cat([known, rest[:, None]], 1), torch.cat([cached.log_p, cached.rest[:, None]], 1)
+    return divergence(ours, theirs, kind, beta)
+
+
+class _Chunked(torch.autograd.Function):
+    """Sum over tokens of a function of their logits; gradients are formed chunk by chunk in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, of_logits: OfLogits) -> torch.Tensor:
+        head = weight.to(hidden.dtype)
+        hidden_grad = torch.empty_like(hidden)
+        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        buffer = _buffer(hidden, head)
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, min(start + CHUNK, len(hidden)))
+            logits = torch.mm(hidden[part], head.t(), out=buffer[: part.stop - start])
+            with torch.enable_grad():
+                asked = logits.float().detach().requires_grad_()
+                value = of_logits(asked, part).sum()
+            (gradient,) = torch.autograd.grad(value, asked)
+            total = total + value.detach()
+            logits_grad = logits.copy_(gradient)
+            torch.mm(logits_grad, head, out=hidden_grad[part])
+            if weight_grad is not None:
+                weight_grad += (logits_grad.t() @ hidden[part]).to(weight.dtype)
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        scale = grads[0].to(hidden_grad.dtype)
+        return hidden_grad * scale, None if weight_grad is None else weight_grad * grads[0], None
+
+
+def linear_divergence(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    kind: Kind,
+    temperature: float = 1.0,
+    beta: float = 0.5,
+) -> torch.Tensor:
+    """Mean divergence of a student from a teacher, in nats, straight from hidden states (N, D) and heads (V, D).
+
+    Both distributions are softmax(logits / temperature), and the whole is multiplied by temperature^2, so that its
+    gradient keeps its size (Hinton et al., 2015, section 2). As temperature -> infinity, the forward KL goes to
+    half the mean squared difference of the logits, each less their mean (section 2.1). The teacher gets no gradient.
+    """
+    theirs = teacher_weight.detach().to(teacher_hidden.dtype)
+
+    def of_logits(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        log_p = torch.log_softmax((teacher_hidden[part].detach() @ theirs.t()).float() / temperature, dim=1)
+        log_q = torch.log_softmax(logits / temperature, dim=1)
+        return divergence(log_q, log_p, kind, beta) * temperature**2
+
+    total: torch.Tensor = _Chunked.apply(hidden, weight, of_logits)  # type: ignore[no-untyped-call]
+    return total / len(hidden)
+
+
+def linear_divergence_to_top_k(
+    hidden: torch.Tensor, weight: torch.Tensor, cached: TopK, kind: Kind, beta: float = 0.5
+) -> torch.Tensor:
+    """Mean of `divergence_to_top_k`, in nats, straight from hidden states (N, D) and the head (V, D)."""
+
+    def of_logits(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        return divergence_to_top_k(logits, TopK(*(one[part] for one in cached)), kind, beta)
+
+    total: torch.Tensor = _Chunked.apply(hidden, weight, of_logits)  # type: ignore[no-untyped-call]
+    return total / len(hidden)
+
+
+@torch.no_grad()
+def linear_top_k(hidden: torch.Tensor, weight: torch.Tensor, k: int) -> TopK:
+    """The k likeliest tokens of each distribution, from hidden states (N, D) and the head (V, D)."""
+    head = weight.to(hidden.dtype)
+    buffer = _buffer(hidden, head)
+    found = []
+    for start in range(0, len(hidden), CHUNK):
+        log_p, ids = _log_probabilities(hidden[start : start + CHUNK], head, buffer).topk(min(k, len(head)), dim=1)
+        rest = torch.log1p(-log_p.exp().sum(dim=1).clamp(max=1.0))
+        found.append(TopK(ids, log_p, rest if k < len(head) else rest.fill_(-torch.inf)))
+    return TopK(*(torch.cat(parts) for parts in zip(*found, strict=True)))

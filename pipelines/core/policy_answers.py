@@ -19,10 +19,12 @@ from pipelines.core.errors import DataError
 from pipelines.core.labelers import drawn
 
 if TYPE_CHECKING:
+    from pipelines.core.params.distill import DistillParams
     from pipelines.core.params.dpo import DpoParams
     from pipelines.core.params.ppo import PpoParams
+    from pipelines.core.params.quantize import QuantizeParams
 
-    Params = PpoParams | DpoParams
+    Params = PpoParams | DpoParams | DistillParams | QuantizeParams
 
 Scores = list[list[float]]  # of each prompt, of each answer
 
@@ -66,13 +68,20 @@ def held_out(params: Params, data: Path, tokenizer: Any, section: str) -> list[P
 
 
 def ask(
-    params: Params, prompts: Sequence[Prompt], place: Path, what: str, context: StageContext, keep: str | None = None
+    params: Params,
+    prompts: Sequence[Prompt],
+    place: Path,
+    what: str,
+    context: StageContext,
+    keep: str | None = None,
+    load: Callable[[], Any] | None = None,
 ) -> Said:
     """What the model in a directory says, computed in the context's type.
 
     Args:
         what: whose answers these are, for whoever watches.
         keep: under which name batches are kept in the stage's scratch, and taken from it; None: they are not.
+        load: gives the model, where the directory is not one that `language_models.load` reads.
 
     Raises:
         ArtifactError: prompt and answer do not fit the model's context.
@@ -80,7 +89,7 @@ def ask(
     """
     # By length in the tokens of the prompts, not in the model's own: any two models get the same batches.
     order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number].ids), number))
-    speaker = cache(partial(_speaker, params, place, context))
+    speaker = cache(partial(_speaker, params, place, load, context))
     said: dict[str, Answers] = {}
     for name, count, temperature in (("sampled", params.eval_samples, 1.0), ("greedy", 1, 0.0)):
         found: dict[int, tuple[Any, ...]] = {}
@@ -100,9 +109,11 @@ def ask(
     return Said(**said)
 
 
-def _speaker(params: Params, place: Path, context: StageContext) -> tuple[Any, Any]:
+def _speaker(params: Params, place: Path, load: Callable[[], Any] | None, context: StageContext) -> tuple[Any, Any]:
     """Model and tokenizer of a directory."""
     tokenizer = language_models.load_tokenizer(str(place))
+    if load is not None:
+        return load(), tokenizer
     kind = attention.choose(context.device, params.max_prompt_tokens + params.max_new_tokens)
     return language_models.load(str(place), context.dtype, kind).to(context.device), tokenizer
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from pipelines.core import artifacts, bnb_variants, gguf_export, gptq, int4, int8, language_models, variants
+from pipelines.core import (
+    artifacts,
+    attention,
+    bnb_variants,
+    demonstrations,
+    gguf_export,
+    int8,
+    language_models,
+    packing,
+    reading,
+    reward_model,
+    scoring,
+    variants,
+)
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError, ParamsError
 from pipelines.core.params.quantize import CALIBRATED, QuantizeParams
@@ -27,6 +40,50 @@ class Subject(NamedTuple):
 def full_name(subject: Subject, variant: str) -> str:
     """Name of a variant's directory, and of its metrics."""
     return f"{subject.name}-{variant}" if subject.name else variant
+
+
+def whole_name(subject: Subject) -> str:
+    """What the model itself is called among its variants."""
+    return subject.name or "original"
+
+
+def load(subject: Subject, context: StageContext) -> Any:
+    """The model that is made smaller, in the context's type.
+
+    Raises:
+        ArtifactError: no model can be loaded from its directory.
+    """
+    if subject.classifier:
+        return reward_model.load(subject.place, context)[0]
+    kind = attention.choose(context.device, scoring.WINDOW)
+    return language_models.load(str(subject.place), context.dtype, kind).to(context.device).eval()
+
+
+def calibration_rows(params: QuantizeParams, data: Path, tokenizer: Any) -> list[list[int]]:
+    """Token ids of chats and of pieces of the corpus in turns, of the training side.
+
+    Raises:
+        ArtifactError: the data have no demonstrations or no corpus.
+        DataError: they have none that is short enough.
+    """
+    count = -(-params.calibration_rows // 2)
+    limits = (count, params.calibration_length, "drop", "quantize")
+    chosen = demonstrations.choose(data, "train", tokenizer, (), *limits).kept
+    share = count * params.calibration_length * packing.LONGEST_TOKEN * 4 / max(1, reading.corpus_bytes(data, "train"))
+    texts = itertools.islice(reading.sample(data, "train", share, params.seed), count)
+    pieces = [ids[: params.calibration_length] for ids in packing.encode(tokenizer, list(texts)) if ids]
+    turns = itertools.zip_longest((one.chat.ids for one in chosen), pieces)
+    return [row for both in turns for row in both if row is not None][: params.calibration_rows]
+
+
+def timed(subjects: Sequence[Subject], made: Mapping[str, tuple[Subject, str, Path]]) -> dict[str, tuple[Path, str]]:
+    """Directory and kind of what answers prompts here: the models themselves, and what needs no other program."""
+    found = {whole_name(one): (one.place, variants.PLAIN) for one in subjects if not one.classifier}
+    return found | {
+        name: (place, variant)
+        for name, (subject, variant, place) in made.items()
+        if not subject.classifier and variant not in variants.GGUF
+    }
 
 
 def check(subject: Subject, model: Any, params: QuantizeParams) -> None:
@@ -69,12 +126,11 @@ def check_memory(subjects: Sequence[Subject], available: int) -> None:
 
 
 def make(
-    subject: Subject, variant: str, model: Any, rows: Sequence[list[int]], params: QuantizeParams, context: StageContext
+    subject: Subject, variant: str, rows: Sequence[list[int]], params: QuantizeParams, context: StageContext
 ) -> Path:
     """The directory of a variant in the stage's scratch; taken from there where a killed run has finished it.
 
     Args:
-        model: the original in bf16, to be copied; not changed.
         rows: token ids of the calibration rows.
 
     Raises:

@@ -31,6 +31,11 @@ KEY_METRICS: Mapping[str, tuple[str, ...]] = {
         "accuracy", "accuracy_length_only", "gold_win_rate", "gold_win_rate_low", "gold_greedy", "gold_greedy_sft",
         "best_of_n_gold_at_equal_kl", "kl", "alignment_tax_bits",
     ),
+    "distill": (
+        "bits_per_byte", "bits_per_byte_no_teacher", "bits_per_byte_teacher", "gain_over_no_teacher", "retention",
+        "retention_gold", "size_ratio", "decode_speedup",
+    ),
+    "quantize": ("*/size_ratio", "*/loss", "*/agreement", "*/rank_agreement", "*/decode_tokens_per_second"),
     "transfer": ("score", "*/score", "*/tfidf", "*/majority", "*/random"),
 }  # fmt: skip
 _SAMPLE = re.compile(r"^(?=\*\*Prompt:\*\*)", re.MULTILINE)
@@ -181,11 +186,8 @@ def numbers(stage: Stage, name: str) -> list[dict[str, float]]:
     Raises:
         ArtifactError: a cell is no number.
     """
-    import csv
-
-    place = stage.file(name)
     rows: list[dict[str, float]] = []
-    for line, row in enumerate(csv.DictReader(text_of(place).splitlines()) if place is not None else (), 2):
+    for line, row in enumerate(table(stage, name), 2):
         rows.append({})
         for column, value in row.items():
             try:
@@ -194,6 +196,14 @@ def numbers(stage: Stage, name: str) -> list[dict[str, float]]:
             except (ValueError, TypeError):
                 raise ArtifactError(f"{stage.name}/{name}:{line}: {column}: no number: {value!r}") from None
     return rows
+
+
+def table(stage: Stage, name: str) -> list[dict[str, str]]:
+    """The rows of a CSV file; none where the stage has no such file."""
+    import csv
+
+    place = stage.file(name)
+    return [] if place is None else list(csv.DictReader(text_of(place).splitlines()))
 
 
 def text_of(place: Path) -> str:

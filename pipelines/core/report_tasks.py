@@ -5,10 +5,9 @@ In: a stage that wrote what `task_evaluation` measures. GPT-1 (Radford et al., 2
 
 from __future__ import annotations
 
-import csv
 from typing import TYPE_CHECKING
 
-from pipelines.core.report_inputs import Stage, text_of
+from pipelines.core.report_inputs import Stage, table
 from pipelines.core.report_plots import BLUE, GREY, INK, ORANGE, Plot, svg
 from pipelines.core.report_text import interval, number
 
@@ -29,18 +28,13 @@ def of_stage(stage: Stage) -> list[Plot]:
     if not tasks:
         return []
     plots = [_scores(stage, tasks)]
-    tables = {task: _table(stage, f"confusion/{task}.csv") for task in tasks}
+    tables = {task: table(stage, f"confusion/{task}.csv") for task in tasks}
     plots += [_confusion(stage.name, task, rows) for task, rows in tables.items() if rows]
-    if layers := _table(stage, "layers.csv"):
+    if layers := table(stage, "layers.csv"):
         plots.append(_layers(stage, layers))
-    if along := _table(stage, "zero_shot.csv"):
+    if along := table(stage, "zero_shot.csv"):
         plots.append(_zero_shot(stage, along))
     return plots
-
-
-def _table(stage: Stage, name: str) -> list[dict[str, str]]:
-    place = stage.file(name)
-    return [] if place is None else list(csv.DictReader(text_of(place).splitlines()))
 
 
 def _scores(stage: Stage, tasks: list[str]) -> Plot:

@@ -185,6 +185,9 @@ def _check_files(root: Path, spec: graph.StageSpec, every: whole.Params) -> None
         named["feedback.rankings"] = [root / rankings] if rankings and (root / rankings).exists() else []
     if spec.name == "ppo":
         named["ppo.rewards"] = reward_functions.local_paths(every.ppo.rewards, root)
+    if spec.name in whole.NAME_MODELS:
+        for dial, model in whole.models(every, spec.name).items():
+            named[dial] = language_models.local_paths({dial: model}, root)
     deps = [(root / path).resolve() for path in (*spec.inputs.values(), *spec.code)]
     for key, paths in named.items():
         for path in paths:
@@ -200,7 +203,8 @@ def _names_hub(every: whole.Params) -> bool:
     """Whether anything in the file is to come from a hub; nothing else may reach for one."""
     from pipelines.core import sources
 
-    bases = {base for base in (every.tokenizer.base, every.pretrain.base) if base is not None}
+    models = [model for stage in whole.NAME_MODELS for model in whole.models(every, stage).values()]
+    bases = {base for base in (every.tokenizer.base, every.pretrain.base, *models) if base is not None}
     return sources.names_hub(every.data) or any(language_models.find(base).kind == "hub" for base in bases)
 
 

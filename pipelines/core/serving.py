@@ -32,7 +32,7 @@ def of(folder: Path) -> Served:
             ]
         )
         prompts, texts = (Schema([ColSpec(DataType.string, name)]) for name in ("prompt", "text"))
-        return Served(str(HERE / "serving_model.py"), None, ModelSignature(prompts, texts, params))
+        return Served(str(HERE / "serving_model.py"), _packed(folder), ModelSignature(prompts, texts, params))
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     columns = [
         ColSpec(Array(DataType.string) if name == "choices" else DataType.string, name) for name in task["columns"]
@@ -43,3 +43,12 @@ def of(folder: Path) -> Served:
         answers += [ColSpec(Array(DataType.double), "probabilities")]
     beside = [str(HERE / "task_sequences.py")]
     return Served(str(HERE / "serving_task.py"), beside, ModelSignature(Schema(columns), Schema(answers)))
+
+
+def _packed(folder: Path) -> list[str] | None:
+    """The files that a directory with packed layers of ours needs to be loaded and to answer quickly."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    method = (config.get("quantization_config") or {}).get("quant_method", "")
+    if not method.startswith("sluice-"):
+        return None
+    return [str(HERE / f"{method.removeprefix('sluice-')}.py"), str(HERE / "decoding.py")]

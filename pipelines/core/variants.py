@@ -1,12 +1,19 @@
-"""The compressed forms of a model: what they are called, and how a directory of each is loaded."""
+"""The compressed forms of a model: what they are called, how a directory of each is loaded, what its layers stand for.
+
+Each form's own code is imported where it is needed: bitsandbytes takes seconds.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 PLAIN = "plain"  # a model as it is, in bf16
+DYNAMIC = "dynamic-int8"  # made when it is loaded, from the original's directory
 GGUF: dict[str, Literal["f16", "q8_0", "q4_0"]] = {"gguf-f16": "f16", "gguf-q8_0": "q8_0", "gguf-q4_0": "q4_0"}
+PACKED = ("int8", "int4")  # layers of ours: modules of that name
+BNB = ("nf4", "llm-int8")
 
 
 def load(place: Path, kind: str, classifier: bool = False) -> Any:
@@ -19,14 +26,16 @@ def load(place: Path, kind: str, classifier: bool = False) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from pipelines.core import bnb_variants, int4, int8
+    if kind in PACKED:
+        return _packed(kind).load(place, classifier)
+    if kind in BNB:
+        from pipelines.core import bnb_variants
 
-    if kind == "int8":
-        return int8.load(place, classifier)
-    if kind == "int4":
-        return int4.load(place, classifier)
-    if kind in ("nf4", "llm-int8"):
-        return bnb_variants.load(place, classifier)
+        return bnb_variants.load(place)
+    if kind == DYNAMIC:
+        from pipelines.core import bnb_variants
+
+        return bnb_variants.dynamic_int8(AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval())
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     if kind in GGUF:  # as transformers reads it: made dense
         (file,) = place.glob("*.gguf")
@@ -34,28 +43,43 @@ def load(place: Path, kind: str, classifier: bool = False) -> Any:
     return auto.from_pretrained(place, dtype=torch.bfloat16).eval()
 
 
+def dense(model: Any, kind: str) -> Any:
+    """A model whose packed layers of ours are made dense, in the model itself: what many rows at a time need."""
+    return _packed(kind).dense(model) if kind in PACKED else model
+
+
 def weight_of(layer: Any) -> Any:
     """The weight (out, in) that a layer stands for, as a torch tensor; None for what is no linear layer."""
     import torch
-
-    from pipelines.core import bnb_variants
 
     if isinstance(layer, torch.nn.Linear) and layer.weight.is_floating_point():
         return layer.weight
     if hasattr(layer, "dense") and hasattr(layer, "in_features"):
         return layer.dense()
-    return bnb_variants.weight_of(layer)
+    if type(layer).__module__.startswith("bitsandbytes"):
+        from pipelines.core import bnb_variants
+
+        return bnb_variants.weight_of(layer)
+    return None
 
 
-def dense(model: Any, kind: str) -> Any:
-    """A model whose packed layers of ours are made dense, in the model itself: what many rows at a time need."""
-    from pipelines.core import int4, int8
-
-    if kind == "int8":
-        return int8.dense(model)
-    return int4.dense(model) if kind == "int4" else model
+def of(place: Path) -> str:
+    """Which variant a directory holds, as its configuration says."""
+    config = json.loads((place / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if config is None:
+        return PLAIN
+    if config["quant_method"] == "bitsandbytes":
+        return "nf4" if config["load_in_4bit"] else "llm-int8"
+    return str(config["quant_method"]).removeprefix("sluice-")
 
 
 def size(place: Path) -> int:
     """Bytes of a directory's weights: all its safetensors, or its GGUF file."""
     return sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf") for file in place.glob(pattern))
+
+
+def _packed(kind: str) -> Any:
+    """The module of a form of ours."""
+    import importlib
+
+    return importlib.import_module(f"pipelines.core.{kind}")

@@ -37,7 +37,9 @@ class QuantizeParams(Section):
     group_size: Literal[32, 64, 128] = Field(description="int4: weights of a row that share a scale")
     calibration_rows: int = Field(ge=1, description="chats and pieces of the corpus that int4 and nf4 are fitted to")
     calibration_length: int = Field(ge=16, description="tokens of such a row at most")
-    calibrate: bool = Field(description="false: int4 and nf4 round to the nearest (docs/notes.md: 9 per cent of the bits)")
+    calibrate: bool = Field(
+        description="false: int4 and nf4 round to the nearest (docs/notes.md: 9 per cent of the bits)"
+    )
     aware: Aware
     eval_bytes: int = Field(ge=1024, description="held-out UTF-8 bytes of the corpus scored")
     judge: Literal["overlap", "slots"] = Field(description="what gold is")

@@ -16,11 +16,13 @@ from pydantic import ValidationError, model_validator
 from pipelines.core.errors import ParamsError
 from pipelines.core.params.compute import ComputeParams
 from pipelines.core.params.data import DataParams, FileSource, HubSource, PydocsSource
+from pipelines.core.params.distill import DistillParams
 from pipelines.core.params.dpo import DpoParams
 from pipelines.core.params.feedback import FeedbackParams
 from pipelines.core.params.flow import FlowParams
 from pipelines.core.params.ppo import PpoParams
 from pipelines.core.params.pretrain import PretrainParams
+from pipelines.core.params.quantize import QuantizeParams
 from pipelines.core.params.report import ReportParams
 from pipelines.core.params.reward import RewardParams
 from pipelines.core.params.section import Location, Section, explain
@@ -42,6 +44,8 @@ class Params(Section):
     reward: RewardParams
     ppo: PpoParams
     dpo: DpoParams
+    distill: DistillParams
+    quantize: QuantizeParams
     transfer: TransferParams
     report: ReportParams
 
@@ -76,6 +80,18 @@ def load(path: Path) -> Params:
         return Params.model_validate(raw)
     except ValidationError as error:
         raise ParamsError(explain(path.name, error, _SOURCES, _known_keys)) from None
+
+
+NAME_MODELS = ("distill", "quantize")  # stages with dials that name models, beside `pretrain.base`
+
+
+def models(params: Params, stage: str) -> dict[str, str | None]:
+    """Models that a stage's dials name, by dial."""
+    if stage == "quantize":
+        return {"quantize.model": params.quantize.model}
+    student = params.distill.student
+    own = None if student in ("layers", "random") else student
+    return {"distill.teacher": params.distill.teacher, "distill.student": own}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

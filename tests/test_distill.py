@@ -1,0 +1,206 @@
+"""Stage `distill` on models of three blocks: what it writes, what it learns, what it refuses, and where it goes on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from models import model, tokenizer
+from pydantic import ValidationError
+from test_reward import write
+from transformers import AutoModelForCausalLM
+
+from pipelines import distill
+from pipelines.core import artifacts, distill_data, segments, speed
+from pipelines.core.context import StageContext, Stopped
+from pipelines.core.errors import ArtifactError, DataError, ParamsError
+from pipelines.core.params.distill import DistillParams
+from pipelines.tokenizer import CHAT_TEMPLATE
+
+TINY: dict[str, Any] = {
+    "seed": 1, "teacher": None, "student": "layers", "keep_layers": 2, "depth": None, "weights": {"forward": 1.0},
+    "temperature": 1.0, "beta": 0.5, "top_k": 16, "answers": "people", "examples": None, "texts": 12, "max_length": 48,
+    "too_long": "refuse", "epochs": 1, "batch_size": 4, "micro_tokens": 64, "on_policy_divergence": "reverse",
+    "on_policy_prompts": 2, "train_embedding": False, "lr": 3e-3, "warmup_share": 0.1, "weight_decay": 0.0,
+    "clip_norm": 1.0, "judge": "overlap", "eval_prompts": 4, "eval_samples": 1, "eval_bytes": 1024, "max_new_tokens": 6,
+    "max_prompt_tokens": 64, "checkpoint_steps": 2, "checkpoint_seconds": 1e9, "samples": 1,
+}  # fmt: skip
+WHOLE = {"top_k": None}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("inputs")
+    known = tokenizer()
+    known.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(5)
+    teacher = model(known, depth=3, length=256)
+    teacher.save_pretrained(root / "ppo/model")
+    known.save_pretrained(root / "ppo/model")
+    told = [{"role": "user", "content": "what is w?"}, {"role": "assistant", "content": "the width of the area"}]
+    rows = [{"id": f"d{n}", "group": f"d{n}", "kind": "k", "messages": told} for n in range(8)]
+    write(root / "data/demonstrations/train.parquet", rows)
+    for split, count in (("train", 20), ("test", 12)):
+        prompts = [
+            {"id": f"{split}{n}", "group": f"{split}{n}", "prompt": f"shape {n} {split}", "reference": "area of w"}
+            for n in range(count)
+        ]
+        write(root / f"data/prompts/{split}.parquet", prompts)
+        texts = [
+            {"id": f"{split}{n}", "group": f"{split}{n}", "text": f"Return the area of shape {n}.\n" * 20}
+            for n in range(40)
+        ]
+        write(root / f"data/corpus/{split}.parquet", texts)
+    return {"data": root / "data", "ppo": root / "ppo"}
+
+
+@pytest.fixture(autouse=True)
+def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speeds are measured in processes of their own; here only what they are asked of."""
+
+    def measure(models: dict[str, tuple[Path, str]], *_: Any) -> dict[str, speed.Speed]:
+        return {name: speed.Speed(2.0 if name == "" else 1.0, 1.0, 2.0, 4.0, 0.1, 1.0, True) for name in models}
+
+    monkeypatch.setattr(speed, "measure", measure)
+
+
+def run(
+    inputs: dict[str, Path], root: Path, context: StageContext | None = None, **changes: Any
+) -> tuple[dict[str, float], Path, StageContext]:
+    out = root / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    context = context or StageContext(stage="distill", root=root, fingerprint="f" * 64)
+    return distill.run(DistillParams(**TINY | changes), inputs, out, context), out, context
+
+
+def test_it_learns_and_writes_what_it_promises(inputs: dict[str, Path], tmp_path: Path) -> None:
+    metrics, out, context = run(inputs, tmp_path, epochs=6)
+    assert metrics.keys() >= distill.METRICS and metrics.keys() <= distill.METRICS | distill.OPTIONAL
+    assert metrics["bits_per_byte"] < metrics["bits_per_byte_before"]
+    assert context.measured["decode_speedup"] == 2.0
+    rows = pd.read_parquet(out / "evaluation.parquet")
+    assert set(rows.columns) == {"id", "group"} | distill.SCORES
+    assert metrics["bits_per_byte"] == pytest.approx(rows["bits"].sum() / rows["bytes"].sum())
+    assert metrics["retention"] == pytest.approx(rows["bits_teacher"].sum() / rows["bits"].sum())
+    golds = pd.read_parquet(out / "answers.parquet")
+    assert metrics["gold_teacher"] == pytest.approx(golds["gold_teacher"].mean())
+    student = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert student.config.num_hidden_layers == 2
+    history = pd.read_csv(out / "history.csv")
+    arm = history["forward"].dropna()
+    assert arm.iloc[-1] < arm.iloc[0]
+    assert len(arm) == len(history["no_teacher_labels"].dropna()) == metrics["steps"]
+    for page in ("samples.md", "model/README.md"):
+        assert (out / page).read_text().strip()
+
+
+def test_both_arms_begin_alike_and_see_the_same_tokens(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """With the labels' weight alone the two arms are one and the same run."""
+    metrics, out, _ = run(inputs, tmp_path, weights={"labels": 1.0}, answers="both", top_k=None)
+    assert metrics["bits_per_byte"] != metrics["bits_per_byte_no_teacher"]  # the teacher's answers are in one of them
+    shared = {"weights": {"labels": 1.0, "forward": 1e-12}, **WHOLE}
+    metrics, out, _ = run(inputs, tmp_path / "same", **shared)
+    assert metrics["bits_per_byte"] == pytest.approx(metrics["bits_per_byte_no_teacher"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        WHOLE | {"weights": {"reverse": 1.0}, "temperature": 2.0},
+        WHOLE | {"weights": {"jsd": 1.0, "labels": 0.5}, "beta": 0.3},
+        WHOLE | {"weights": {"hidden": 1.0, "attention": 1.0}},
+        WHOLE | {"weights": {"forward": 1.0, "on_policy": 0.5}},
+        {"answers": "teacher", "weights": {"labels": 1.0}, **WHOLE},
+        {"student": "random", "keep_layers": None, "depth": 1},
+        WHOLE | {"student": "random", "keep_layers": None, "depth": 1, "weights": {"hidden": 1.0}},
+        {"train_embedding": True},
+    ],
+)
+def test_every_term_and_student_is_trained(changes: dict[str, Any], inputs: dict[str, Path], tmp_path: Path) -> None:
+    metrics, out, context = run(inputs, tmp_path, **changes)
+    first = next(row for row in context.history if "loss" in row)
+    assert first["grad_norm"] > 0
+    for name in changes.get("weights", {"forward": 1.0}):
+        assert any(name in row for row in context.history), name
+    assert AutoModelForCausalLM.from_pretrained(out / "model").config.vocab_size
+
+
+def test_the_kept_answers_and_the_running_teacher_teach_the_same(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """With as many tokens kept as there are, the cache is the teacher."""
+    size = len(tokenizer())
+    cached, *_ = run(inputs, tmp_path / "cached", top_k=size)
+    asked, *_ = run(inputs, tmp_path / "asked", top_k=None)
+    assert cached["bits_per_byte"] == pytest.approx(asked["bits_per_byte"], rel=1e-4)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(inputs: dict[str, Path], tmp_path: Path) -> None:
+    metrics, _, context = run(inputs, tmp_path, keep_layers=3, top_k=None, lr=1e-9)
+    assert context.history[0]["forward"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["retention"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_stopped_and_gone_on_it_ends_with_the_same_bytes(inputs: dict[str, Path], tmp_path: Path) -> None:
+    _, whole, _ = run(inputs, tmp_path / "whole", epochs=2)
+    context = StageContext(stage="distill", root=tmp_path / "cut", fingerprint="f" * 64)
+    steps = iter(range(1000))
+    later = context.after_step
+
+    def after_step(due: bool) -> tuple[bool, bool]:
+        if next(steps) in (3, 9, 12):  # in the first arm twice, and in the second
+            context.signal_number = 15
+        return later(due)
+
+    context.after_step = after_step  # type: ignore[method-assign]
+    for _ in range(3):
+        with pytest.raises(Stopped):
+            run(inputs, tmp_path / "cut", context, epochs=2)
+        context.signal_number = 0
+        context.history.clear()
+    _, out, _ = run(inputs, tmp_path / "cut", context, epochs=2)
+    assert artifacts.content_hash(out) == artifacts.content_hash(whole)
+
+
+def test_sequences_of_answers_supervise_the_answer_alone() -> None:
+    made = distill_data.of_answer([1, 2, 3], [7, 8])
+    none = segments.UNSUPERVISED
+    assert made == segments.Sequence([1, 2, 3, 7], [none, none, 7, 8], [0, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": {}}, "nothing of the teacher weighs more than 0"),
+        ({"weights": {"forwards": 1.0}}, "forwards"),
+        ({"temperature": 2.0}, "top_k: kept tokens are those of temperature 1"),
+        ({"weights": {"hidden": 1.0}}, "top_k: hidden and attention need the teacher in every step"),
+        ({"keep_layers": None}, "keep_layers: student: layers needs it"),
+        ({"depth": 2}, "depth: used by student: random"),
+    ],
+)
+def test_params_that_do_not_fit_together(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DistillParams(**TINY | changes)
+
+
+def test_bad_input_is_told_before_training(inputs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"distill\.keep_layers: 4; the teacher has 3 blocks"):
+        run(inputs, tmp_path, keep_layers=4)
+    with pytest.raises(ParamsError, match="more than|at most as many"):
+        run(inputs, tmp_path, student="random", keep_layers=None, depth=5)
+    with pytest.raises(
+        DataError, match=r"the training corpus has .* pieces of 48 tokens .*distill.texts asks for 99999"
+    ):
+        run(inputs, tmp_path, texts=99999)
+    bad = AutoModelForCausalLM.from_pretrained(inputs["ppo"] / "model")
+    bad.get_output_embeddings().weight.data[3, 3] = float("nan")
+    bad.save_pretrained(tmp_path / "bad")
+    tokenizer_of = tokenizer()
+    tokenizer_of.chat_template = CHAT_TEMPLATE
+    tokenizer_of.save_pretrained(tmp_path / "bad")
+    with pytest.raises(ArtifactError, match="NaN"):
+        run(inputs, tmp_path, teacher=str(tmp_path / "bad"))
