@@ -140,12 +140,11 @@ def quantize(model: Any, keep: Sequence[str] = ()) -> Any:
     for name, module in list(convertible(model)):
         if kept(name, keep) or (tied and module is model.get_output_embeddings()):
             continue
-        dense = module.weight.t() if isinstance(module, Conv1D) else module.weight
         try:
-            weight, scale = to_int8(dense)
+            weight, scale = to_int8(rows_of(module))
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from None
-        layer = _empty(module)
+        layer = empty(module)
         layer.weight.data, layer.scale.data = weight, scale
         if getattr(module, "bias", None) is not None:
             layer.bias.data = module.bias.detach()
@@ -154,7 +153,7 @@ def quantize(model: Any, keep: Sequence[str] = ()) -> Any:
         made |= _tied(model, made)
     for name, layer in made.items():
         model.set_submodule(name, layer)
-    _tie_scales(model)
+    tie_scales(model)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.bfloat16()
@@ -175,24 +174,11 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships no
     """Tells transformers to build int8 layers before it reads a directory's tensors."""
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        modules = dict(model.named_modules())
-        for name in self.quantization_config.layers:
-            if name not in modules:
-                raise ValueError(f"config.json: quantization_config.layers: the model has no layer {name}")
-            model.set_submodule(name, _empty(modules[name]))
-        _tie_scales(model)
+        place(model, self.quantization_config.layers, empty)
+        tie_scales(model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        # The packed kernel crashes on tensors that are mapped from a file: they get memory of their own.
-        moved: dict[int, torch.Tensor] = {}
-        for module in model.modules():
-            if isinstance(module, Int8Linear | Int8Embedding):
-                for part in (module.weight, module.scale):
-                    place = part.data_ptr()
-                    if place not in moved:
-                        moved[place] = part.data.clone()
-                    part.data = moved[place]
-        model.requires_grad_(False)
+        own_memory(model)
 
     def is_serializable(self) -> bool:
         """The tensors are plain ones."""
@@ -223,27 +209,65 @@ def dense(model: Any) -> Any:
     """Put dense layers in the place of int8 ones, in the model itself: what many rows at a time are faster with."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Int8Linear):
-            layer = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            layer.weight = torch.nn.Parameter(module.dense(), requires_grad=False)
-            layer.bias = module.bias
-            model.set_submodule(name, layer)
+            model.set_submodule(name, plain(module))
         elif isinstance(module, Int8Embedding):
             table = torch.nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
-            table.weight = torch.nn.Parameter(module.weight.to(module.scale.dtype) * module.scale[:, None], False)
+            weight = module.weight.to(module.scale.dtype) * module.scale[:, None]
+            table.weight = torch.nn.Parameter(weight, requires_grad=False)
             model.set_submodule(name, table)
     return model
 
 
-def _empty(module: Any) -> Any:
+def plain(module: Any) -> torch.nn.Linear:
+    """The dense layer that a packed one stands for."""
+    layer = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+    layer.weight = torch.nn.Parameter(module.dense(), requires_grad=False)
+    if module.bias is not None:
+        layer.bias = module.bias
+    return layer
+
+
+def place(model: Any, names: Sequence[str], make: Callable[[Any], Any]) -> None:
+    """Put what `make` gives for each named layer in its place.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise ValueError(f"config.json: quantization_config: the model has no layer {name}")
+        model.set_submodule(name, make(modules[name]))
+
+
+def own_memory(model: Any) -> None:
+    """Give packed tensors memory of their own: torch's kernels crash the process on those mapped from a file."""
+    moved: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        if hasattr(module, "dense") or isinstance(module, Int8Embedding):
+            for part in module.parameters(recurse=False):
+                if (where := part.data_ptr()) not in moved:
+                    moved[where] = part.data.clone()
+                part.data = moved[where]
+    model.requires_grad_(False)
+
+
+def rows_of(module: Any) -> torch.Tensor:
+    """A layer's weight as (out, in); GPT-2's `Conv1D` has it the other way round."""
+    weight: torch.Tensor = module.weight
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def empty(module: Any) -> Any:
     """An int8 layer of a layer's shape, where the layer is (transformers builds on the device `meta`)."""
     device = module.weight.device
     if isinstance(module, torch.nn.Embedding):
         return Int8Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx).to(device)
-    outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+    outputs, inputs = rows_of(module).shape
     return Int8Linear(inputs, outputs, getattr(module, "bias", None) is not None).to(device)
 
 
-def _tie_scales(model: Any) -> None:
+def tie_scales(model: Any) -> None:
     """Tell transformers that a tied head shares the embedding's scale as it does its weight."""
     head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
     if isinstance(head, Int8Linear) and model.config.get_text_config().tie_word_embeddings:
@@ -259,7 +283,7 @@ def _tied(model: Any, made: dict[str, Any]) -> dict[str, Any]:
     table = made.get(names[id(model.get_input_embeddings())])
     if table is None:
         return {}
-    head = _empty(model.get_output_embeddings())
+    head = empty(model.get_output_embeddings())
     head.weight, head.scale = table.weight, table.scale
     if head.bias is not None:
         head.bias.data = model.get_output_embeddings().bias.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ from pipelines.core import (
     bnb_variants,
     demonstrations,
     gguf_export,
+    gptq,
+    int4,
     int8,
     language_models,
     packing,
@@ -116,12 +118,11 @@ def check_memory(subjects: Sequence[Subject], available: int) -> None:
         ArtifactError: the estimate is more than there is; both numbers are told.
     """
     for subject in subjects:
-        bytes_on_disk = variants.size(subject.place)
-        need = 5 * bytes_on_disk  # saved in bf16: fp32 is twice that
+        need = 5 * variants.size(subject.place)  # saved in bf16: fp32 is twice that
         if need > available:
             raise ArtifactError(
-                f"{subject.place}: making it smaller takes about {need / 2**30:.1f} GiB of memory, {available / 2**30:.1f} "
-                "GiB are available; free some, or take a smaller model"
+                f"{subject.place}: making it smaller takes about {need / 2**30:.1f} GiB of memory, "
+                f"{available / 2**30:.1f} GiB are available; free some, or take a smaller model"
             )
 
 
@@ -136,22 +137,91 @@ def make(
     Raises:
         ArtifactError: the variant cannot hold this model; the layer is named.
     """
+    if variant == variants.DYNAMIC:
+        return subject.place
     place = context.work / "variants" / full_name(subject, variant)
     if place.exists():
         return place
-    keep = params.keep_in_high_precision
     with artifacts.published(place) as draft:
         try:
             if variant in variants.GGUF:
                 gguf_export.export(subject.place, draft / "model.gguf", variants.GGUF[variant])
-            elif variant == "int8":
-                _save(int8.quantize(_again(subject), keep), subject.place, draft)
-            elif variant == "int4":
-                _save(_int4(subject, rows, params, context), subject.place, draft)
-            elif variant == "nf4":
-                bnb_variants.nf4(subject.place, draft, keep)
-            elif variant == "llm-int8":
-                bnb_variants.llm_int8(subject.place, draft, keep)
+            else:
+                _write(subject, variant, rows, params, draft, context)
         except ValueError as error:
             raise ArtifactError(f"{subject.place}: {variant}: {error}") from None
     return place
+
+
+def _write(
+    subject: Subject,
+    variant: str,
+    rows: Sequence[list[int]],
+    params: QuantizeParams,
+    draft: Path,
+    context: StageContext,
+) -> None:
+    """Make a Hugging Face directory of a variant."""
+    keep = params.keep_in_high_precision
+    calibrated = variant in CALIBRATED and params.calibrate and not subject.classifier
+    if variant == "llm-int8":
+        bnb_variants.llm_int8(subject.place, draft, keep)
+        return
+    if variant == "nf4":
+        codes = _nf4_codes(subject, rows, params, context) if calibrated else None
+        bnb_variants.nf4(subject.place, draft, keep, codes)
+        return
+    model = load(subject, context)
+    if variant == "int8":
+        int8.quantize(model, keep)
+    else:
+        found = _int4_codes(model, rows, params, context) if calibrated else None
+        int4.quantize(model, params.group_size, keep, found)
+    model.save_pretrained(draft)
+    language_models.load_tokenizer(str(subject.place)).save_pretrained(draft)
+
+
+def _int4_codes(
+    model: Any, rows: Sequence[list[int]], params: QuantizeParams, context: StageContext
+) -> dict[str, tuple[torch.Tensor, int4.Grid]]:
+    """Codes that GPTQ has chosen, and their grid, by layer. Changes the model's weights."""
+    grids: dict[str, int4.Grid] = {}
+
+    def rounding(name: str, weight: torch.Tensor) -> gptq.Round | None:
+        if int8.kept(name, params.keep_in_high_precision):
+            return None
+        try:
+            grids[name] = int4.grid(weight, params.group_size)
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from None
+        return gptq.of_grid(grids[name], params.group_size)
+
+    codes = gptq.calibrate(model, _equal(rows, params), rounding, _teller("int4", context))
+    return {name: (of_layer, grids[name]) for name, of_layer in codes.items()}
+
+
+def _nf4_codes(
+    subject: Subject, rows: Sequence[list[int]], params: QuantizeParams, context: StageContext
+) -> dict[str, torch.Tensor]:
+    """Codes that GPTQ has chosen for the scales that NF4 gives, by layer."""
+    known = bnb_variants.nf4_grid(subject.place, params.keep_in_high_precision)
+
+    def rounding(name: str, weight: torch.Tensor) -> gptq.Round | None:
+        return gptq.of_code_book(*known[name], bnb_variants.BLOCK) if name in known else None
+
+    return gptq.calibrate(load(subject, context), _equal(rows, params), rounding, _teller("nf4", context))
+
+
+def _equal(rows: Sequence[list[int]], params: QuantizeParams) -> torch.Tensor:
+    """The rows' tokens one after another, cut into rows of equal length: calibration needs no padding then."""
+    stream = torch.tensor([token for row in rows for token in row])
+    length = min(params.calibration_length, len(stream))
+    return stream[: len(stream) // length * length].view(-1, length)
+
+
+def _teller(what: str, context: StageContext) -> Callable[[int, int], None]:
+    def tell(done: int, total: int) -> None:
+        context.progress(done, total, calibrating=what)
+        context.stop_if_asked()
+
+    return tell

@@ -53,7 +53,7 @@ def card(
     rows = [
         ("bytes of weights", "bytes", "{:,.0f}"), ("share of the original's bytes in fp32", "size_ratio", "{:.3f}"),
         ("bits a weight of the quantized layers", "bits_per_weight", "{:.4f}"),
-        ("bits per byte of held-out text", "bits_per_byte", "{:.4f}"), ("more than the original, share", "loss", "{:+.2%}"),
+        ("bits per byte of held-out text", "bits_per_byte", "{:.4f}"), ("more than the original's", "loss", "{:+.2%}"),
         ("KL from the original, nats a token", "kl", "{:.5f}"), ("same likeliest token", "agreement", "{:.1%}"),
         ("gold of its answers", "gold", "{:.3f}"), ("pairs of answers ranked alike", "rank_agreement", "{:.1%}"),
     ]  # fmt: skip

@@ -83,7 +83,9 @@ def language_model(
 
         found = kept(context, f"measured-{name}", measured)
         told.bits[name] = found["bits"]
-        told.layers += [{"variant": name, "layer": layer, "error": error} for layer, error in found["layers"].items()]
+        told.layers.extend(
+            {"variant": name, "layer": layer, "error": error} for layer, error in found["layers"].items()
+        )
         loss = statistics.paired_bootstrap(np.array(found["bits"]), np.array(exact.bits), sizes, group=held_out.groups)
         told.metrics.update({
             f"{name}/bits_per_byte": float(sum(found["bits"]) / sizes.sum()),
@@ -117,7 +119,7 @@ def _answered(told: Told, name: str, said: Said, params: QuantizeParams, prompts
 
 
 def _sizes(name: str, variant: str, place: Path, parameters: int) -> dict[str, float]:
-    """Bytes, their share of the original's in fp32, and what bitsandbytes' layers take; nothing of what is not saved."""
+    """Bytes, their share of the original's in fp32, what bitsandbytes' layers take; nothing of what is not saved."""
     if variant == variants.DYNAMIC:
         return {}
     found = {

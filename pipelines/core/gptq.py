@@ -1,0 +1,192 @@
+"""Codes of low-bit weights chosen so that a layer's outputs stay, not its weights: GPTQ.
+
+Paper: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2023),
+algorithm 1. With H = X^T X over the inputs X of a layer on calibration rows, columns are rounded one after another, and
+what rounding a column did to the outputs is made up for in the columns that are left. Block by block through the model,
+each seeing what the smaller blocks before it give. As there: H is damped by a hundredth of its mean diagonal, updates
+of later columns are gathered in blocks of 128. Departures: scales are those of the weights before any update (so a
+format whose scales are given, such as NF4's, is served too), and columns are taken by descending diagonal of H, which
+the paper's code has as an option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+
+from pipelines.core import int8, tuning
+from pipelines.core.errors import ArtifactError
+
+DAMPING = 0.01  # of the mean diagonal
+LAZY = 128  # columns after which the others are updated
+
+# Values (out,) of column j of a layer -> codes (out,) and what they stand for (out,)
+Round = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+# A layer's name and weight (out, in) -> how its columns are rounded; None: it stays
+Rounding = Callable[[str, torch.Tensor], Round | None]
+
+
+class _Inputs(NamedTuple):
+    """What a model gives its first block."""
+
+    hidden: torch.Tensor
+    options: dict[str, Any]
+
+
+class _Caught(Exception):
+    """The first block has been reached."""
+
+
+@torch.no_grad()
+def calibrate(
+    model: Any, ids: torch.Tensor, rounding: Rounding, tell: Callable[[int, int], None]
+) -> dict[str, torch.Tensor]:
+    """Codes (out, in) uint8 of the blocks' linear layers, by name; the model's weights become what they stand for.
+
+    Args:
+        model: a decoder-only model; changed.
+        ids: calibration rows (rows, length), without padding.
+        tell: called with (done, total) blocks.
+
+    Raises:
+        ArtifactError: no list of blocks is known, or a layer's inputs are not finite.
+    """
+    stack = tuning.stack(model)
+    if stack is None:
+        raise ArtifactError(f"architecture {model.config.model_type}: no list of blocks is known in it")
+    prefix = next(name for name, module in model.named_modules() if module is stack)
+    hidden, options = _first_inputs(model, stack[0], ids)
+    found: dict[str, torch.Tensor] = {}
+    for number, block in enumerate(stack):
+        linear = {
+            f"{prefix}.{number}.{name}": module
+            for name, module in block.named_modules()
+            if isinstance(module, torch.nn.Linear | int8.Conv1D)
+        }
+        squares = _squares(block, linear, hidden, options)
+        for name, module in linear.items():
+            weight = int8.rows_of(module)
+            one = rounding(name, weight)
+            if one is None:
+                continue
+            if not bool(torch.isfinite(squares[name]).all()):
+                raise ArtifactError(f"layer {name}: its inputs on the calibration rows are not finite")
+            found[name], exact = solve(weight.float(), squares[name], one)
+            weight.copy_(exact.to(weight.dtype))
+        hidden = _output(block(hidden, **options))
+        tell(number + 1, len(stack))
+    return found
+
+
+def solve(weight: torch.Tensor, square: torch.Tensor, one: Round) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (out, in) uint8 of a weight, and what they stand for, in fp32.
+
+    Args:
+        weight: (out, in) fp32.
+        square: X^T X, (in, in) fp32. An input that is always 0 is rounded to the nearest and changes nothing else.
+        one: how a column is rounded.
+    """
+    order = torch.argsort(square.diagonal(), descending=True, stable=True)
+    left = weight[:, order].clone()
+    upper = _inverse_root(square[order][:, order])
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    exact = torch.empty_like(left)
+    columns = len(order)
+    for start in range(0, columns, LAZY):
+        end = min(start + LAZY, columns)
+        block, wrong = left[:, start:end].clone(), torch.empty(len(left), end - start)
+        inside = upper[start:end, start:end]
+        for place in range(end - start):
+            column = int(order[start + place])
+            codes[:, column], value = one(block[:, place], column)
+            exact[:, column] = value
+            wrong[:, place] = (block[:, place] - value) / inside[place, place]
+            block[:, place + 1 :] -= wrong[:, place, None] * inside[place, None, place + 1 :]
+        left[:, end:] -= wrong @ upper[start:end, end:]
+    return codes, exact
+
+
+def of_grid(found: Any, group: int) -> Round:
+    """Rounding onto a grid of `int4`."""
+    scales, zeros = found.scales.float(), found.zeros.float()
+
+    def one(values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scale, zero = scales[:, column // group], zeros[:, column // group]
+        codes = ((values - zero) / scale).round_().add_(8).clamp_(0, 15)
+        return codes.to(torch.uint8), (codes - 8) * scale + zero
+
+    return one
+
+
+def of_code_book(book: torch.Tensor, scales: torch.Tensor, group: int) -> Round:
+    """Rounding to the nearest of a code book's values (ascending) times a scale (out, in / group)."""
+    middles = (book[1:] + book[:-1]) / 2
+
+    def one(values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = scales[:, column // group]
+        codes = torch.bucketize(values / scale.where(scale != 0, 1.0), middles)
+        return codes.to(torch.uint8), book[codes] * scale
+
+    return one
+
+
+def _inverse_root(square: torch.Tensor) -> torch.Tensor:
+    """Upper triangular U with U^T U = H^-1, of the damped H (algorithm 1's Cholesky form)."""
+    damped = square.clone()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    diagonal += DAMPING * square.diagonal().mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def _squares(
+    block: Any, linear: Mapping[str, Any], hidden: torch.Tensor, options: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """X^T X of each layer of a block; layers that read the same tensor share it."""
+    found: dict[str, torch.Tensor] = {}
+    last: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(name: str) -> Any:
+        def hook(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+            inputs = given[0]
+            same = next((square for seen, square in last if seen is inputs), None)
+            if same is None:
+                rows = inputs.flatten(0, -2).float()
+                same = rows.t() @ rows
+                last.append((inputs, same))
+            found[name] = same
+
+        return hook
+
+    with ExitStack() as placed:
+        for name, module in linear.items():
+            placed.callback(module.register_forward_pre_hook(look(name)).remove)
+        block(hidden, **options)
+    return found
+
+
+def _first_inputs(model: Any, first: Any, ids: torch.Tensor) -> _Inputs:
+    """What the model gives its first block for some rows."""
+    caught: list[_Inputs] = []
+
+    def hook(_: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+        caught.append(_Inputs(given[0] if given else options.pop("hidden_states"), options))
+        raise _Caught
+
+    placed = first.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        model.base_model(input_ids=ids, use_cache=False)
+    except _Caught:
+        return caught[0]
+    finally:
+        placed.remove()
+    raise ArtifactError(f"architecture {model.config.model_type}: its first block is not called by its body")
+
+
+def _output(given: Any) -> torch.Tensor:
+    hidden: torch.Tensor = given[0] if isinstance(given, tuple) else given
+    return hidden
