@@ -220,9 +220,11 @@ def linear_divergence(
         labels: (N,) int64; `IGNORE` is not supervised.
 
     Raises:
-        ValueError: as `divergence`; a weight without labels, or no label that is supervised.
+        ValueError: as `divergence`; a weight without labels, no label that is supervised, or shapes that differ.
     """
     divergences.check(kind, temperature, beta)
+    if (len(teacher_hidden), len(teacher_head)) != (len(hidden), len(head)):
+        raise ValueError("student and teacher differ in tokens or vocabulary")
     theirs = chunks(teacher_hidden.detach(), teacher_head.detach().to(teacher_hidden.dtype))
 
     def compare(scores: torch.Tensor, chances: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
