@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pipelines.core import losses
+from pipelines.core.output_layer import CHUNK
 
 
 def tensors(count: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -18,7 +19,7 @@ def tensors(count: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tenso
     return hidden, weight, labels
 
 
-@pytest.mark.parametrize("count", [3, losses.CHUNK, 2 * losses.CHUNK + 7])
+@pytest.mark.parametrize("count", [3, CHUNK, 2 * CHUNK + 7])
 def test_equals_torch(count: int) -> None:
     hidden, weight, labels = tensors(count, torch.float32)
     ours = losses.linear_cross_entropy(hidden, weight, labels)
@@ -48,7 +49,7 @@ def test_bf16_is_close() -> None:
 
 
 def test_label_log_probabilities() -> None:
-    hidden, weight, labels = tensors(losses.CHUNK + 5, torch.float32)
+    hidden, weight, labels = tensors(CHUNK + 5, torch.float32)
     ours = losses.label_log_probabilities(hidden, weight, labels)
     every = F.log_softmax(hidden @ weight.t(), dim=1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
     torch.testing.assert_close(ours, every * (labels != losses.IGNORE), atol=1e-5, rtol=1e-5)
@@ -74,7 +75,7 @@ def plainly(
     return drawn_from.log_prob(labels), drawn_from.entropy()  # type: ignore[no-untyped-call]
 
 
-@pytest.mark.parametrize("count", [3, losses.CHUNK, 2 * losses.CHUNK + 7])
+@pytest.mark.parametrize("count", [3, CHUNK, 2 * CHUNK + 7])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_token_log_probabilities_equal_torch(count: int, temperature: float) -> None:
     hidden, weight, labels, above = token_tensors(count)
@@ -99,7 +100,7 @@ def test_a_frozen_head_gives_a_gradient_to_hidden_alone() -> None:
 
 
 def test_token_log_probabilities_without_a_gradient_are_those_of_labels() -> None:
-    hidden, weight, labels, _ = token_tensors(losses.CHUNK + 5)
+    hidden, weight, labels, _ = token_tensors(CHUNK + 5)
     with torch.no_grad():
         found = losses.token_log_probabilities(hidden, weight, labels)
     assert not found.log_probabilities.requires_grad

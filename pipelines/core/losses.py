@@ -2,66 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from pipelines.core import divergences
+from pipelines.core.divergences import Kind as Kind
+from pipelines.core.output_layer import blocks, chunks, gradients, log_softmax, summed_loss
+
 IGNORE = -100  # a label that is not supervised, as in torch and transformers
-Kind = Literal["forward", "reverse", "jsd"]  # of divergence, from a teacher
-OfLogits = Callable[[torch.Tensor, slice], torch.Tensor]  # logits (n, V) in fp32 of the tokens in a slice -> (n,)
-CHUNK = 256  # tokens whose logits exist at one time: at V = 49152 in fp32, 50 MB
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of token losses straight from hidden states; gradients are formed chunk by chunk in the forward."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        head = weight.to(hidden.dtype)
-        hidden_grad = torch.empty_like(hidden)
-        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        total = hidden.new_zeros((), dtype=torch.float32)
-        buffer = _buffer(hidden, head)
-        for start in range(0, len(hidden), CHUNK):
-            part = slice(start, start + CHUNK)
-            scores = _log_probabilities(hidden[part], head, buffer)
-            kept = labels[part] != IGNORE
-            target = labels[part].clamp(min=0)[:, None]
-            total = total - (scores.gather(1, target)[:, 0] * kept).sum()
-            # d loss / d logits = softmax - one-hot of the label
-            gradient = scores.exp_().scatter_add_(1, target, scores.new_full(target.shape, -1.0))
-            if not kept.all():
-                gradient[~kept] = 0
-            logits_grad = buffer[: len(target)].copy_(gradient)
-            torch.mm(logits_grad, head, out=hidden_grad[part])
-            if weight_grad is not None:
-                weight_grad += (logits_grad.t() @ hidden[part]).to(weight.dtype)
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        hidden_grad, weight_grad = ctx.saved_tensors
-        scale = grads[0].to(hidden_grad.dtype)
-        return hidden_grad * scale, None if weight_grad is None else weight_grad * grads[0], None
-
-
-def _buffer(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Room for one chunk of logits, used again and again: fresh pages for each would cost more than the product."""
-    return hidden.new_empty(min(CHUNK, len(hidden)), len(head))
-
-
-def _log_probabilities(
-    hidden: torch.Tensor, head: torch.Tensor, buffer: torch.Tensor, temperature: float = 1.0
-) -> torch.Tensor:
-    """Log-softmax in fp32 (N, V) of logits / temperature in the model's type; N is at most the buffer's rows."""
-    logits = buffer[: len(hidden)]
-    torch.mm(hidden, head.t(), out=logits)
-    if temperature != 1.0:
-        return torch.log_softmax(logits.float() / temperature, dim=1)
-    return torch.log_softmax(logits, dim=1, dtype=torch.float32)
+ABSENT = -1e4  # log of a mass of nothing; finite, so that nothing times it is nothing
 
 
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -78,23 +29,37 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: tor
     Raises:
         ValueError: no token is supervised.
     """
+    count = _supervised(labels)
+
+    def replace(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        scores = log_softmax(logits)
+        kept = labels[part] != IGNORE
+        target = labels[part].clamp(min=0)[:, None]
+        loss = -(scores.gather(1, target)[:, 0] * kept).sum()
+        # d loss / d logits = softmax - one-hot of the label
+        gradient = scores.exp_().scatter_add_(1, target, scores.new_full(target.shape, -1.0))
+        if not kept.all():
+            gradient[~kept] = 0
+        logits.copy_(gradient)
+        return loss
+
+    return summed_loss(hidden, weight, replace) / count
+
+
+def _supervised(labels: torch.Tensor) -> int:
+    """How many labels are; a ValueError where none is."""
     count = int((labels != IGNORE).sum())
     if count == 0:
         raise ValueError("a batch without a supervised token")
-    total: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels)  # type: ignore[no-untyped-call]
-    return total / count
+    return count
 
 
 @torch.no_grad()
 def label_log_probabilities(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Log-probability in nats of each label, (N,) fp32; 0 where the label is `IGNORE`. Shapes as above."""
-    head = weight.to(hidden.dtype)
-    buffer = _buffer(hidden, head)
     parts = []
-    for start in range(0, len(hidden), CHUNK):
-        part = slice(start, start + CHUNK)
-        scores = _log_probabilities(hidden[part], head, buffer)
-        gold = scores.gather(1, labels[part].clamp(min=0)[:, None])[:, 0]
+    for part, logits in chunks(hidden, weight.to(hidden.dtype)):
+        gold = log_softmax(logits).gather(1, labels[part].clamp(min=0)[:, None])[:, 0]
         parts.append(gold * (labels[part] != IGNORE))
     return torch.cat(parts)
 
@@ -113,12 +78,9 @@ class _TokenScores(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float, spread: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        head = weight.to(hidden.dtype)
-        buffer = _buffer(hidden, head)
         chosen, entropies = [], []
-        for start in range(0, len(hidden), CHUNK):
-            part = slice(start, start + CHUNK)
-            scores = _log_probabilities(hidden[part], head, buffer, temperature)
+        for part, logits in chunks(hidden, weight.to(hidden.dtype)):
+            scores = log_softmax(logits, temperature)
             chosen.append(scores.gather(1, labels[part, None])[:, 0])
             if spread:
                 entropies.append(-(scores.exp() * scores).sum(dim=1))
@@ -133,21 +95,16 @@ class _TokenScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:
         hidden, weight, labels = ctx.saved_tensors
-        head = weight.to(hidden.dtype)
-        buffer = _buffer(hidden, head)
-        hidden_grad = torch.empty_like(hidden)
-        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(hidden), CHUNK):
-            part = slice(start, start + CHUNK)
+
+        def replace(logits: torch.Tensor, part: slice) -> torch.Tensor:
             target = labels[part, None]
             # d log p(label) / d logits = (one-hot of the label - softmax) / temperature
-            gradient = _log_probabilities(hidden[part], head, buffer, ctx.temperature).exp_().neg_()
+            gradient = log_softmax(logits, ctx.temperature).exp_().neg_()
             gradient.scatter_add_(1, target, gradient.new_ones(target.shape))
-            gradient *= grads[0][part, None] / ctx.temperature
-            logits_grad = buffer[: len(target)].copy_(gradient)
-            torch.mm(logits_grad, head, out=hidden_grad[part])
-            if weight_grad is not None:
-                weight_grad += (logits_grad.t() @ hidden[part]).to(weight.dtype)
+            logits.copy_(gradient.mul_(grads[0][part, None] / ctx.temperature))
+            return gradient.new_zeros(())
+
+        _, hidden_grad, weight_grad = gradients(hidden, weight, ctx.needs_input_grad[1], replace)
         return hidden_grad, weight_grad, None, None, None
 
 
@@ -165,128 +122,177 @@ def token_log_probabilities(
     return TokenScores(*_TokenScores.apply(hidden, weight, labels, temperature, entropies))  # type: ignore[no-untyped-call]
 
 
+def divergence(
+    student: torch.Tensor, teacher: torch.Tensor, kind: Kind, temperature: float = 1.0, beta: float = 0.5
+) -> torch.Tensor:
+    """Divergence of two distributions over tokens, times temperature^2 (Hinton et al. 2015, section 2); nats, (N,).
+
+    `forward` is KL(teacher || student), `reverse` KL(student || teacher), `jsd` the generalised divergence of GKD
+    (Agarwal et al. 2024, section 3): beta KL(teacher || m) + (1 - beta) KL(student || m), where
+    m = beta teacher + (1 - beta) student.
+
+    Args:
+        student: logits (N, V) of any type; computed in fp32 at least. Gets a gradient, as the teacher's do.
+        teacher: logits (N, V).
+        temperature: both sides' logits are divided by it.
+        beta: of `jsd`, between 0 and 1.
+
+    Raises:
+        ValueError: an unknown kind, or a temperature or beta out of range.
+    """
+    divergences.check(kind, temperature, beta)
+    ours, theirs = log_softmax(student, temperature), log_softmax(teacher, temperature)
+    return temperature**2 * divergences.between(ours, theirs, kind, beta)
+
+
 class TopK(NamedTuple):
-    """What a teacher said of N tokens, as far as it is kept: distributions at temperature 1."""
+    """A teacher's answers to N tokens at temperature 1: its k likeliest tokens, and how likely all others are."""
 
-    ids: torch.Tensor  # (N, k) int64
-    log_p: torch.Tensor  # (N, k) fp32
-    rest: torch.Tensor  # (N,) fp32, log of the mass of all other tokens; -inf where there is none
+    ids: torch.Tensor  # (N, k) int32
+    log_p: torch.Tensor  # (N, k) fp16, in nats
+    rest: torch.Tensor  # (N,) fp32, log of the mass outside the k; near `ABSENT` where k is the whole vocabulary
 
 
-def divergence(log_q: torch.Tensor, log_p: torch.Tensor, kind: Kind, beta: float = 0.5) -> torch.Tensor:
-    """How far a student's distributions q are from a teacher's p: (N,) in nats, of log-probabilities (N, V).
+def top_k(teacher_logits: torch.Tensor, k: int) -> TopK:
+    """The k likeliest tokens of logits (N, V), without a gradient.
 
-    * forward: KL(p || q), Hinton et al. (2015): the student covers all that the teacher may say.
-    * reverse: KL(q || p), Gu et al., "MiniLLM" (2024): it says only what the teacher would.
-    * jsd: beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, Agarwal et al., "GKD" (2024),
-      section 2: over beta the forward KL as beta -> 0, over 1 - beta the reverse as beta -> 1.
-
-    A token without mass (-inf) in the first distribution of a KL counts nothing.
+    Raises:
+        ValueError: k is below 1 or above V.
     """
-    if kind == "forward":
-        return _kl(log_p, log_q)
-    if kind == "reverse":
-        return _kl(log_q, log_p)
-    mixture = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return beta * _kl(log_p, mixture) + (1 - beta) * _kl(log_q, mixture)
+    if not 1 <= k <= teacher_logits.shape[1]:
+        raise ValueError(f"top {k} of a vocabulary of {teacher_logits.shape[1]}")
+    scores = log_softmax(teacher_logits.detach())
+    log_p, ids = scores.topk(k, dim=1)
+    return TopK(ids.int(), log_p.half(), scores.scatter_(1, ids, ABSENT).logsumexp(dim=1))
 
 
-def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    none = log_p.isneginf()
-    return (log_p.exp() * (log_p.masked_fill(none, 0.0) - log_q.masked_fill(none, 0.0))).sum(dim=-1)
+@torch.no_grad()
+def linear_top_k(teacher_hidden: torch.Tensor, teacher_head: torch.Tensor, k: int) -> TopK:
+    """As `top_k`, from hidden states (N, D) and the output embedding (V, D), chunk by chunk."""
+    logits_of = chunks(teacher_hidden, teacher_head.to(teacher_hidden.dtype))
+    found = [top_k(logits[rows], k) for _, logits in logits_of for rows in blocks(logits)]
+    return TopK(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def divergence_to_top_k(logits: torch.Tensor, cached: TopK, kind: Kind, beta: float = 0.5) -> torch.Tensor:
-    """The divergence of logits (N, V) from what is kept of a teacher: over its k tokens and all others as one.
+def divergence_to_top_k(
+    student_logits: torch.Tensor, cached: TopK, kind: Kind, temperature: float = 1.0, beta: float = 0.5
+) -> torch.Tensor:
+    """As `divergence`, (N,), between the k tokens and one bucket for all others, on both sides.
 
-    Never more than the whole divergence, since both are put through the same map (data processing inequality), and
-    equal to it where k is the vocabulary. (N,) in nats.
+    It is at most the divergence of the whole distributions (data processing), and equal where k = V.
+
+    Raises:
+        ValueError: as `divergence`; or the temperature is not 1: the others' mass at another one was not kept.
     """
-    known = torch.log_softmax(logits, dim=1).gather(1, cached.ids)
-    others = logits.scatter(1, cached.ids, float("-inf"))
-    rest = torch.logsumexp(others, dim=1) - torch.logsumexp(logits, dim=1)
-    ours, theirs = torch.cat([known, rest[:, None]], 1), torch.cat([cached.log_p, cached.rest[:, None]], 1)
-    return divergence(ours, theirs, kind, beta)
+    divergences.check(kind, temperature, beta)
+    if temperature != 1.0:
+        raise ValueError(f"cached answers hold for temperature 1 alone, not {temperature}")
+    scores, ids = log_softmax(student_logits), cached.ids.long()
+    rest = scores.scatter(1, ids, ABSENT).logsumexp(dim=1)
+    return divergences.between(torch.cat([scores.gather(1, ids), rest[:, None]], dim=1), _buckets(cached), kind, beta)
 
 
-class _Chunked(torch.autograd.Function):
-    """Sum over tokens of a function of their logits; gradients are formed chunk by chunk in the forward."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, of_logits: OfLogits) -> torch.Tensor:
-        head = weight.to(hidden.dtype)
-        hidden_grad = torch.empty_like(hidden)
-        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        total = hidden.new_zeros((), dtype=torch.float32)
-        buffer = _buffer(hidden, head)
-        for start in range(0, len(hidden), CHUNK):
-            part = slice(start, min(start + CHUNK, len(hidden)))
-            logits = torch.mm(hidden[part], head.t(), out=buffer[: part.stop - start])
-            with torch.enable_grad():
-                asked = logits.float().detach().requires_grad_()
-                value = of_logits(asked, part).sum()
-            (gradient,) = torch.autograd.grad(value, asked)
-            total = total + value.detach()
-            logits_grad = logits.copy_(gradient)
-            torch.mm(logits_grad, head, out=hidden_grad[part])
-            if weight_grad is not None:
-                weight_grad += (logits_grad.t() @ hidden[part]).to(weight.dtype)
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_grad, weight_grad = ctx.saved_tensors
-        scale = grads[0].to(hidden_grad.dtype)
-        return hidden_grad * scale, None if weight_grad is None else weight_grad * grads[0], None
+def _buckets(cached: TopK) -> torch.Tensor:
+    """Log-probabilities (N, k + 1), the rest last; what fp16 took from their sum is given back."""
+    return torch.cat([cached.log_p.float(), cached.rest[:, None]], dim=1).log_softmax(dim=1)
 
 
 def linear_divergence(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    head: torch.Tensor,
     teacher_hidden: torch.Tensor,
-    teacher_weight: torch.Tensor,
+    teacher_head: torch.Tensor,
     kind: Kind,
     temperature: float = 1.0,
     beta: float = 0.5,
+    labels: torch.Tensor | None = None,
+    labels_weight: float = 0.0,
 ) -> torch.Tensor:
-    """Mean divergence of a student from a teacher, in nats, straight from hidden states (N, D) and heads (V, D).
+    """Mean of `divergence` over N tokens, without ever holding all logits; the teacher gets no gradient.
 
-    Both distributions are softmax(logits / temperature), and the whole is multiplied by temperature^2, so that its
-    gradient keeps its size (Hinton et al., 2015, section 2). As temperature -> infinity, the forward KL goes to
-    half the mean squared difference of the logits, each less their mean (section 2.1). The teacher gets no gradient.
+    With labels, plus `labels_weight` times what `linear_cross_entropy` gives, from the same logits.
+
+    Args:
+        hidden: (N, D), in the type to compute in; gets a gradient.
+        head: (V, D), the student's output embedding; gets a gradient if it asks for one.
+        teacher_hidden: (N, D of the teacher).
+        teacher_head: (V, D of the teacher); each call converts it if it is not of `teacher_hidden`'s type.
+        labels: (N,) int64; `IGNORE` is not supervised.
+
+    Raises:
+        ValueError: as `divergence`; a weight without labels, no label that is supervised, or shapes that differ.
     """
-    theirs = teacher_weight.detach().to(teacher_hidden.dtype)
+    divergences.check(kind, temperature, beta)
+    if (len(teacher_hidden), len(teacher_head)) != (len(hidden), len(head)):
+        raise ValueError("student and teacher differ in tokens or vocabulary")
+    theirs = chunks(teacher_hidden.detach(), teacher_head.detach().to(teacher_hidden.dtype))
 
-    def of_logits(logits: torch.Tensor, part: slice) -> torch.Tensor:
-        log_p = torch.log_softmax((teacher_hidden[part].detach() @ theirs.t()).float() / temperature, dim=1)
-        log_q = torch.log_softmax(logits / temperature, dim=1)
-        return divergence(log_q, log_p, kind, beta) * temperature**2
+    def compare(scores: torch.Tensor, chances: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return divergences.with_gradient(scores, chances, log_softmax(logits, temperature), kind, beta)
 
-    total: torch.Tensor = _Chunked.apply(hidden, weight, of_logits)  # type: ignore[no-untyped-call]
-    return total / len(hidden)
+    return _mean(hidden, head, lambda _: next(theirs)[1:], compare, temperature, labels, labels_weight)
 
 
 def linear_divergence_to_top_k(
-    hidden: torch.Tensor, weight: torch.Tensor, cached: TopK, kind: Kind, beta: float = 0.5
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    cached: TopK,
+    kind: Kind,
+    beta: float = 0.5,
+    labels: torch.Tensor | None = None,
+    labels_weight: float = 0.0,
 ) -> torch.Tensor:
-    """Mean of `divergence_to_top_k`, in nats, straight from hidden states (N, D) and the head (V, D)."""
+    """Mean of `divergence_to_top_k` over N tokens; everything else as `linear_divergence`."""
+    divergences.check(kind, 1.0, beta)
+    answers = cached.ids.long(), _buckets(cached)
 
-    def of_logits(logits: torch.Tensor, part: slice) -> torch.Tensor:
-        return divergence_to_top_k(logits, TopK(*(one[part] for one in cached)), kind, beta)
+    def compare(
+        scores: torch.Tensor, chances: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        others = chances.scatter(1, ids, 0.0)
+        rest = others.sum(dim=1, keepdim=True).clamp_min_(torch.finfo(others.dtype).tiny)
+        student = torch.cat([scores.gather(1, ids), rest.log()], dim=1)
+        values, of_buckets = divergences.with_gradient(student, student.exp(), teacher, kind, beta)
+        # the bucket's logit is a logsumexp: each of its tokens moves it by its share of the bucket
+        return values, others.mul_(of_buckets[:, -1:] / rest).scatter_(1, ids, of_buckets[:, :-1])
 
-    total: torch.Tensor = _Chunked.apply(hidden, weight, of_logits)  # type: ignore[no-untyped-call]
-    return total / len(hidden)
+    return _mean(hidden, head, lambda part: [each[part] for each in answers], compare, 1.0, labels, labels_weight)
 
 
-@torch.no_grad()
-def linear_top_k(hidden: torch.Tensor, weight: torch.Tensor, k: int) -> TopK:
-    """The k likeliest tokens of each distribution, from hidden states (N, D) and the head (V, D)."""
-    head = weight.to(hidden.dtype)
-    buffer = _buffer(hidden, head)
-    found = []
-    for start in range(0, len(hidden), CHUNK):
-        log_p, ids = _log_probabilities(hidden[start : start + CHUNK], head, buffer).topk(min(k, len(head)), dim=1)
-        rest = torch.log1p(-log_p.exp().sum(dim=1).clamp(max=1.0))
-        found.append(TopK(ids, log_p, rest if k < len(head) else rest.fill_(-torch.inf)))
-    return TopK(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+def _mean(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    answers: Callable[[slice], Sequence[torch.Tensor]],
+    compare: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    temperature: float,
+    labels: torch.Tensor | None,
+    labels_weight: float,
+) -> torch.Tensor:
+    """`compare` gives values (n,) and their gradient (n, V) from the student's log-probabilities, their exp and
+    `answers`, the teacher's side of the same tokens.
+    """
+    if labels_weight and labels is None:
+        raise ValueError("a weight of the labels, but no labels")
+    share = labels_weight * len(hidden) / _supervised(labels) if labels is not None and labels_weight else 0.0
+
+    def replace(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        total = logits.new_zeros((), dtype=torch.float32)
+        teacher = answers(part)
+        for rows in blocks(logits):
+            scores = log_softmax(logits[rows], temperature)
+            chances = scores.exp()
+            values, gradient = compare(scores, chances, *(each[rows] for each in teacher))
+            total = total + temperature**2 * values.sum()
+            gradient *= temperature  # temperature^2, and 1 / temperature from the logits' division
+            if labels is not None and share:
+                if temperature != 1.0:
+                    scores = log_softmax(logits[rows])
+                    chances = scores.exp()
+                kept = share * (labels[part][rows] != IGNORE)[:, None].to(scores.dtype)
+                target = labels[part][rows].clamp(min=0)[:, None]
+                gradient.addcmul_(chances, kept).scatter_add_(1, target, -kept)
+                total = total - (scores.gather(1, target) * kept).sum()
+            logits[rows] = gradient
+        return total
+
+    return summed_loss(hidden, head, replace) / len(hidden)
