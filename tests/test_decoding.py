@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_int8 import IDS, logits, tiny
 
 from pipelines.core import decoding, int8
-from test_int8 import IDS, logits, tiny
 
 MODELS = [("llama", {}), ("llama", {"tied": False}), ("mistral", {"sliding_window": 4}), ("qwen2", {}), ("qwen3", {})]
 

@@ -1,4 +1,4 @@
-"""Losses on hidden states and attention by hand, masks, widths and heads that differ; the weighted sum."""
+"""Losses on hidden states and attention by hand, masks, widths and heads that differ."""
 
 from __future__ import annotations
 
@@ -68,18 +68,3 @@ def test_attention_refuses() -> None:
         feature_losses.attention_loss(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 4, 4), torch.ones(1, 3, 3).bool())
     with pytest.raises(ValueError, match="no token"):
         feature_losses.attention_loss(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3), torch.zeros(1, 3, 3).bool())
-
-
-def test_combined() -> None:
-    one, two = torch.tensor(1.0, requires_grad=True), torch.tensor(2.0)
-    loss = feature_losses.combined({"forward": one, "hidden": two}, {"forward": 0.5, "hidden": 3.0, "labels": 0.0})
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert float(loss.detach()) == 6.5 and float(one.grad or 0) == 0.5
-
-
-@pytest.mark.parametrize(
-    "weights", [{"forward": 1.0, "hiden": 1.0}, {}, {"forward": 0.0}, {"forward": 1.0, "more": 2.0}]
-)
-def test_terms_and_weights_must_be_the_same(weights: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="weights"):
-        feature_losses.combined({"forward": torch.ones(()), "hidden": torch.ones(())}, weights)

@@ -1,9 +1,10 @@
 """What is matched inside the blocks: hidden states and attention, of pairs of a student's and a teacher's block.
 
-Paper: Jiao et al., "TinyBERT" (2020), section 3: equations 7 (attention) and 8 (hidden states, through a learned
-projection where the widths differ). Departures: attention is matched after the softmax, since scores that the mask
-hides have no value; and a pair's squared error is divided by the mean square of the teacher's states, whose size
-differs by orders of magnitude from block to block in decoders.
+Papers: Jiao et al., "TinyBERT" (2020), section 3: equations 7 (attention) and 8 (hidden states, through a learned
+projection where the widths differ); Sanh et al., "DistilBERT" (2019), section 3: the angle between states.
+Departures: attention is matched after the softmax, since scores that the mask hides have no value; and a pair's squared
+error is divided by the mean square of the teacher's states, whose size differs by orders of magnitude from block to
+block in decoders.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from pipelines.core import segments, training
+from pipelines.core import feature_losses, segments, training
 from pipelines.core.context import StageContext
 from pipelines.core.params.distill import Terms
 
@@ -33,17 +34,17 @@ def states(model: torch.nn.Module, rows: segments.Rows, weights: Terms, context:
         part.to(context.device) for part in (rows.ids, rows.positions, rows.documents, rows.branches)
     )
     mask = segments.attention_mask(documents, branches, context.dtype)
-    wanted = {"output_hidden_states": weights.hidden > 0, "output_attentions": weights.attention > 0}
+    wanted = {"output_hidden_states": weights.hidden + weights.cosine > 0, "output_attentions": weights.attention > 0}
     with training.computing_in(context.precision, context.device, model):
         found = body(  # type: ignore[operator]
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **wanted
         )
-    hidden = found.hidden_states[1:] if weights.hidden > 0 else ()
+    hidden = found.hidden_states[1:] if wanted["output_hidden_states"] else ()
     return States(found.last_hidden_state.to(context.dtype), hidden, found.attentions if weights.attention > 0 else ())
 
 
 class Matching(torch.nn.Module):
-    """The terms `hidden` and `attention`, and the projection from the student's width to the teacher's.
+    """The terms `hidden`, `cosine` and `attention`, and the projection from the student's width to the teacher's.
 
     Args:
         widths: of student and teacher; where they are equal nothing is learned.
@@ -65,28 +66,23 @@ class Matching(torch.nn.Module):
         """Each term as the mean over the pairs, over the tokens that are no padding."""
         real = documents != segments.PADDING
         found: dict[str, torch.Tensor] = {}
+        # The last block's state comes normed from transformers, which the head's terms match already.
+        inner = [(theirs, ours) for theirs, ours in self.pairs if ours + 1 < len(student.hidden)] or self.pairs
+        if weights.hidden or weights.cosine:
+            states = [(student.hidden[ours][real], teacher.hidden[theirs][real]) for theirs, ours in inner]
         if weights.hidden:
-            errors = []
-            # The last block's state comes normed from transformers, which the head's terms match already.
-            inner = [(theirs, ours) for theirs, ours in self.pairs if ours + 1 < len(student.hidden)]
-            for theirs, ours in inner or self.pairs:
-                wanted = teacher.hidden[theirs][real].float()
-                own = student.hidden[ours][real].float()
-                own = own if self.projection is None else self.projection(own)
-                errors.append((own - wanted).square().mean() / wanted.square().mean())
+            errors = [feature_losses.hidden_loss(*both, self.projection) / _size(both[1]) for both in states]
             found["hidden"] = torch.stack(errors).mean()
+        if weights.cosine:
+            turned = [feature_losses.cosine_loss(*both, self.projection) for both in states]
+            found["cosine"] = torch.stack(turned).mean()
         if weights.attention:
+            seen = segments.attention_mask(documents, torch.zeros_like(documents), torch.float32)[:, 0] == 0
+            seen &= real[:, :, None]
             maps = [(student.attention[ours], teacher.attention[theirs]) for theirs, ours in self.pairs]
-            found["attention"] = torch.stack([attention_loss(*both, real) for both in maps]).mean()
+            found["attention"] = torch.stack([feature_losses.attention_loss(*both, seen) for both in maps]).mean()
         return found
 
 
-def attention_loss(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Squared error of attention maps (rows, heads, length, length), summed over what a token attends to.
-
-    The mean over heads and the tokens of `real` (rows, length); over the heads' means where their numbers differ.
-    """
-    if student.shape[1] != teacher.shape[1]:
-        student, teacher = student.mean(dim=1, keepdim=True), teacher.mean(dim=1, keepdim=True)
-    error = (student.float() - teacher.float()).square().sum(dim=-1)  # (rows, heads, length)
-    return error.transpose(1, 2)[real].mean()
+def _size(states: torch.Tensor) -> torch.Tensor:
+    return states.detach().float().square().mean()

@@ -1,11 +1,9 @@
-"""What a student learns from inside its teacher: hidden states and attention; and the weighted sum of all terms.
+"""What a student learns from inside its teacher: hidden states and attention.
 
 Everything is computed in fp32 at least; the teacher gets no gradient. Shapes: N tokens, L positions of a row.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -78,15 +76,3 @@ def attention_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Ten
 
 def _wide(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def combined(terms: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
-    """Sum of weight x term. A term of weight 0 is off: whoever computes the terms leaves it out.
-
-    Raises:
-        ValueError: the terms are not exactly those with a weight other than 0, or there is none.
-    """
-    wanted = {name for name, weight in weights.items() if weight != 0}
-    if not wanted or wanted != set(terms):
-        raise ValueError(f"terms {sorted(terms)}, but weights other than 0 are those of {sorted(wanted)}")
-    return torch.stack([weights[name] * terms[name] for name in sorted(wanted)]).sum()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipelines.core import int8, tuning
+from pipelines.core import int4, int8, tuning
 from pipelines.core.errors import ArtifactError
 
 DAMPING = 0.01  # of the mean diagonal
@@ -90,33 +90,29 @@ def solve(weight: torch.Tensor, square: torch.Tensor, one: Round) -> tuple[torch
         one: how a column is rounded.
     """
     order = torch.argsort(square.diagonal(), descending=True, stable=True)
-    left = weight[:, order].clone()
+    left = weight.t()[order].clone()  # a column of the weight is a row here, whose entries lie side by side
     upper = _inverse_root(square[order][:, order])
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
-    exact = torch.empty_like(left)
-    columns = len(order)
-    for start in range(0, columns, LAZY):
-        end = min(start + LAZY, columns)
-        block, wrong = left[:, start:end].clone(), torch.empty(len(left), end - start)
-        inside = upper[start:end, start:end]
-        for place in range(end - start):
-            column = int(order[start + place])
-            codes[:, column], value = one(block[:, place], column)
-            exact[:, column] = value
-            wrong[:, place] = (block[:, place] - value) / inside[place, place]
-            block[:, place + 1 :] -= wrong[:, place, None] * inside[place, None, place + 1 :]
-        left[:, end:] -= wrong @ upper[start:end, end:]
-    return codes, exact
+    codes, exact = torch.empty(left.shape, dtype=torch.uint8), torch.empty_like(left)
+    for start in range(0, len(left), LAZY):
+        end = min(start + LAZY, len(left))
+        block, inside = left[start:end], upper[start:end, start:end]
+        wrong = torch.empty_like(block)
+        for place, column in enumerate(order[start:end].tolist()):
+            codes[column], exact[column] = one(block[place], column)
+            torch.sub(block[place], exact[column], out=wrong[place]).div_(inside[place, place])
+            block[place + 1 :].addr_(inside[place, place + 1 :], wrong[place], alpha=-1)
+        left[end:].addmm_(upper[start:end, end:].t(), wrong, alpha=-1)
+    return codes.t().contiguous(), exact.t().contiguous()
 
 
-def of_grid(found: Any, group: int) -> Round:
+def of_grid(found: int4.Grid, group: int) -> Round:
     """Rounding onto a grid of `int4`."""
-    scales, zeros = found.scales.float(), found.zeros.float()
+    scales, zeros = (part.float().t().contiguous() for part in found)
 
     def one(values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
-        scale, zero = scales[:, column // group], zeros[:, column // group]
-        codes = ((values - zero) / scale).round_().add_(8).clamp_(0, 15)
-        return codes.to(torch.uint8), (codes - 8) * scale + zero
+        scale, zero = scales[column // group], zeros[column // group]
+        codes = ((values - zero) / scale).round_().clamp_(-int4.MIDDLE, int4.LEVELS - int4.MIDDLE)
+        return (codes + int4.MIDDLE).to(torch.uint8), codes.mul_(scale).add_(zero)
 
     return one
 
@@ -124,9 +120,10 @@ def of_grid(found: Any, group: int) -> Round:
 def of_code_book(book: torch.Tensor, scales: torch.Tensor, group: int) -> Round:
     """Rounding to the nearest of a code book's values (ascending) times a scale (out, in / group)."""
     middles = (book[1:] + book[:-1]) / 2
+    columns = scales.t().contiguous()
 
     def one(values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
-        scale = scales[:, column // group]
+        scale = columns[column // group]
         codes = torch.bucketize(values / scale.where(scale != 0, 1.0), middles)
         return codes.to(torch.uint8), book[codes] * scale
 

@@ -19,6 +19,7 @@ class Terms(Section):
     jsd: float = Weight  # generalised Jensen-Shannon divergence: Agarwal et al. (2024)
     labels: float = Weight  # cross-entropy of the token that people, or the teacher, wrote
     hidden: float = Weight  # states of matched blocks: Jiao et al., "TinyBERT" (2020)
+    cosine: float = Weight  # the angle between them: Sanh et al., "DistilBERT" (2019)
     attention: float = Weight  # attention of matched blocks
     on_policy: float = Weight  # `on_policy_divergence` on what the student itself writes
 
@@ -35,7 +36,7 @@ class Terms(Section):
     @property
     def of_features(self) -> bool:
         """Whether the teacher's inner states are needed."""
-        return self.hidden > 0 or self.attention > 0
+        return self.hidden + self.cosine + self.attention > 0
 
 
 class DistillParams(Section):
@@ -81,7 +82,7 @@ class DistillParams(Section):
         if not (weights.of_logits or weights.of_features or weights.on_policy) and self.answers == "people":
             raise ValueError(
                 "weights: nothing of the teacher weighs more than 0; accepted: a weight of forward, reverse, jsd, "
-                "hidden, attention or on_policy above 0, or answers: teacher with labels above 0"
+                "hidden, cosine, attention or on_policy above 0, or answers: teacher with labels above 0"
             )
         if self.top_k is not None and self.temperature != 1.0:
             raise ValueError(
@@ -89,7 +90,9 @@ class DistillParams(Section):
                 "accepted: temperature: 1.0, or top_k: null"
             )
         if self.top_k is not None and weights.of_features:
-            raise ValueError("top_k: hidden and attention need the teacher in every step; accepted: top_k: null")
+            raise ValueError(
+                "top_k: hidden, cosine and attention need the teacher in every step; accepted: top_k: null"
+            )
         if self.examples == 0 and self.texts == 0:
             raise ValueError("examples and texts: nothing to learn from")
         return self
