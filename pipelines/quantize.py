@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pipelines.core.quantization import Subject
     from pipelines.core.quantize_evaluation import Told
 
-LAYER_ROWS = 2  # calibration rows on which the layers' errors are measured
+LAYER_ROWS = 1  # calibration rows on which the layers' errors are measured
 METRICS = frozenset({"prompts_test"})
 OPTIONAL = frozenset(
     {
@@ -66,7 +66,7 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
         quantization.Subject("student", inputs["distill"] / "model", params.student_variants, classifier=False),
         quantization.Subject("reward", inputs["reward"] / "model", params.reward_variants, classifier=True),
     ]
-    subjects = [subject for subject in subjects if subject.variants]
+    subjects = [subject for subject in subjects if subject.variants or not subject.name]
     tokenizer = language_models.load_tokenizer(str(place))
     prompts = policy_answers.held_out(params, inputs["data"], tokenizer, "quantize")
     held_out = HeldOut.of(inputs["data"], params.eval_bytes)
@@ -88,7 +88,7 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
             context.stop_if_asked()
         if subject.classifier:
             del original
-            metrics |= quantize_evaluation.reward(subject, own, prompts, told[""].said["original"], context)
+            metrics |= quantize_evaluation.reward(subject, own, prompts, [*told[""].said.values()], context)
             continue
         asked = (subject, own, original, tokenizer, held_out, prompts, rows[:LAYER_ROWS], params, context)
         told[subject.name] = quantize_evaluation.language_model(*asked)

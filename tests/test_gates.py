@@ -223,7 +223,7 @@ def test_check_accepts_what_exists(tmp_path, monkeypatch):
         (["gate", 0], {"x": 1}, r"gate.0: a rule needs metric: NAME \(a budget\) or score: COLUMN"),
         (["gate"], [], r"models.sluice-base.gate: "),
         (["promote"], "maybe", r"promote: .*'auto' or 'manual' \(found 'maybe'\)"),
-        (["promotion"], "auto", r"promotion: no such key; accepted here: gate, model, promote, stage"),
+        (["promotion"], "auto", r"promotion: no such key; accepted here: best, gate, model, promote, stage"),
     ],
 )
 def test_a_mistake_in_the_registry_is_told_by_its_key(tmp_path, monkeypatch, path, value, message):

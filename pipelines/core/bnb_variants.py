@@ -12,9 +12,9 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -26,20 +26,30 @@ BLOCK = 64  # weights that share a scale in NF4
 INPUTS, OUTPUTS = 64, 32  # bitsandbytes' 4-bit kernels on a CPU take multiples of these
 
 
-def nf4(source: Path, place: Path, keep: Sequence[str] = (), codes: Mapping[str, torch.Tensor] | None = None) -> None:
+Grids = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # by layer: code book (16,), ascending; scales (out, in / 64)
+
+
+def nf4(
+    source: Path,
+    place: Path,
+    keep: Sequence[str] = (),
+    choose: Callable[[Grids], Mapping[str, torch.Tensor]] | None = None,
+) -> None:
     """Write a model directory in 4-bit NormalFloat with double quantization (Dettmers et al., "QLoRA", 2023).
 
     Args:
         keep: names or patterns of layers that stay in bf16.
-        codes: by layer, codes (out, in) to store in the place of the nearest ones; scales are those of the weights.
+        choose: gives codes (out, in) by layer, to be stored in the place of the nearest ones; scales stay.
 
     Raises:
         ArtifactError: a layer of a shape that the format's kernels do not accept.
     """
     model = _quantized(source, keep, _nf4_config)
-    for name, module in model.named_modules():
-        if codes is not None and name in codes:
-            _store(module, codes[name])
+    if choose is not None:
+        layers = {name: part for name, part in model.named_modules() if hasattr(part, "quant_state")}
+        codes = choose({name: _grid(part) for name, part in layers.items()})
+        for name, part in layers.items():
+            _store(part, codes[name])
     _save(model, source, place)
 
 
@@ -48,21 +58,13 @@ def llm_int8(source: Path, place: Path, keep: Sequence[str] = ()) -> None:
     _save(_quantized(source, keep, _int8_config), source, place)
 
 
-def nf4_grid(source: Path, keep: Sequence[str] = ()) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """By layer: the code book (16,), ascending, and the scales (out, in / 64) that a directory would have.
-
-    Raises:
-        ArtifactError: as `nf4`.
-    """
+def _grid(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Code book and scales of a 4-bit layer, the scales as their own quantization has left them."""
     import bitsandbytes as bnb
 
-    found = {}
-    for name, module in _quantized(source, keep, _nf4_config).named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            state = module.weight.quant_state
-            scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-            found[name] = state.code.clone(), scales.float().view(module.out_features, -1)
-    return found
+    state = layer.weight.quant_state
+    scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return state.code.clone(), scales.float().view(layer.out_features, -1)
 
 
 def load(place: Path) -> Any:
@@ -83,10 +85,12 @@ def guarded(model: Any) -> Any:
 
 
 def dynamic_int8(model: Any) -> Any:
-    """A copy with torch's dynamic quantization: int8 weights, and activations rounded by tensor as they come."""
+    """A copy with torch's dynamic quantization of the blocks: int8 weights, activations rounded tensor by tensor."""
+    head = model.get_output_embeddings()
+    names = {name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and part is not head}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        made = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8)
+        warnings.simplefilter("ignore")  # it is deprecated in favour of torchao
+        made = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), names, dtype=torch.qint8)  # type: ignore[no-untyped-call]
     return made
 
 
@@ -95,11 +99,11 @@ def weight_of(layer: Any) -> torch.Tensor | None:
     import bitsandbytes as bnb
 
     if isinstance(layer, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        return cast("torch.Tensor", bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float())
     if isinstance(layer, bnb.nn.Linear8bitLt):
         scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
         codes = layer.weight.data if layer.state.CB is None else layer.state.CB
-        return codes.float() * scales.float()[:, None] / int8.LEVELS
+        return cast("torch.Tensor", codes.float() * scales.float()[:, None] / int8.LEVELS)
     return None
 
 

@@ -20,7 +20,7 @@ import torch
 from pipelines.core import losses, scoring
 from pipelines.core.language_models import body_and_head
 
-CHUNK = 256  # tokens whose logits of both models exist at one time: at V = 49152, 100 MB
+CHUNK = 64  # tokens whose logits of both models exist at one time: at V = 49152, 25 MB; more is slower
 
 
 class Reference(NamedTuple):

@@ -94,7 +94,7 @@ class Decoder:
             part = slice(len(ids) - seen, len(ids))
             self.keys[number, :, :, part], self.values[number, :, :, part] = layer.keys, layer.values
         self.count = len(ids)
-        return made.logits[0, -1].float()
+        return cast("torch.Tensor", made.logits[0, -1].float())
 
     @torch.inference_mode()
     def step(self, token: int) -> torch.Tensor:
@@ -192,7 +192,7 @@ def joined(layers: Sequence[Any]) -> Product:
     for name in names:
         parts = [getattr(layer, name) for layer in layers]
         together = torch.cat([part.detach() for part in parts])
-        for part, view in zip(parts, together.split([len(part) for part in parts]), strict=True):
+        for part, view in zip(parts, torch.split(together, [len(part) for part in parts]), strict=True):
             part.data = view
         whole._parameters[name] = torch.nn.Parameter(together, requires_grad=False)
     return product(whole)

@@ -3,8 +3,8 @@
 Paper: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2023),
 algorithm 1. With H = X^T X over the inputs X of a layer on calibration rows, columns are rounded one after another, and
 what rounding a column did to the outputs is made up for in the columns that are left. Block by block through the model,
-each seeing what the smaller blocks before it give. As there: H is damped by a hundredth of its mean diagonal, updates
-of later columns are gathered in blocks of 128. Departures: scales are those of the weights before any update (so a
+each seeing what the smaller blocks before it give. As there: H is damped by a hundredth of its mean diagonal, and
+updates of later columns are gathered in blocks. Departures: scales are those of the weights before any update (so a
 format whose scales are given, such as NF4's, is served too), and columns are taken by descending diagonal of H, which
 the paper's code has as an option.
 """
@@ -13,15 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from pipelines.core import int4, int8, tuning
 from pipelines.core.errors import ArtifactError
 
 DAMPING = 0.01  # of the mean diagonal
-LAZY = 128  # columns after which the others are updated
+LAZY = 32  # columns after which the others are updated
 
 # Values (out,) of column j of a layer -> codes (out,) and what they stand for (out,)
 Round = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
@@ -64,9 +65,10 @@ def calibrate(
         linear = {
             f"{prefix}.{number}.{name}": module
             for name, module in block.named_modules()
-            if isinstance(module, torch.nn.Linear | int8.Conv1D)
+            if isinstance(module, torch.nn.Linear | Conv1D)
         }
         squares = _squares(block, linear, hidden, options)
+        roots: dict[int, Root] = {}  # layers that read the same inputs share it
         for name, module in linear.items():
             weight = int8.rows_of(module)
             one = rounding(name, weight)
@@ -74,24 +76,38 @@ def calibrate(
                 continue
             if not bool(torch.isfinite(squares[name]).all()):
                 raise ArtifactError(f"layer {name}: its inputs on the calibration rows are not finite")
-            found[name], exact = solve(weight.float(), squares[name], one)
+            if id(squares[name]) not in roots:
+                roots[id(squares[name])] = root(squares[name])
+            found[name], exact = solve(weight.float(), roots[id(squares[name])], one)
             weight.copy_(exact.to(weight.dtype))
         hidden = _output(block(hidden, **options))
         tell(number + 1, len(stack))
     return found
 
 
-def solve(weight: torch.Tensor, square: torch.Tensor, one: Round) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (out, in) uint8 of a weight, and what they stand for, in fp32.
+class Root(NamedTuple):
+    """What the inputs of a layer ask of the order and of the errors of its columns."""
 
-    Args:
-        weight: (out, in) fp32.
-        square: X^T X, (in, in) fp32. An input that is always 0 is rounded to the nearest and changes nothing else.
-        one: how a column is rounded.
-    """
+    order: torch.Tensor  # columns, the one with the largest inputs first
+    upper: torch.Tensor  # (in, in), in that order: U with U^T U = H^-1
+
+
+def root(square: torch.Tensor) -> Root:
+    """Of X^T X, (in, in) fp32, damped. An input that is always 0 has no part in the errors of others."""
     order = torch.argsort(square.diagonal(), descending=True, stable=True)
+    damped = square[order][:, order]
+    diagonal = damped.diagonal()
+    damping = DAMPING * diagonal.mean()
+    diagonal[diagonal == 0] = 1.0
+    diagonal += damping
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return Root(order, torch.linalg.cholesky(inverse, upper=True))
+
+
+def solve(weight: torch.Tensor, found: Root, one: Round) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (out, in) uint8 of a weight (out, in) in fp32, and what they stand for; `one` rounds a column."""
+    order, upper = found
     left = weight.t()[order].clone()  # a column of the weight is a row here, whose entries lie side by side
-    upper = _inverse_root(square[order][:, order])
     codes, exact = torch.empty(left.shape, dtype=torch.uint8), torch.empty_like(left)
     for start in range(0, len(left), LAZY):
         end = min(start + LAZY, len(left))
@@ -128,16 +144,6 @@ def of_code_book(book: torch.Tensor, scales: torch.Tensor, group: int) -> Round:
         return codes.to(torch.uint8), book[codes] * scale
 
     return one
-
-
-def _inverse_root(square: torch.Tensor) -> torch.Tensor:
-    """Upper triangular U with U^T U = H^-1, of the damped H (algorithm 1's Cholesky form)."""
-    damped = square.clone()
-    diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1.0
-    diagonal += DAMPING * square.diagonal().mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
 
 
 def _squares(
@@ -185,5 +191,4 @@ def _first_inputs(model: Any, first: Any, ids: torch.Tensor) -> _Inputs:
 
 
 def _output(given: Any) -> torch.Tensor:
-    hidden: torch.Tensor = given[0] if isinstance(given, tuple) else given
-    return hidden
+    return cast("torch.Tensor", given[0] if isinstance(given, tuple) else given)

@@ -58,7 +58,7 @@ def grid(weight: torch.Tensor, group: int) -> Grid:
     if not bool(torch.isfinite(weight).all()):
         count = int((~torch.isfinite(weight)).sum())
         raise ValueError(f"{count} of {weight.numel()} weights are NaN or infinite")
-    groups = weight.float().unflatten(1, (-1, group))
+    groups = weight.float().reshape(len(weight), -1, group)
     low, high = groups.amin(dim=2), groups.amax(dim=2)
     scales = ((high - low) / LEVELS).to(torch.bfloat16)
     scales[scales == 0] = 1.0
@@ -67,16 +67,18 @@ def grid(weight: torch.Tensor, group: int) -> Grid:
 
 def to_int4(weight: torch.Tensor, found: Grid) -> torch.Tensor:
     """Codes (out, in) uint8 of the nearest values on a grid."""
-    groups = weight.float().unflatten(1, (found.scales.shape[1], -1))
+    groups = weight.float().reshape(*found.scales.shape, -1)
     scales, zeros = (part.float()[..., None] for part in found)
-    return ((groups - zeros) / scales).round_().add_(MIDDLE).clamp_(0, LEVELS).to(torch.uint8).flatten(1)
+    codes = ((groups - zeros) / scales).round_().add_(MIDDLE).clamp_(0, LEVELS)
+    return codes.to(torch.uint8).flatten(1)
 
 
 def from_int4(codes: torch.Tensor, found: Grid) -> torch.Tensor:
     """What codes (out, in) stand for, in fp32."""
-    groups = codes.float().unflatten(1, (found.scales.shape[1], -1)) - MIDDLE
+    groups = codes.float().reshape(*found.scales.shape, -1) - MIDDLE
     scales, zeros = (part.float()[..., None] for part in found)
-    return (groups * scales + zeros).flatten(1)
+    values: torch.Tensor = groups * scales + zeros
+    return values.flatten(1)
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
@@ -95,10 +97,11 @@ class Int4Linear(torch.nn.Module):
     def __init__(self, inputs: int, outputs: int, group: int, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features, self.group = inputs, outputs, group
-        shapes = {"weight": (outputs, inputs // 2), "scales": (outputs, inputs // group)}
-        for name, shape in {**shapes, "zeros": shapes["scales"]}.items():
-            kind = torch.uint8 if name == "weight" else torch.bfloat16
-            setattr(self, name, torch.nn.Parameter(torch.empty(shape, dtype=kind), requires_grad=False))
+        codes = torch.empty(outputs, inputs // 2, dtype=torch.uint8)
+        scales, zeros = torch.empty(2, outputs, inputs // group, dtype=torch.bfloat16)
+        self.weight = torch.nn.Parameter(codes, requires_grad=False)
+        self.scales = torch.nn.Parameter(scales.clone(), requires_grad=False)
+        self.zeros = torch.nn.Parameter(zeros.clone(), requires_grad=False)
         self.bias = torch.nn.Parameter(torch.empty(outputs), requires_grad=False) if bias else None
 
     def dense(self) -> torch.Tensor:
@@ -152,7 +155,7 @@ def quantize(
             raise ValueError(f"layer {name}: {error}") from None
         layer = _empty(module, group)
         layer.weight.data, layer.scales.data, layer.zeros.data = pack(found[0]), *found[1]
-        if getattr(module, "bias", None) is not None:
+        if layer.bias is not None:
             layer.bias.data = module.bias.detach()
         model.set_submodule(name, layer)
     int8.quantize(model, keep)  # what is left: embedding and head; the rest becomes bf16

@@ -146,8 +146,8 @@ def quantize(model: Any, keep: Sequence[str] = ()) -> Any:
             raise ValueError(f"layer {name}: {error}") from None
         layer = empty(module)
         layer.weight.data, layer.scale.data = weight, scale
-        if getattr(module, "bias", None) is not None:
-            layer.bias.data = module.bias.detach()
+        if getattr(layer, "bias", None) is not None:
+            layer.bias.data = cast("Any", module).bias.detach()
         made[name] = layer
     if tied:
         made |= _tied(model, made)

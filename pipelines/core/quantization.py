@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from pipelines.core import (
     int8,
     language_models,
     packing,
+    quantization_aware,
     reading,
     reward_model,
     scoring,
@@ -69,8 +71,8 @@ def calibration_rows(params: QuantizeParams, data: Path, tokenizer: Any) -> list
         DataError: they have none that is short enough.
     """
     count = -(-params.calibration_rows // 2)
-    limits = (count, params.calibration_length, "drop", "quantize")
-    chosen = demonstrations.choose(data, "train", tokenizer, (), *limits).kept
+    length = params.calibration_length
+    chosen = demonstrations.choose(data, "train", tokenizer, (), count, length, "drop", "quantize").kept
     share = count * params.calibration_length * packing.LONGEST_TOKEN * 4 / max(1, reading.corpus_bytes(data, "train"))
     texts = itertools.islice(reading.sample(data, "train", share, params.seed), count)
     pieces = [ids[: params.calibration_length] for ids in packing.encode(tokenizer, list(texts)) if ids]
@@ -163,13 +165,15 @@ def _write(
 ) -> None:
     """Make a Hugging Face directory of a variant."""
     keep = params.keep_in_high_precision
+    if variant in params.aware.variants and not subject.name:
+        subject = subject._replace(place=quantization_aware.fine_tuned(subject.place, variant, rows, params, context))
     calibrated = variant in CALIBRATED and params.calibrate and not subject.classifier
     if variant == "llm-int8":
         bnb_variants.llm_int8(subject.place, draft, keep)
         return
     if variant == "nf4":
-        codes = _nf4_codes(subject, rows, params, context) if calibrated else None
-        bnb_variants.nf4(subject.place, draft, keep, codes)
+        choose = partial(_nf4_codes, subject, rows, params, context) if calibrated else None
+        bnb_variants.nf4(subject.place, draft, keep, choose)
         return
     model = load(subject, context)
     if variant == "int8":
@@ -201,10 +205,13 @@ def _int4_codes(
 
 
 def _nf4_codes(
-    subject: Subject, rows: Sequence[list[int]], params: QuantizeParams, context: StageContext
+    subject: Subject,
+    rows: Sequence[list[int]],
+    params: QuantizeParams,
+    context: StageContext,
+    known: bnb_variants.Grids,
 ) -> dict[str, torch.Tensor]:
     """Codes that GPTQ has chosen for the scales that NF4 gives, by layer."""
-    known = bnb_variants.nf4_grid(subject.place, params.keep_in_high_precision)
 
     def rounding(name: str, weight: torch.Tensor) -> gptq.Round | None:
         return gptq.of_code_book(*known[name], bnb_variants.BLOCK) if name in known else None

@@ -99,7 +99,8 @@ def language_model(
         def load(variant: str = variant, place: Path = place) -> Any:
             return variants.dense(variants.load(place, variant), variant).to(context.device)
 
-        _answered(told, name, ask(params, prompts, place, name, context, keep=name, load=load), params, prompts)
+        said = ask(params, prompts, subject.place, name, context, keep=name, load=load)
+        _answered(told, name, said, params, prompts)
         gc.collect()
     return told
 
@@ -147,18 +148,19 @@ def reward(
     subject: Subject,
     made: Mapping[str, Path],
     prompts: Sequence[Prompt],
-    said: Said,
+    said: Sequence[Said],
     context: StageContext,
 ) -> dict[str, float]:
     """Whether a smaller reward model puts answers into the same order as the original.
 
-    The answers are those of the model that is made smaller to the held-out prompts, and people's. Agreement is over all
-    pairs of answers to one prompt; a pair that either model finds equal counts one half.
+    The answers are what the policy and all its variants said to the held-out prompts, and people's. Agreement is over
+    all pairs of different answers to one prompt; a pair that either model finds equal counts one half.
     """
     items = []
-    for prompt, sampled, greedy in zip(prompts, said.sampled.texts, said.greedy.texts, strict=True):
+    for number, prompt in enumerate(prompts):
+        answers = [text for one in said for part in one for text in part.texts[number]]
         known = [] if prompt.reference is None else [prompt.reference]
-        items.append((prompt.text, list(dict.fromkeys([*sampled, *greedy, *known]))))
+        items.append((prompt.text, list(dict.fromkeys([*answers, *known]))))
     asked = [item for item in items if len(item[1]) > 1]
     model, tokenizer = reward_model.load(subject.place, context)
     parameters = sum(value.numel() for value in model.parameters())

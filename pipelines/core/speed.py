@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from pipelines.core import decoding, variants
 from pipelines.core.errors import ArtifactError
 
 ROUNDS = 3
-PREFILL_TOKENS, DECODE_TOKENS = 128, 48
+PREFILL_TOKENS, DECODE_TOKENS = 128, 32
 # Threads that sleep between two products take longer to wake than the product takes: they spin for that long instead.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "100000", "OMP_WAIT_POLICY": ""}
 READ_BYTES = 256 * 2**20  # of an array that is summed to measure memory's rate: more than any cache
@@ -57,18 +58,20 @@ def measure(
     Raises:
         ArtifactError: a process has died; its model is named.
     """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__])
+    asked: dict[str, tuple[Any, Connection]] = {}
+    loaded = {}
     with _server_environment():
-        server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload([__name__])
-        asked = {}
+        ensure_running()
+    try:
         for name, (place, kind) in models.items():
             ours, theirs = server.Pipe()
             process = server.Process(target=_serve, args=(theirs, str(place), kind, threads), daemon=True)
             process.start()
             theirs.close()
             asked[name] = (process, ours)
-    try:
-        loaded = {name: _receive(name, ours) for name, (_, ours) in asked.items()}
+            loaded[name] = _receive(name, ours)  # before the next one starts: each has the machine for itself
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
         for number in range(rounds + 1):  # the first is a warm-up
             for name, (_, ours) in asked.items():
@@ -168,7 +171,7 @@ def _server_environment() -> Any:
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, was in before.items():
             os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+            if was is not None:
+                os.environ[name] = was

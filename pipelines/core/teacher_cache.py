@@ -73,7 +73,7 @@ def _ask(
         said = losses.linear_top_k(segments.hidden_states(teacher, rows, context)[kept], head, k)
         order = [number for row in texts for number in row]
         counts = [_labels(sequences[number]) for number in order]
-        parts = zip(*(part.split(counts) for part in said), strict=True)
+        parts = zip(*(torch.split(part, counts) for part in said), strict=True)
         found |= {number: losses.TopK(*part) for number, part in zip(order, parts, strict=True)}
     return [found[number] for number in range(len(sequences))]
 
@@ -95,5 +95,5 @@ def _read(file: Path) -> list[losses.TopK]:
 
     stored = load_file(file)
     counts = stored["counts"].tolist()
-    parts = (stored[name].split(counts) for name in losses.TopK._fields)
+    parts = (torch.split(stored[name], counts) for name in losses.TopK._fields)
     return [losses.TopK(*part) for part in zip(*parts, strict=True)]

@@ -1,0 +1,260 @@
+"""Stage `quantize` on models of two blocks: variants, what is measured of them, what is refused, where it goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from models import model, tokenizer
+from pydantic import ValidationError
+from test_int8 import logits
+from test_reward import write
+from transformers import AutoModelForCausalLM
+
+from pipelines import quantize
+from pipelines.core import (
+    artifacts,
+    compression,
+    quantization,
+    quantize_evaluation,
+    report_compression,
+    reward_model,
+    speed,
+    variants,
+)
+from pipelines.core.context import StageContext, Stopped
+from pipelines.core.errors import ArtifactError, ParamsError
+from pipelines.core.params.quantize import QuantizeParams
+from pipelines.core.report_inputs import Stage
+from pipelines.tokenizer import CHAT_TEMPLATE
+
+TINY: dict[str, Any] = {
+    "seed": 1, "model": None, "variants": ["int8", "int4", "nf4"], "student_variants": ["int8"],
+    "reward_variants": ["int8"], "keep_in_high_precision": [], "group_size": 32, "calibration_rows": 6,
+    "calibration_length": 48, "calibrate": True, "aware": {}, "eval_bytes": 1024, "judge": "overlap", "eval_prompts": 4,
+    "eval_samples": 1, "max_new_tokens": 6, "max_prompt_tokens": 64, "too_long": "refuse", "samples": 1,
+}  # fmt: skip
+ONE = {"variants": ["int8"], "student_variants": [], "reward_variants": []}
+EVERY = ["int8", "llm-int8", "dynamic-int8", "int4", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("inputs")
+    known = tokenizer()
+    known.chat_template = CHAT_TEMPLATE
+    for name, depth in (("ppo", 2), ("distill", 1)):
+        model(known, depth=depth, length=256).save_pretrained(root / name / "model")
+        known.save_pretrained(root / name / "model")
+    judge = reward_model.initial(root / "ppo/model", known, 3, torch.float32, "sdpa")
+    judge.config.reward_mean = 0.0
+    judge.save_pretrained(root / "reward/model")
+    known.save_pretrained(root / "reward/model")
+    told = [{"role": "user", "content": "what is w?"}, {"role": "assistant", "content": "the width of the area"}]
+    rows = [{"id": f"d{n}", "group": f"d{n}", "kind": "k", "messages": told} for n in range(8)]
+    write(root / "data/demonstrations/train.parquet", rows)
+    for split, count in (("train", 20), ("test", 12)):
+        prompts = [
+            {"id": f"{split}{n}", "group": f"{split}{n}", "prompt": f"shape {n} {split}", "reference": "area of w"}
+            for n in range(count)
+        ]
+        write(root / f"data/prompts/{split}.parquet", prompts)
+        texts = [
+            {"id": f"{split}{n}", "group": f"{split}{n}", "text": f"Return the area of shape {n}.\n" * 20}
+            for n in range(40)
+        ]
+        write(root / f"data/corpus/{split}.parquet", texts)
+    return {name: root / name for name in ("data", "ppo", "distill", "reward")}
+
+
+@pytest.fixture(autouse=True)
+def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speeds are measured in processes of their own (`test_speed`)."""
+
+    def measure(models: dict[str, tuple[Path, str]], *_: Any) -> dict[str, speed.Speed]:
+        return {name: speed.Speed(2.0, 1.0, 3.0, 4.0, 0.1, 1.0, True) for name in models}
+
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed, "bandwidth", lambda threads: 1e9)
+
+
+def run(
+    inputs: dict[str, Path], root: Path, context: StageContext | None = None, **changes: Any
+) -> tuple[dict[str, float], Path, StageContext]:
+    out = root / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    context = context or StageContext(stage="quantize", root=root, fingerprint="f" * 64)
+    return quantize.run(QuantizeParams(**TINY | changes), inputs, out, context), out, context
+
+
+def test_every_variant_is_a_loadable_model_with_its_card(inputs: dict[str, Path], tmp_path: Path) -> None:
+    metrics, out, context = run(inputs, tmp_path, variants=EVERY)
+    assert {place.name for place in (out / "models").iterdir()} == {
+        "int8", "int4", "nf4", "llm-int8", "student-int8", "reward-int8",
+    }  # fmt: skip
+    assert {place.name for place in (out / "gguf").iterdir()} == {"gguf-f16", "gguf-q8_0", "gguf-q4_0"}
+    exact = AutoModelForCausalLM.from_pretrained(inputs["ppo"] / "model").eval()
+    for name in ("int8", "int4", "nf4", "llm-int8"):
+        place = out / "models" / name
+        assert variants.of(place) == name
+        made = variants.load(place, name)
+        ids = torch.tensor([[1, 2, 3]])
+        assert made.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None).shape[1] == 6
+        assert (logits(made, ids) - logits(exact, ids)).norm() / logits(exact, ids).norm() < 0.5
+        assert "keeps" in (place / "README.md").read_text() or "Layers" in (place / "README.md").read_text()
+    # f16 holds what bf16 holds, but for the smallest weights; eight bits are near, four are further off
+    assert metrics["gguf-f16/agreement"] == 1.0
+    assert metrics["gguf-f16/kl"] < metrics["int8/kl"] < metrics["int4/kl"]
+    assert metrics["int8/size_ratio"] < 0.31 and metrics["nf4/linear_ratio"] < 0.2
+    assert metrics["reward-int8/rank_agreement"] > 0.5
+    assert not any(key.startswith("dynamic-int8/bytes") for key in metrics)
+    rows = pd.read_parquet(out / "evaluation.parquet")
+    assert metrics["int4/bits_per_byte"] == pytest.approx(rows["int4"].sum() / rows["bytes"].sum())
+    delta = (rows["int4"].sum() - rows["original"].sum()) / rows["bytes"].sum()
+    assert metrics["int4/bits_per_byte_delta"] == pytest.approx(delta)
+    assert metrics["int4/loss"] == pytest.approx(delta / metrics["original/bits_per_byte"])
+    layers = pd.read_csv(out / "layers.csv")
+    assert len(layers[layers["variant"] == "int8"]) == 2 * 7 + 1  # and the head
+    assert layers[layers["variant"] == "int4"]["error"].mean() > 3 * layers[layers["variant"] == "int8"]["error"].mean()
+    assert context.measured["int4/decode_tokens_per_second"] == 2.0
+
+
+def test_the_report_draws_size_against_quality_and_speed(inputs: dict[str, Path], tmp_path: Path) -> None:
+    metrics, out, context = run(inputs, tmp_path)
+    names = [plot.name for plot in report_compression.of_stage(Stage("quantize", out, metrics | context.measured))]
+    assert names == ["quantize-pareto", "quantize-speed"]
+    assert report_compression.of_stage(Stage("quantize", out, metrics))[0].svg.count("<text") > 4
+    table = pd.read_csv(out / "pareto.csv")
+    assert set(table["name"]) == {"original", "int8", "int4", "nf4", "student", "student-int8"}
+    assert set(table[table["of"] == "student"]["name"]) == {"student", "student-int8"}
+
+
+def test_the_front_of_points_that_nothing_beats() -> None:
+    points = [report_compression.Point(name, "", size, bits, None, (0, 0))
+              for name, size, bits in (("a", 1.0, 3.0), ("b", 2.0, 2.0), ("c", 3.0, 2.5), ("d", 4.0, 1.0))]  # fmt: skip
+    assert [point.name for point in report_compression.front(points)] == ["a", "b", "d"]
+
+
+def test_what_is_kept_in_high_precision_is_in_no_variant(inputs: dict[str, Path], tmp_path: Path) -> None:
+    keep = ["down_proj", "model.layers.0.self_attn.*"]
+    _, out, _ = run(inputs, tmp_path, keep_in_high_precision=keep)
+    for name in ("int8", "int4", "nf4"):
+        made = variants.load(out / "models" / name, name)
+        for layer in ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"):
+            assert type(made.get_submodule(layer)) is torch.nn.Linear
+        assert type(made.get_submodule("model.layers.1.self_attn.q_proj")) is not torch.nn.Linear
+        assert "down_proj" in (out / "models" / name / "README.md").read_text()
+
+
+def test_calibration_lowers_what_four_bits_cost(inputs: dict[str, Path], tmp_path: Path) -> None:
+    chosen, *_ = run(inputs, tmp_path / "chosen", variants=["int4"], student_variants=[], reward_variants=[])
+    plain, *_ = run(
+        inputs, tmp_path / "plain", variants=["int4"], student_variants=[], reward_variants=[], calibrate=False
+    )
+    assert chosen["int4/kl"] < plain["int4/kl"]
+
+
+def test_fine_tuning_with_rounded_weights_lowers_it_too(inputs: dict[str, Path], tmp_path: Path) -> None:
+    off = ONE | {"variants": ["int4"], "calibrate": False}
+    aware = {"variants": ["int4"], "steps": 60, "lr": 3e-4, "batch_size": 2}
+    plain, *_ = run(inputs, tmp_path / "plain", **off)
+    tuned, out, _ = run(inputs, tmp_path / "tuned", **off | {"aware": aware})
+    assert tuned["int4/kl"] < 0.9 * plain["int4/kl"]
+    assert "Fine-tuned for 60 steps" in (out / "models/int4/README.md").read_text()
+
+
+def test_stopped_and_gone_on_it_ends_with_the_same_bytes(inputs: dict[str, Path], tmp_path: Path) -> None:
+    aware = {"aware": {"variants": ["int4"], "steps": 6, "batch_size": 2, "lr": 1e-4}}
+    _, whole, _ = run(inputs, tmp_path / "whole", **aware)
+    context = StageContext(stage="quantize", root=tmp_path / "cut", fingerprint="f" * 64)
+    asked, stops = 0, 0
+
+    def stop_if_asked() -> None:
+        nonlocal asked, stops
+        asked += 1
+        if asked in (2, 7, 15, 30, 46):
+            stops += 1
+            raise Stopped(15)
+
+    context.stop_if_asked = stop_if_asked  # type: ignore[method-assign]
+    while True:
+        try:
+            _, out, _ = run(inputs, tmp_path / "cut", context, **aware)
+            break
+        except Stopped:
+            context.history.clear()
+    assert stops >= 3
+    assert artifacts.content_hash(out) == artifacts.content_hash(whole)
+
+
+def test_a_champion_is_scored_on_the_same_texts(inputs: dict[str, Path], tmp_path: Path) -> None:
+    _, out, context = run(inputs, tmp_path, **ONE)
+    quantize.measure(QuantizeParams(**TINY | ONE), inputs, context, out / "models/int8", tmp_path / "rows.parquet")
+    rows, own = pd.read_parquet(tmp_path / "rows.parquet"), pd.read_parquet(out / "evaluation.parquet")
+    assert rows["int8"].tolist() == pytest.approx(own["int8"].tolist(), rel=1e-3)
+
+
+def test_divergence_and_agreement_are_those_of_the_logits() -> None:
+    known = tokenizer()
+    first, second = model(known, depth=1), model(known, depth=2)
+    texts = ["def area_1(w, h):", "return w * h"]
+    found = compression.compare(compression.reference(first, known, texts), second)
+    divergence, same, bits = [], [], []
+    for text in texts:
+        ids = [known.convert_tokens_to_ids("<|endoftext|>"), *known(text, add_special_tokens=False)["input_ids"]]
+        ours, theirs = (torch.log_softmax(logits(one, torch.tensor([ids]))[0, :-1], 1) for one in (second, first))
+        divergence += (theirs.exp() * (theirs - ours)).sum(1).tolist()
+        same += (theirs.argmax(1) == ours.argmax(1)).tolist()
+        bits.append(-float(ours.gather(1, torch.tensor(ids[1:])[:, None]).sum()) / math.log(2))
+    assert found.kl == pytest.approx(sum(divergence) / len(divergence), rel=1e-4)
+    assert found.agreement == pytest.approx(sum(same) / len(same))
+    assert found.bits == pytest.approx(bits, rel=1e-4)
+
+
+def test_pairs_ranked_alike() -> None:
+    agreement = quantize_evaluation.rank_agreement
+    assert agreement([[1, 2, 3], [1, 1]], [[1, 3, 2], [5, 6]]) == (1 + 1 + 0 + 0.5) / 4
+    with pytest.raises(ValueError, match="no prompt has two different answers"):
+        agreement([[1.0]], [[2.0]])
+
+
+def test_bad_input_is_told_before_anything_is_made(inputs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="variants"):
+        QuantizeParams(**TINY | {"variants": ["int9"]})
+    with pytest.raises(ValidationError, match="each variant once"):
+        QuantizeParams(**TINY | {"variants": ["int8", "int8"]})
+    with pytest.raises(ValidationError, match=r"aware\.variants: nf4 is none of variants \(int8\)"):
+        QuantizeParams(**TINY | ONE | {"aware": {"variants": ["nf4"]}})
+    with pytest.raises(ParamsError, match=r"keep_in_high_precision: 'down_porj' is none of the 15 layers"):
+        run(inputs, tmp_path, keep_in_high_precision=["down_porj"])
+    with pytest.raises(ArtifactError, match=r"model\.layers\.0\..*inputs are no multiple of group_size 64|no multiple"):
+        run(inputs, tmp_path, variants=["int4"], group_size=128, student_variants=["int4"])
+    broken = AutoModelForCausalLM.from_pretrained(inputs["ppo"] / "model")
+    broken.get_submodule("model.layers.1.mlp.up_proj").weight.data[0, 0] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    tokenizer_of = tokenizer()
+    tokenizer_of.chat_template = CHAT_TEMPLATE
+    tokenizer_of.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ArtifactError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: 1 of .* weights are NaN"):
+        run(inputs, tmp_path, model=str(tmp_path / "broken"))
+
+
+def test_too_little_memory_is_told_with_the_numbers(inputs: dict[str, Path]) -> None:
+    subject = quantization.Subject("", inputs["ppo"] / "model", ["int8"], False)
+    size = variants.size(subject.place)
+    quantization.check_memory([subject], 5 * size)
+    with pytest.raises(ArtifactError, match=r"takes about 0\.0 GiB of memory, 0\.0 GiB are available"):
+        quantization.check_memory([subject], 5 * size - 1)
+
+
+def test_a_quantized_directory_says_what_it_is(inputs: dict[str, Path], tmp_path: Path) -> None:
+    _, out, _ = run(inputs, tmp_path, **ONE)
+    config = json.loads((out / "models/int8/config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "sluice-int8"

@@ -1,0 +1,42 @@
+"""Speeds in processes of their own: all of them answer, each has loaded its own model, and none is left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from models import model, tokenizer
+
+from pipelines.core import int8, speed, variants
+from pipelines.core.errors import ArtifactError
+
+
+def test_each_model_answers_in_turns(tmp_path: Path) -> None:
+    known = tokenizer()
+    for name in ("plain", "int8"):
+        made = model(known, depth=2, length=256)
+        (int8.quantize(made) if name == "int8" else made).save_pretrained(tmp_path / name)
+    model(known, "gpt2", depth=1, length=256).save_pretrained(tmp_path / "gpt2")
+    asked = {
+        "plain": (tmp_path / "plain", variants.PLAIN),
+        "int8": (tmp_path / "int8", "int8"),
+        "gpt2": (tmp_path / "gpt2", variants.PLAIN),
+    }
+    rounds: list[tuple[int, int]] = []
+    found = speed.measure(asked, 1, lambda done, total: rounds.append((done, total)), rounds=2)
+    assert found.keys() == asked.keys() and rounds[-1] == (2, 2)
+    for one in found.values():
+        assert 0 < one.decode_low <= one.decode <= one.decode_high
+        assert one.prefill > 0 and one.load_seconds > 0
+    assert found["plain"].by_decoder and found["int8"].by_decoder and not found["gpt2"].by_decoder
+    assert not multiprocessing.active_children()
+
+
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="nothing: the process that measures its speed has died"):
+        speed.measure({"nothing": (tmp_path, variants.PLAIN)}, 1, lambda done, total: None)
+
+
+def test_memory_is_read_at_a_rate_that_a_machine_can_have() -> None:
+    assert 1e8 < speed.bandwidth(1) < 1e13
