@@ -44,6 +44,7 @@ METRICS = frozenset(
     }
 )  # fmt: skip
 OPTIONAL = frozenset({"gold", "gold_before", "gold_no_teacher", "gold_teacher", "retention_gold"})
+MEASURED = frozenset({"decode_speedup"})
 SCORES = frozenset({"bytes", "bits", "bits_before", "bits_no_teacher", "bits_teacher"})
 
 

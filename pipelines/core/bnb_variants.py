@@ -90,8 +90,10 @@ def dynamic_int8(model: Any) -> Any:
     names = {name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and part is not head}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is deprecated in favour of torchao
-        made = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), names, dtype=torch.qint8)  # type: ignore[no-untyped-call]
-    return made
+        made: Any = torch.ao.quantization.quantize_dynamic(  # type: ignore[no-untyped-call]
+            copy.deepcopy(model), names, dtype=torch.qint8
+        )
+        return made
 
 
 def weight_of(layer: Any) -> torch.Tensor | None:

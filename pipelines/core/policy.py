@@ -215,7 +215,7 @@ def check(root: Path) -> None:
 def _unknown(rule: Budget | Comparison, stage: str, stages: dict[str, graph.StageSpec]) -> list[str]:
     """What a rule names that nothing writes."""
     if isinstance(rule, Budget):
-        always, sometimes = _declared(stage, "METRICS"), declared_optional(stage)
+        always, sometimes = _declared(stage, "METRICS") | measured_figures(stage), declared_optional(stage)
         if not _fits(rule.metric, always | sometimes):
             return [f"metric: {stage} has no metric {rule.metric!r}; known: {', '.join(sorted(always | sometimes))}"]
         if rule.where_measured != _fits(rule.metric, sometimes):
@@ -257,6 +257,12 @@ def declared_scores(stage: str) -> frozenset[str]:
 def declared_optional(stage: str) -> frozenset[str]:
     """Metrics of a stage that only some data give, such as what needs the names of labelers."""
     found: frozenset[str] = getattr(importlib.import_module(f"pipelines.{stage}"), "OPTIONAL", frozenset())
+    return found
+
+
+def measured_figures(stage: str) -> frozenset[str]:
+    """Figures of the machine that a stage always measures and a gate may ask for, such as a ratio of speeds."""
+    found: frozenset[str] = getattr(importlib.import_module(f"pipelines.{stage}"), "MEASURED", frozenset())
     return found
 
 

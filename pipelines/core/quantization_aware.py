@@ -99,8 +99,8 @@ def _train(
     state = checkpoints.newest() or {"step": 0}
     if state["step"]:
         context.say(f"resuming {variant} after step {state['step']} of {aware.steps}")
-        for part, value in zip(weights, state["weights"], strict=True):
-            part.data.copy_(value)
+        for weight, value in zip(weights, state["weights"], strict=True):
+            weight.data.copy_(value)
         training.load_optimizer_state(optimizer, state["optimizer"])
     sequences = [segments.Sequence(row[:-1], row[1:], [0] * (len(row) - 1)) for row in rows if len(row) > 1]
     for part in layers:
@@ -121,7 +121,7 @@ def _train(
         context.progress(step + 1, aware.steps, loss=told[0], fine_tuning=variant)
         due, stop = context.after_step(checkpoints.due(step + 1) or step + 1 == aware.steps)
         if due:
-            now = {"weights": [part.detach() for part in weights], "step": step + 1}
+            now = {"weights": [weight.detach() for weight in weights], "step": step + 1}
             checkpoints.save(step + 1, now | {"optimizer": training.optimizer_state(optimizer)})
         if stop:
             context.stop_if_asked()
