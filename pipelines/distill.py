@@ -14,7 +14,7 @@ Models" (GKD, 2024), and Gu et al., "MiniLLM" (2024), the student's own answers.
 1. The sum is normalised by no temperature but the divergences' own factor T^2 (Hinton, section 2).
 2. `top_k`: of each of the teacher's answers the likeliest tokens are kept, the rest as one mass, so the divergence is
    that between distributions over k tokens and "any other": never more than the whole one.
-3. Labels are the assistant's tokens in chats and every token of texts; the divergence is taken where they are.
+3. Every token of texts and chats is learned from, the prompts' too; of the student's own answers, what it wrote.
 4. The embedding, and a head tied to it, stay as they are by default: a student made of the teacher's blocks has the
    teacher's, and they are half of its weights.
 5. A second student, from the same start on the same tokens in the same order, learns from the labels alone: what it

@@ -101,18 +101,6 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
     return metrics
 
 
-def measure(
-    params: QuantizeParams, inputs: dict[str, Path], context: StageContext, model: Path, evaluation: Path
-) -> None:
-    """Score another variant, such as today's champion, on the held-out text that `run` scores."""
-    from pipelines.core import quantize_evaluation
-    from pipelines.core.held_out import HeldOut
-
-    held_out = HeldOut.of(inputs["data"], params.eval_bytes)
-    column, bits = quantize_evaluation.bits_of(model, held_out, context)
-    held_out.write(evaluation, {column: bits})
-
-
 def _publish(
     params: QuantizeParams,
     subjects: list[Subject],

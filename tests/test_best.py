@@ -107,7 +107,7 @@ def test_packed_models_answer_from_any_folder(repository, tmp_path):
 import sys
 there = set(sys.modules)
 import mlflow
-for name in ("models:/sluice-of-s8@compressed", "models:/sluice-of-s4/1"):
+for name in ("models:/sluice-of-s4/1", "models:/sluice-of-s8@compressed"):
     model = mlflow.pyfunc.load_model(name)
     ask = [{"prompt": "def f("}, {"prompt": ""}, {"prompt": "x" * 500}]
     greedy = model.predict(ask, params={"max_new_tokens": 8})

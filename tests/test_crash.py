@@ -19,11 +19,14 @@ from conftest import own_environment, run_stage
 
 from pipelines.core import artifacts, environment, graph
 
-LATER = ("sft", "reward", "ppo", "dpo", "transfer")
+LATER = ("sft", "reward", "ppo", "dpo", "distill", "transfer")
 TRAINING = ("pretrain", *(pytest.param(name, marks=pytest.mark.slow) for name in LATER))
-STAGES = (*TRAINING, pytest.param("feedback", marks=pytest.mark.slow))
+STAGES = (*TRAINING, *(pytest.param(name, marks=pytest.mark.slow) for name in ("feedback", "quantize")))
 MOMENTS = ("at once", "a first checkpoint", "half the steps", "scoring after training")
-MOMENTS_OF = {"feedback": ("at once", "a first batch")}  # of a stage that does not train
+MOMENTS_OF = {
+    "feedback": ("at once", "a first batch"),
+    "quantize": ("at once", "a first variant", "a first measure"),
+}  # no training
 
 
 def start(root: Path, stage: str) -> subprocess.Popen[str]:
@@ -42,6 +45,8 @@ def reached(root: Path, stage: str, moment: str) -> bool:
     scoring = str(live["shown"].get("scoring", ""))
     return {
         "a first batch": bool(list((root / environment.WORK / stage).glob("*/samples/batch-*.json"))),
+        "a first variant": bool(list((root / environment.WORK / stage).glob("*/variants/*/config.json"))),
+        "a first measure": bool(list((root / environment.WORK / stage).glob("*/evaluation/measured-*.json"))),
         "at once": place.exists(),
         "a first checkpoint": bool(saved),
         "half the steps": training and live["step"] >= live["total"] / 2,

@@ -156,3 +156,20 @@ def test_rewards_become_deps_of_ppo_and_leave_again(root: Path) -> None:
     (root / "params.yaml").write_text(before)
     sources.keep(root)
     assert place.read_text() == marked
+
+
+def test_models_that_dials_name_become_deps_and_leave_again(root: Path) -> None:
+    place, before = root / "dvc.yaml", text(root)
+    stage = GRAPH.removeprefix("stages:\n").replace(sources.MARKERS["data"], sources.MARKERS["quantize"])
+    marked = GRAPH + stage.replace("  data:", "  quantize:").replace("data.py", "q.py").replace("/data", "/q")
+    place.write_text(marked)
+    (root / "mine").mkdir()
+    (root / "mine/config.json").write_text("{}")
+    edit(root, "  model: null                 # null: the policy", "  model: mine                 # null: the policy")
+    assert sources.keep(root) == ["dvc.yaml: stage quantize now depends on mine"]
+    (root / "mine/config.json").unlink()
+    with pytest.raises(ParamsError, match=r"quantize\.model: .*mine: the directory has no config\.json"):
+        sources.keep(root)
+    (root / "params.yaml").write_text(before)
+    sources.keep(root)
+    assert place.read_text() == marked

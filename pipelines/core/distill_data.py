@@ -15,7 +15,7 @@ PIECES = 4  # of one document at most: many documents teach more than one long o
 
 
 def of_people(params: DistillParams, data: Path, tokenizer: Any) -> list[segments.Sequence]:
-    """Pieces of training text, every token a label, and demonstrations, of which the answer is.
+    """Pieces of training text and demonstrations; every token is a label, since a teacher says something of each.
 
     Raises:
         ArtifactError: the data have no corpus, or no demonstrations.
@@ -31,7 +31,7 @@ def of_people(params: DistillParams, data: Path, tokenizer: Any) -> list[segment
             f"the training corpus has {len(found)} pieces of {params.max_length} tokens (distill.max_length), at most "
             f"{PIECES} of a document; distill.texts asks for {params.texts}: add text or lower it"
         )
-    return found + [segments.of_chat(example.chat) for example in chosen(params, data, tokenizer)]
+    return found + [_whole(example.chat.ids) for example in chosen(params, data, tokenizer)]
 
 
 def chosen(params: DistillParams, data: Path, tokenizer: Any) -> list[demonstrations.Demonstration]:
@@ -65,7 +65,7 @@ def of_teacher(
         return [one for (one,) in found.ids]
 
     answers: list[list[int]] = policy_answers.kept(context, "teacher-answers", make)
-    return [of_answer(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [_whole([*prompt, *answer]) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def of_answer(prompt: Sequence[int], answer: Sequence[int]) -> segments.Sequence:
@@ -85,5 +85,9 @@ def _texts(params: DistillParams, data: Path, tokenizer: Any, share: float) -> I
             piece = stream[start : start + params.max_length + 1]
             if left == 0:
                 return
-            yield segments.Sequence(piece[:-1], piece[1:], [0] * (len(piece) - 1))
+            yield _whole(piece)
             left -= 1
+
+
+def _whole(ids: list[int]) -> segments.Sequence:
+    return segments.Sequence(ids[:-1], ids[1:], [0] * (len(ids) - 1))

@@ -56,7 +56,11 @@ def evaluate(
     held_out = HeldOut.of(data, params.eval_bytes)
     names = {end: end.removeprefix("_") or "student" for end in models}
     bits = {
-        end: kept(context, f"bits-{names[end]}", partial(held_out.bits_of_directory, place, context, names[end]))
+        end: kept(
+            context,
+            f"bits-{names[end]}",
+            partial(held_out.bits_of_directory, place, context, f"held-out text, {names[end]}"),
+        )
         for end, place in models.items()
     }
     held_out.write(outputs / "evaluation.parquet", {f"bits{end}": values for end, values in bits.items()})

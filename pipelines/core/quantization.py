@@ -52,15 +52,14 @@ def whole_name(subject: Subject) -> str:
 
 
 def load(subject: Subject, context: StageContext) -> Any:
-    """The model that is made smaller, in the context's type.
+    """The model that is made smaller, in the context's type and on the CPU, where its variants are made and measured.
 
     Raises:
         ArtifactError: no model can be loaded from its directory.
     """
     if subject.classifier:
-        return reward_model.load(subject.place, context)[0]
-    kind = attention.choose(context.device, scoring.WINDOW)
-    return language_models.load(str(subject.place), context.dtype, kind).to(context.device).eval()
+        return reward_model.load(subject.place, context)[0].cpu()
+    return language_models.load(str(subject.place), context.dtype, attention.choose("cpu", scoring.WINDOW)).eval()
 
 
 def calibration_rows(params: QuantizeParams, data: Path, tokenizer: Any) -> list[list[int]]:

@@ -18,7 +18,6 @@ from pipelines.core import (
     bnb_variants,
     compression,
     judges,
-    language_models,
     reward_model,
     speed,
     statistics,
@@ -103,14 +102,6 @@ def language_model(
         _answered(told, name, said, params, prompts)
         gc.collect()
     return told
-
-
-def bits_of(model: Path, held_out: HeldOut, context: StageContext) -> tuple[str, list[float]]:
-    """Which variant a directory holds, and the bits of each held-out text under it."""
-    variant = variants.of(model)
-    tokenizer = language_models.load_tokenizer(str(model))
-    loaded = variants.dense(variants.load(model, variant), variant)
-    return variant, held_out.bits(loaded, tokenizer, context, variant)
 
 
 def _answered(told: Told, name: str, said: Said, params: QuantizeParams, prompts: list[Prompt]) -> None:

@@ -18,10 +18,16 @@ class Served(NamedTuple):
 
 
 def of(folder: Path) -> Served:
-    """A task model (`task.json`) takes its task's columns; every other model prompts."""
+    """A task model (`task.json`) takes its task's columns, a reward model prompts and responses, others prompts."""
     from mlflow.models import ModelSignature
     from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+    if "reward_mean" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        asked, reward = (
+            Schema([ColSpec(kind, name) for name in names])
+            for kind, names in ((DataType.string, ("prompt", "response")), (DataType.double, ("reward",)))
+        )
+        return Served(str(HERE / "serving_reward.py"), _packed(folder), ModelSignature(asked, reward))
     if not (folder / "task.json").is_file():
         params = ParamSchema(
             [
@@ -46,9 +52,10 @@ def of(folder: Path) -> Served:
 
 
 def _packed(folder: Path) -> list[str] | None:
-    """The files that a directory with packed layers of ours needs to be loaded and to answer quickly."""
+    """The files that a directory with packed layers of ours needs, to be loaded and to answer quickly."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     method = (config.get("quantization_config") or {}).get("quant_method", "")
     if not method.startswith("sluice-"):
         return None
-    return [str(HERE / f"{method.removeprefix('sluice-')}.py"), str(HERE / "decoding.py")]
+    kinds = {method.removeprefix("sluice-"), "int8"}  # int4 keeps embedding and head in int8
+    return [str(HERE / f"{name}.py") for name in (*sorted(kinds), "decoding")]

@@ -5,7 +5,6 @@ Each form's own code is imported where it is needed: bitsandbytes takes seconds.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,16 +60,6 @@ def weight_of(layer: Any) -> Any:
 
         return bnb_variants.weight_of(layer)
     return None
-
-
-def of(place: Path) -> str:
-    """Which variant a directory holds, as its configuration says."""
-    config = json.loads((place / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    if config is None:
-        return PLAIN
-    if config["quant_method"] == "bitsandbytes":
-        return "nf4" if config["load_in_4bit"] else "llm-int8"
-    return str(config["quant_method"]).removeprefix("sluice-")
 
 
 def size(place: Path) -> int:

@@ -1,0 +1,63 @@
+"""A reward model as MLflow serves it ("models from code"): prompts with responses in, rewards out.
+
+MLflow copies this file into the model's folder and runs it there, on machines that have nothing else of this project;
+beside it lie the files that packed layers need. So it imports nothing from `pipelines`, and its last line, which
+MLflow's format asks for, acts at import.
+
+Input: columns `prompt` (one user message) and `response`. Output: a column `reward`, 0 for an average demonstration.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.models import set_model
+
+
+class RewardModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ships no types for it
+    """A Hugging Face classifier of one label behind MLflow's `predict`."""
+
+    def load_context(self, context: Any) -> None:
+        """Load model and tokenizer from the artifact directory `model`."""
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        place = Path(context.artifacts["model"])
+        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        method = (config.get("quantization_config") or {}).get("quant_method", "")
+        if method.startswith("sluice-"):
+            importlib.import_module(method.removeprefix("sluice-")).register()
+        self.mean = float(config["reward_mean"])
+        self.tokenizer = AutoTokenizer.from_pretrained(place)
+        self.model = AutoModelForSequenceClassification.from_pretrained(place).eval()
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """The reward of each response, read where its EOS stands."""
+        import torch
+
+        rewards = []
+        with torch.inference_mode():
+            for prompt, response in zip(model_input["prompt"], model_input["response"], strict=True):
+                ids = torch.tensor([self._tokens(str(prompt), str(response))])
+                # One at a time, so that no padding is in the way; the head in fp32, as it was trained
+                last = self.model.base_model(input_ids=ids).last_hidden_state[0, -1].float()
+                rewards.append(float(self.model.score.weight.float()[0] @ last) - self.mean)
+        return pd.DataFrame({"reward": rewards})
+
+    def _tokens(self, prompt: str, response: str) -> list[int]:
+        """The chat up to the EOS of the answer, the prompt and the answer tokenized apart, as in training."""
+        asked = [{"role": "user", "content": prompt}]
+        opening = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        said = [*asked, {"role": "assistant", "content": response}]
+        whole = self.tokenizer.apply_chat_template(said, tokenize=False)
+        end = self.tokenizer.eos_token
+        answer = whole[len(opening) :].partition(end)[0] + end
+        return [token for text in (opening, answer)
+                for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]  # fmt: skip
+
+
+set_model(RewardModel())

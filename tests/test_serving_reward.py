@@ -1,0 +1,53 @@
+"""A reward model behind MLflow gives the rewards that the project gives, packed or not."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from models import model, tokenizer
+
+from pipelines.core import int8, reward_model, serving, serving_reward
+from pipelines.core.context import StageContext
+from pipelines.tokenizer import CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rewards_are_those_of_the_project(
+    packed: bool, tmp_path: Path, context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = tokenizer()
+    known.chat_template = CHAT_TEMPLATE
+    model(known, depth=2, length=128).save_pretrained(tmp_path / "sft")
+    known.save_pretrained(tmp_path / "sft")
+    made = reward_model.initial(tmp_path / "sft", known, 3, torch.float32, "sdpa")
+    made.config.reward_mean = 0.25
+    made.score.weight.data.normal_()
+    exact = reward_model.load if not packed else None
+    if packed:
+        made = int8.quantize(made)
+    made.save_pretrained(tmp_path / "reward")
+    known.save_pretrained(tmp_path / "reward")
+    place = tmp_path / "reward"
+    served = serving.of(place)
+    assert served.code.endswith("serving_reward.py")
+    assert [column.name for column in served.signature.inputs.inputs] == ["prompt", "response"]
+    assert (served.beside or []) == [
+        serving.__file__.replace("serving", name) for name in ("int8", "decoding")
+    ] * packed
+    monkeypatch.setitem(sys.modules, "int8", importlib.import_module("pipelines.core.int8"))  # as MLflow lays it beside
+    judge = serving_reward.RewardModel()
+    judge.load_context(SimpleNamespace(artifacts={"model": str(place)}))
+    items = [("what is w?", ["the width", "area of w <|x|>"]), ("shape 3", ["return w * h"])]
+    table = pd.DataFrame([{"prompt": prompt, "response": one} for prompt, many in items for one in many])
+    found = judge.predict(None, table)["reward"].tolist()
+    asked = exact(place, context)[0] if exact else int8.dense(int8.load(place, classifier=True))
+    wanted = reward_model.score(asked, known, items, context, lambda done, total: None)
+    assert found == pytest.approx([value for one in wanted for value in one], abs=0.05 if packed else 1e-4)
+    assert json.loads((place / "config.json").read_text())["reward_mean"] == 0.25
