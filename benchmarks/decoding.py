@@ -2,8 +2,9 @@
 
     python -m benchmarks.decoding --model artifacts/ppo/model --variants artifacts/quantize/models
 
-All are asked in turns, each in a process of its own; medians with the lowest and the highest round. llama.cpp is asked
-if `llama_cpp` (the package llama-cpp-python) can be imported, on the same weights exported as f16 and q8_0.
+Every round asks all of them, one after another; medians with the lowest and the highest round. The decoder's models are
+loaded anew each round, in processes of their own, whose threads spin between two products (`pipelines/core/speed.py`).
+llama.cpp is asked if `llama_cpp` (the package llama-cpp-python) can be imported, on the same weights as f16 and q8_0.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import importlib.util
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -19,6 +22,7 @@ import torch
 
 from pipelines.core import gguf_export, speed, variants
 
+Run = Callable[[], float]  # tokens a second of one round
 PROMPT = "The history of the Python language begins with"
 TOKENS = 64
 
@@ -35,50 +39,58 @@ def main() -> None:
     for name in ("int8", "int4", "nf4"):
         if (asked.variants / name).is_dir():
             models[name] = (asked.variants / name, name)
-    found = speed.measure(models, asked.threads, lambda done, total: None, asked.rounds)
-    rows = {f"decoder, {name}": (one.decode, one.decode_low, one.decode_high) for name, one in found.items()}
-    rows["generate, bf16"] = generate(asked.model, asked.rounds, asked.threads)
-    if importlib.util.find_spec("llama_cpp") is not None:
-        for kind in ("f16", "q8_0"):
-            rows[f"llama.cpp, {kind}"] = llama(asked.model, kind, asked.rounds, asked.threads)
+    others = {"generate, bf16": generate(asked.model, asked.threads)}
+    with tempfile.TemporaryDirectory() as folder:
+        if importlib.util.find_spec("llama_cpp") is not None:
+            for kind in ("f16", "q8_0"):
+                others[f"llama.cpp, {kind}"] = llama(asked.model, kind, asked.threads, Path(folder))
+        rows = defaultdict(list)
+        for _ in range(asked.rounds):
+            for name, one in speed.measure(models, asked.threads, lambda done, total: None, 4).items():
+                rows[f"decoder, {name}"].append(one.decode)
+            for name, run in others.items():
+                rows[name].append(run())
     print("| path | tokens a second | lowest | highest |\n| --- | --- | --- | --- |")
-    for name, (middle, low, high) in rows.items():
-        print(f"| {name} | {middle:.1f} | {low:.1f} | {high:.1f} |")
+    for name, found in rows.items():
+        print(f"| {name} | {median(found):.1f} | {min(found):.1f} | {max(found):.1f} |")
 
 
-def generate(place: Path, rounds: int, threads: int) -> tuple[float, float, float]:
+def generate(place: Path, threads: int) -> Run:
     """transformers' own loop, in bf16."""
     from transformers import AutoTokenizer
 
     torch.set_num_threads(threads)
     model, tokenizer = variants.load(place, variants.PLAIN), AutoTokenizer.from_pretrained(place)
     ids = tokenizer(PROMPT, return_tensors="pt")
-    speeds = []
-    for _ in range(rounds + 1):
+
+    def run() -> float:
         start = time.perf_counter()
         model.generate(**ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
-        speeds.append(TOKENS / (time.perf_counter() - start))
-    return median(speeds[1:]), min(speeds[1:]), max(speeds[1:])
+        return TOKENS / (time.perf_counter() - start)
+
+    run()
+    return run
 
 
-def llama(place: Path, kind: gguf_export.Kind, rounds: int, threads: int) -> tuple[float, float, float]:
+def llama(place: Path, kind: gguf_export.Kind, threads: int, folder: Path) -> Run:
     """llama.cpp on the same weights."""
     from llama_cpp import Llama  # type: ignore[import-not-found]
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.gguf"
-        gguf_export.export(place, file, kind)
-        model = Llama(str(file), n_ctx=512, n_threads=threads, verbose=False)
-        prompt = model.tokenize(PROMPT.encode())
-        speeds = []
-        for _ in range(rounds + 1):
-            model.reset()
-            model.eval(prompt)
-            start = time.perf_counter()
-            for _ in range(TOKENS):
-                model.eval([model.sample(temp=0.0)])
-            speeds.append(TOKENS / (time.perf_counter() - start))
-    return median(speeds[1:]), min(speeds[1:]), max(speeds[1:])
+    file = folder / f"{kind}.gguf"
+    gguf_export.export(place, file, kind)
+    model = Llama(str(file), n_ctx=512, n_threads=threads, verbose=False)
+    prompt = model.tokenize(PROMPT.encode())
+
+    def run() -> float:
+        model.reset()
+        model.eval(prompt)
+        start = time.perf_counter()
+        for _ in range(TOKENS):
+            model.eval([model.sample(temp=0.0)])
+        return TOKENS / (time.perf_counter() - start)
+
+    run()
+    return run
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""4-bit weights and GPTQ: error bounds, packing, the objective that GPTQ lowers, directories that load."""
+"""4-bit weights: error bounds, packing, directories that load."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ import torch
 from test_int8 import IDS, logits, tiny
 from transformers import AutoModelForCausalLM
 
-from pipelines.core import decoding, gptq, int4, int8
-from pipelines.core.errors import ArtifactError
-
-
-def nothing(done: int, total: int) -> None:
-    pass
+from pipelines.core import decoding, int4, int8
 
 
 def test_no_weight_is_off_by_more_than_half_a_step_and_the_rounding_of_the_grid() -> None:
@@ -85,94 +80,3 @@ def test_a_directory_loads_as_what_was_saved(kind: str, tied: bool, tmp_path: Pa
     decoder = decoding.Decoder(loaded, 16)
     got = torch.stack([decoder.prefill([1])] + [decoder.step(token) for token in IDS[0, 1:].tolist()])
     assert (got - logits(loaded)[0]).norm() / got.norm() < 0.03
-
-
-def test_gptq_with_equal_and_independent_inputs_rounds_to_the_nearest() -> None:
-    torch.manual_seed(2)
-    weight = torch.randn(24, 64)
-    found = int4.grid(weight, 32)
-    codes, exact = gptq.solve(weight, gptq.root(torch.eye(64)), gptq.of_grid(found, 32))
-    assert torch.equal(codes, int4.to_int4(weight, found))
-    assert torch.allclose(exact, int4.from_int4(codes, found), atol=1e-6)
-
-
-def test_gptq_of_two_columns_by_hand() -> None:
-    """H = [[2, 1], [1, 1]]: rounding w0 = 0.4 to 0 leaves an error that w1 takes up: w1 + 0.4 x H01 / H11."""
-    weight = torch.tensor([[0.4, 0.2]])
-
-    def whole(values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return values.round().to(torch.uint8), values.round()
-
-    square = torch.tensor([[2.0, 1.0], [1.0, 1.0]])
-    _, exact = gptq.solve(weight, gptq.root(square), whole)
-    assert exact.tolist() == [[0.0, 1.0]]  # 0.2 + 0.4 = 0.6 becomes 1, where the nearest would be 0
-    errors = [float((weight - torch.tensor(one)) @ square @ (weight - torch.tensor(one)).T)
-              for one in ([[0.0, 1.0]], [[0.0, 0.0]], [[1.0, 0.0]], [[1.0, 1.0]])]  # fmt: skip
-    assert errors[0] == min(errors)
-
-
-@pytest.mark.parametrize("book", [False, True])
-def test_gptq_keeps_outputs_better_than_rounding(book: bool) -> None:
-    torch.manual_seed(4)
-    inputs = torch.randn(400, 96) @ torch.randn(96, 96)
-    weight = torch.randn(48, 96)
-    if book:
-        values = torch.linspace(-1, 1, 16)
-        scales = weight.view(48, 3, 32).abs().amax(2)
-        one = gptq.of_code_book(values, scales, 32)
-        wide = scales.repeat_interleave(32, 1)
-        nearest = values[torch.bucketize(weight / wide, (values[1:] + values[:-1]) / 2)] * wide
-    else:
-        found = int4.grid(weight, 32)
-        one, nearest = gptq.of_grid(found, 32), int4.from_int4(int4.to_int4(weight, found), found)
-    square = inputs.T @ inputs
-    _, exact = gptq.solve(weight, gptq.root(square), one)
-    wrong, rounded = ((inputs @ (weight - other).T).square().sum() for other in (exact, nearest))
-    assert wrong < 0.5 * rounded
-
-
-def test_gptq_of_inputs_that_are_always_zero_and_of_a_layer_of_zeros() -> None:
-    torch.manual_seed(5)
-    inputs = torch.randn(100, 64)
-    inputs[:, 7] = 0
-    weight = torch.randn(8, 64)
-    found = int4.grid(weight, 32)
-    codes, exact = gptq.solve(weight, gptq.root(inputs.T @ inputs), gptq.of_grid(found, 32))
-    assert torch.equal(codes[:, 7], int4.to_int4(weight, found)[:, 7])
-    assert torch.isfinite(exact).all()
-    empty = torch.zeros(8, 64)
-    _, exact = gptq.solve(empty, gptq.root(inputs.T @ inputs), gptq.of_grid(int4.grid(empty, 32), 32))
-    assert torch.equal(exact, empty)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_calibration_goes_through_every_block_and_helps(kind: str) -> None:
-    model = tiny(kind)
-    torch.manual_seed(6)
-    ids = torch.randint(1, 96, (16, 24))
-    exact = logits(model, ids)
-    grids: dict[str, int4.Grid] = {}
-
-    def rounding(name: str, weight: torch.Tensor) -> gptq.Round | None:
-        if name.endswith(("down_proj", "mlp.c_proj")):
-            return None
-        grids[name] = int4.grid(weight, 32)
-        return gptq.of_grid(grids[name], 32)
-
-    changed = copy.deepcopy(model)
-    codes = gptq.calibrate(changed, ids, rounding, nothing)
-    assert codes.keys() == grids.keys() and len(codes) == (2 * 6 if kind == "llama" else 2 * 3)
-    chosen = int4.quantize(
-        copy.deepcopy(model), 32, ["down_proj", "mlp.c_proj"], {n: (c, grids[n]) for n, c in codes.items()}
-    )
-    nearest = int4.quantize(copy.deepcopy(model), 32, ["down_proj", "mlp.c_proj"])
-    errors = [(logits(one, ids) - exact).norm() for one in (chosen, nearest)]
-    assert errors[0] < 0.95 * errors[1]
-    assert torch.allclose(logits(changed, ids), logits(int4.dense(chosen), ids), atol=0.1)
-
-
-def test_calibration_refuses_inputs_that_are_no_numbers() -> None:
-    model = tiny()
-    model.get_input_embeddings().weight.data[5] = float("nan")
-    with pytest.raises(ArtifactError, match=r"layer model\.layers\.0\.self_attn\.q_proj: its inputs"):
-        gptq.calibrate(model, IDS, lambda name, weight: gptq.of_grid(int4.grid(weight, 32), 32), nothing)

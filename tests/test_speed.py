@@ -27,10 +27,16 @@ def test_each_model_answers_in_turns(tmp_path: Path) -> None:
     found = speed.measure(asked, 1, lambda done, total: rounds.append((done, total)), rounds=2)
     assert found.keys() == asked.keys() and rounds[-1] == (2, 2)
     for one in found.values():
-        assert 0 < one.decode_low <= one.decode <= one.decode_high
+        assert len(one.rounds) == 2 and 0 < min(one.rounds) <= one.decode <= max(one.rounds)
         assert one.prefill > 0 and one.load_seconds > 0
     assert found["plain"].by_decoder and found["int8"].by_decoder and not found["gpt2"].by_decoder
     assert not multiprocessing.active_children()
+
+
+def test_two_models_are_compared_round_by_round() -> None:
+    """Both become half as fast in the second round: the ratio stays, that of the medians need not."""
+    student, teacher = (speed.Speed(rounds, 1.0, 1.0, 1.0, True) for rounds in ((20.0, 10.0, 22.0), (10.0, 5.0, 20.0)))
+    assert speed.ratio(student, teacher) == (2.0, 1.1, 2.0)
 
 
 def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:

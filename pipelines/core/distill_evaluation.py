@@ -101,9 +101,8 @@ def speeds(models: Mapping[str, Path], context: StageContext) -> None:
         context.measure(
             **{f"decode_tokens_per_second{end}": one.decode, f"prefill_tokens_per_second{end}": one.prefill}
         )
-        context.measure(**{f"decode_tokens_per_second{end}_{way}": value for way, value in
-                           (("low", one.decode_low), ("high", one.decode_high))})  # fmt: skip
-    context.measure(decode_speedup=found[STUDENT].decode / found[TEACHER].decode)
+    speedup, low, high = speed.ratio(found[STUDENT], found[TEACHER])
+    context.measure(decode_speedup=speedup, decode_speedup_low=low, decode_speedup_high=high)
 
 
 def _gold(judge: judges.Judge, prompts: list[Prompt], said: Said) -> list[float] | None:

@@ -38,6 +38,13 @@ class Arm(NamedTuple):
     teacher: Teacher | None
 
 
+class Learner(NamedTuple):
+    """The student, and its output embedding: where that is not trained, once and for all in the type to compute in."""
+
+    model: Any
+    head: torch.Tensor
+
+
 class Plan(NamedTuple):
     """Numbers that follow from the params and the data."""
 
@@ -69,9 +76,11 @@ def train(arm: Arm, params: DistillParams, plan: Plan, student: Any, context: St
         context.resume(state["history"])
     order = demonstrations.order(len(arm.sequences), params.epochs, params.seed)
     student.train()
+    head = language_models.body_and_head(student)[1]
+    learner = Learner(student, head if head.requires_grad else head.to(context.dtype))
     for step in range(state["step"], plan.steps):
         chosen = [int(one) for one in order[step * params.batch_size : (step + 1) * params.batch_size]]
-        told = _backward(arm, params, plan, student, chosen, step, context)
+        told = _backward(arm, params, plan, learner, chosen, step, context)
         lr = plan.lr * training.cosine_with_warmup(step, plan.steps, params.warmup_share)
         loss, norm = training.update(parameters, optimizer, lr, params.clip_norm, told["loss"], step, context.world)
         told |= {"loss": loss, "lr": lr, "grad_norm": norm}
@@ -86,25 +95,34 @@ def train(arm: Arm, params: DistillParams, plan: Plan, student: Any, context: St
 
 
 def _backward(
-    arm: Arm, params: DistillParams, plan: Plan, student: Any, chosen: Sequence[int], step: int, context: StageContext
-) -> dict[str, float]:
+    arm: Arm, params: DistillParams, plan: Plan, learner: Learner, chosen: Sequence[int], step: int,
+    context: StageContext,
+) -> dict[str, float]:  # fmt: skip
     """Add a step's gradient; returns each term's mean over the step's labels, unweighted, and the loss."""
     sequences = [arm.sequences[number] for number in chosen]
     found: dict[str, float] = {"loss": 0.0}
     total = sum(label != segments.UNSUPERVISED for sequence in sequences for label in sequence.labels)
-    for rows, texts in segments.micro_batches(sequences, params.micro_tokens, plan.pad):
-        numbers = [[chosen[text] for text in row] for row in texts]
-        terms = _terms(arm, params, student, rows, numbers, context)
+    for rows, texts in _rows(sequences, params.micro_tokens, plan.pad):
+        terms = _terms(arm, params, learner, rows, [[chosen[text] for text in texts]], context)
         share = int((rows.labels != losses.IGNORE).sum()) / total
         _add(found, terms, arm.weights, share)
     if arm.weights.on_policy and arm.teacher is not None:
-        own = _own_answers(arm.teacher, params, plan, student, step, context)
+        own = _own_answers(arm.teacher, params, plan, learner.model, step, context)
         counted = sum(label != segments.UNSUPERVISED for sequence in own for label in sequence.labels)
-        for rows, _ in segments.micro_batches(own, params.micro_tokens, plan.pad):
+        for rows, _ in _rows(own, params.micro_tokens, plan.pad):
             share = int((rows.labels != losses.IGNORE).sum()) / counted
-            value = _on_policy(arm.teacher, params, student, rows, context)
+            value = _on_policy(arm.teacher, params, learner, rows, context)
             _add(found, {"on_policy": value}, arm.weights, share)
     return found
+
+
+def _rows(sequences: Sequence[segments.Sequence], tokens: int, pad: int) -> list[tuple[segments.Rows, list[int]]]:
+    """A row a forward pass, so that nothing is padded, and which sequences stand in it.
+
+    A step has few sequences here: two of 140 tokens in rows of 256 were half padding.
+    """
+    packed = segments.bins([len(sequence.ids) for sequence in sequences], tokens)
+    return [(segments.rows(sequences, [texts], pad), texts) for texts in packed]
 
 
 def _add(found: dict[str, float], terms: Mapping[str, torch.Tensor], weights: Terms, share: float) -> None:
@@ -117,13 +135,14 @@ def _add(found: dict[str, float], terms: Mapping[str, torch.Tensor], weights: Te
 
 
 def _terms(
-    arm: Arm, params: DistillParams, student: Any, rows: segments.Rows, numbers: list[list[int]], context: StageContext
-) -> dict[str, torch.Tensor]:
+    arm: Arm, params: DistillParams, learner: Learner, rows: segments.Rows, numbers: list[list[int]],
+    context: StageContext,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """The terms of a forward pass, each a mean over its labels."""
     labels = rows.labels.to(context.device)
     kept = labels != losses.IGNORE
-    states = distill_features.states(student, rows, arm.weights, context)
-    hidden, head = states.last[kept], language_models.body_and_head(student)[1]
+    states = distill_features.states(learner.model, rows, arm.weights, context)
+    hidden, head = states.last[kept], learner.head
     found: dict[str, torch.Tensor] = {}
     if arm.weights.labels:
         found["labels"] = losses.linear_cross_entropy(hidden, head, labels[kept])
@@ -160,13 +179,13 @@ def _own_answers(
 
 
 def _on_policy(
-    teacher: Teacher, params: DistillParams, student: Any, rows: segments.Rows, context: StageContext
+    teacher: Teacher, params: DistillParams, learner: Learner, rows: segments.Rows, context: StageContext
 ) -> torch.Tensor:
     """The divergence at the tokens that the student wrote. What it wrote is data: no gradient passes the sampling."""
     kept = rows.labels.to(context.device) != losses.IGNORE
-    hidden = segments.hidden_states(student, rows, context)[kept]
+    hidden = segments.hidden_states(learner.model, rows, context)[kept]
     with torch.no_grad():
         asked = segments.hidden_states(teacher.model, rows, context)[kept]
-    (_, head), (_, theirs) = (language_models.body_and_head(model) for model in (student, teacher.model))
+    theirs = language_models.body_and_head(teacher.model)[1]
     soft = (asked, theirs, params.on_policy_divergence, params.temperature, params.beta)
-    return losses.linear_divergence(hidden, head, *soft)
+    return losses.linear_divergence(hidden, learner.head, *soft)

@@ -202,8 +202,8 @@ def speeds(models: Mapping[str, tuple[Path, str]], context: StageContext) -> Non
     for name, one in speed.measure(models, context.threads, tell).items():
         context.measure(**{
             f"{name}/decode_tokens_per_second": one.decode,
-            f"{name}/decode_tokens_per_second_low": one.decode_low,
-            f"{name}/decode_tokens_per_second_high": one.decode_high,
+            f"{name}/decode_tokens_per_second_low": min(one.rounds),
+            f"{name}/decode_tokens_per_second_high": max(one.rounds),
             f"{name}/prefill_tokens_per_second": one.prefill,
             f"{name}/load_seconds": one.load_seconds,
             f"{name}/peak_memory_mb": one.memory_mb,
