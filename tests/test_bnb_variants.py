@@ -103,24 +103,23 @@ def test_a_directory_is_what_was_in_memory(source: Path, made: Path, tmp_path: P
     assert loaded.generate(IDS, max_new_tokens=4, do_sample=False).shape[1] == IDS.shape[1] + 4
 
 
-def test_codes_of_our_own_are_stored(source: Path, tmp_path: Path) -> None:
-    asked: dict[str, torch.Tensor] = {}
-
-    def choose(grids: bnb_variants.Grids) -> dict[str, torch.Tensor]:
-        torch.manual_seed(9)
-        for name, (_, scales) in grids.items():
-            asked[name] = torch.randint(0, 16, (len(scales), 64 * scales.shape[1]), dtype=torch.uint8)
-        asked["grids"] = torch.zeros(0)
-        known.update(grids)
-        return asked
-
-    known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    bnb_variants.nf4(source, tmp_path / "own", choose=choose)
-    model = bnb_variants.load(tmp_path / "own")
-    for name, (book, scales) in known.items():
-        exact = book[asked[name].long()] * scales.repeat_interleave(64, dim=1)
-        theirs = bnb_variants.weight_of(model.get_submodule(name))
-        assert theirs is not None and torch.allclose(theirs, exact, rtol=2**-8)  # given out in bf16
+def test_codes_and_scales_of_our_own_are_stored(source: Path, tmp_path: Path) -> None:
+    torch.manual_seed(9)
+    chosen = {}
+    for name in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj"):
+        plain = AutoModelForCausalLM.from_pretrained(source).get_submodule(name).weight
+        grid = bnb_variants.grid(torch.randn(plain.shape) * 3)  # of another weight
+        chosen[name] = torch.randint(0, 16, plain.shape, dtype=torch.uint8), grid
+    bnb_variants.nf4(source, tmp_path / "own", chosen=chosen)
+    model, nearest = bnb_variants.load(tmp_path / "own"), bnb_variants.load(source.parent / "nf4")
+    for name, layer in model.named_modules():
+        if (found := bnb_variants.weight_of(layer)) is None:
+            continue
+        if name not in chosen:
+            assert torch.equal(found, bnb_variants.weight_of(nearest.get_submodule(name)))  # type: ignore[arg-type]
+            continue
+        codes, (book, scales, _) = chosen[name]
+        assert torch.allclose(found, book[codes.long()] * scales.repeat_interleave(64, dim=1), rtol=2**-8)  # bf16
 
 
 def test_shapes_that_fail_later_are_refused_before(tmp_path: Path) -> None:

@@ -104,6 +104,21 @@ def test_of_inputs_that_are_always_zero_and_of_a_layer_of_zeros() -> None:
     assert torch.equal(exact, empty)
 
 
+def test_what_inputs_have_drifted_is_made_up_for_as_least_squares_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(7)
+    exact = torch.randn(2, 200, 48)
+    smaller = exact + 0.3 * torch.randn(2, 200, 48) * torch.logspace(-1, 1, 48)
+    weight = torch.randn(8, 48)
+    monkeypatch.setattr(gptq, "DAMPING", 0.0)
+    assert torch.equal(gptq.restored(weight, gptq.seen(exact, exact, "m")), weight)
+    wanted = exact.flatten(0, 1) @ weight.T
+    best = torch.linalg.lstsq(smaller.flatten(0, 1), wanted).solution.T
+    for share in (1.0, 0.25):
+        monkeypatch.setattr(gptq, "DRIFT_SHARE", share)
+        found = gptq.restored(weight, gptq.seen(exact, smaller, "m"))
+        assert torch.allclose(found, weight + share * (best - weight), atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_calibration_goes_through_every_block_and_helps(kind: str) -> None:
     model = tiny(kind)

@@ -80,7 +80,7 @@ def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Speeds are measured in processes of their own (`test_speed`)."""
 
     def measure(models: dict[str, tuple[Path, str]], *_: Any) -> dict[str, speed.Speed]:
-        return {name: speed.Speed(2.0, 1.0, 3.0, 4.0, 0.1, 1.0, True) for name in models}
+        return {name: speed.Speed((1.0, 2.0, 3.0), 4.0, 0.1, 1.0, True) for name in models}
 
     monkeypatch.setattr(speed, "measure", measure)
     monkeypatch.setattr(speed, "bandwidth", lambda threads: 1e9)
@@ -152,6 +152,14 @@ def test_what_is_kept_in_high_precision_is_in_no_variant(inputs: dict[str, Path]
             assert type(made.get_submodule(layer)) is torch.nn.Linear
         assert type(made.get_submodule("model.layers.1.self_attn.q_proj")) is not torch.nn.Linear
         assert "down_proj" in (out / "models" / name / "README.md").read_text()
+
+
+def test_calibration_rows_are_equal_and_begin_where_a_text_begins() -> None:
+    params = QuantizeParams.model_validate({**TINY, "calibration_length": 16})
+    long, short = list(range(100, 130)), [[1, 2, 3, 4, 5, 6], [11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25, 26]]
+    found = quantization._equal([short[0], long, short[1], long[1:], short[2], short[0]], params)
+    assert found.tolist() == [long[:16], long[1:17], [*short[0], *short[1], *short[2][:4]]]
+    assert quantization._equal([[1, 2], [3]], params).tolist() == [[1, 2, 3]]
 
 
 def test_calibration_lowers_what_four_bits_cost(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import safe_open
@@ -26,45 +26,49 @@ BLOCK = 64  # weights that share a scale in NF4
 INPUTS, OUTPUTS = 64, 32  # bitsandbytes' 4-bit kernels on a CPU take multiples of these
 
 
-Grids = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # by layer: code book (16,), ascending; scales (out, in / 64)
+class Grid(NamedTuple):
+    """What the codes of a weight (out, in) stand for."""
+
+    book: torch.Tensor  # (16,), ascending
+    scales: torch.Tensor  # (out, in / 64) fp32, as their own quantization has left them
+    state: Any  # bitsandbytes' own record of them
+
+
+def grid(weight: torch.Tensor) -> Grid:
+    """NF4's scales of a weight (out, in): the largest of each 64, themselves kept in 8 bits."""
+    import bitsandbytes as bnb
+
+    _, state = bnb.functional.quantize_4bit(
+        weight.bfloat16(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+    )
+    scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return Grid(state.code.clone(), scales.float().view(len(weight), -1), state)
 
 
 def nf4(
     source: Path,
     place: Path,
     keep: Sequence[str] = (),
-    choose: Callable[[Grids], Mapping[str, torch.Tensor]] | None = None,
+    chosen: Mapping[str, tuple[torch.Tensor, Grid]] | None = None,
 ) -> None:
     """Write a model directory in 4-bit NormalFloat with double quantization (Dettmers et al., "QLoRA", 2023).
 
     Args:
         keep: names or patterns of layers that stay in bf16.
-        choose: gives codes (out, in) by layer, to be stored in the place of the nearest ones; scales stay.
+        chosen: codes (out, in) by layer and what they stand for; None: the nearest.
 
     Raises:
         ArtifactError: a layer of a shape that the format's kernels do not accept.
     """
     model = _quantized(source, keep, _nf4_config)
-    if choose is not None:
-        layers = {name: part for name, part in model.named_modules() if hasattr(part, "quant_state")}
-        codes = choose({name: _grid(part) for name, part in layers.items()})
-        for name, part in layers.items():
-            _store(part, codes[name])
+    for name, (codes, of_layer) in (chosen or {}).items():
+        _store(model.get_submodule(name), codes, of_layer)
     _save(model, source, place)
 
 
 def llm_int8(source: Path, place: Path, keep: Sequence[str] = ()) -> None:
     """Write a model directory in LLM.int8 (Dettmers et al., 2022)."""
     _save(_quantized(source, keep, _int8_config), source, place)
-
-
-def _grid(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Code book and scales of a 4-bit layer, the scales as their own quantization has left them."""
-    import bitsandbytes as bnb
-
-    state = layer.weight.quant_state
-    scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    return state.code.clone(), scales.float().view(layer.out_features, -1)
 
 
 def load(place: Path) -> Any:
@@ -184,10 +188,11 @@ def _quantized(source: Path, keep: Sequence[str], config: Any) -> Any:
     )
 
 
-def _store(module: Any, codes: torch.Tensor) -> None:
-    """Put other codes into a 4-bit layer: two a byte along the flat weight, the first in the high half."""
+def _store(module: Any, codes: torch.Tensor, of_layer: Grid) -> None:
+    """Put other codes into a 4-bit layer, two a byte along the flat weight, the first in the high half."""
     flat = codes.flatten()
     module.weight.data.copy_(((flat[0::2] << 4) | flat[1::2]).view_as(module.weight.data))
+    module.weight.quant_state = module.quant_state = of_layer.state
 
 
 def _save(model: Any, source: Path, place: Path) -> None:

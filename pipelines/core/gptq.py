@@ -1,12 +1,14 @@
 """Codes of low-bit weights chosen so that a layer's outputs stay, not its weights: GPTQ.
 
-Paper: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2023),
+Papers: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2023),
 algorithm 1. With H = X^T X over the inputs X of a layer on calibration rows, columns are rounded one after another, and
 what rounding a column did to the outputs is made up for in the columns that are left. Block by block through the model,
-each seeing what the smaller blocks before it give. As there: H is damped by a hundredth of its mean diagonal, and
-updates of later columns are gathered in blocks. Departures: scales are those of the weights before any update (so a
-format whose scales are given, such as NF4's, is served too), and columns are taken by descending diagonal of H, which
-the paper's code has as an option.
+each seeing what the smaller blocks before it give. Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for
+Asymmetric Calibration" (2025): the outputs to keep are those of the exact model, whose inputs of the layer are others.
+As there: H is damped by a hundredth of its mean diagonal, updates of later columns are gathered in blocks, a quarter
+of what the inputs have drifted is made up for. Departures: scales are those of the weights before the columns' updates
+(so a format whose scales are given, such as NF4's, is served too), columns are taken by descending diagonal of H, which
+GPTQ's code has as an option, and the drift changes the weight at once (the square completed), not column by column.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pipelines.core import int4, int8, tuning
 from pipelines.core.errors import ArtifactError
 
 DAMPING = 0.01  # of the mean diagonal
+DRIFT_SHARE = 0.25  # of the drift; all of it fits the calibration rows and nothing else
 LAZY = 32  # columns after which the others are updated
 
 # Values (out,) of column j of a layer -> codes (out,) and what they stand for (out,)
@@ -30,7 +33,7 @@ Round = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 Rounding = Callable[[str, torch.Tensor], Round | None]
 
 
-class _Inputs(NamedTuple):
+class _First(NamedTuple):
     """What a model gives its first block."""
 
     hidden: torch.Tensor
@@ -60,6 +63,7 @@ def calibrate(
         raise ArtifactError(f"architecture {model.config.model_type}: no list of blocks is known in it")
     prefix = next(name for name, module in model.named_modules() if module is stack)
     hidden, options = _first_inputs(model, stack[0], ids)
+    exact_hidden = hidden
     found: dict[str, torch.Tensor] = {}
     for number, block in enumerate(stack):
         linear = {
@@ -67,19 +71,20 @@ def calibrate(
             for name, module in block.named_modules()
             if isinstance(module, torch.nn.Linear | Conv1D)
         }
-        squares = _squares(block, linear, hidden, options)
-        roots: dict[int, Root] = {}  # layers that read the same inputs share it
+        exact, exact_hidden = _inputs(block, linear, exact_hidden, options)
+        smaller, _ = _inputs(block, linear, hidden, options)
+        known: dict[int, Seen] = {}  # layers that read the same inputs share it
         for name, module in linear.items():
+            inputs = smaller[name]
+            if id(inputs) not in known:
+                known[id(inputs)] = seen(exact[name], inputs, name)
             weight = int8.rows_of(module)
-            one = rounding(name, weight)
+            wanted = restored(weight.float(), known[id(inputs)])
+            one = rounding(name, wanted)
             if one is None:
                 continue
-            if not bool(torch.isfinite(squares[name]).all()):
-                raise ArtifactError(f"layer {name}: its inputs on the calibration rows are not finite")
-            if id(squares[name]) not in roots:
-                roots[id(squares[name])] = root(squares[name])
-            found[name], exact = solve(weight.float(), roots[id(squares[name])], one)
-            weight.copy_(exact.to(weight.dtype))
+            found[name], value = solve(wanted, known[id(inputs)].root, one)
+            weight.copy_(value.to(weight.dtype))
         hidden = _output(block(hidden, **options))
         tell(number + 1, len(stack))
     return found
@@ -90,6 +95,36 @@ class Root(NamedTuple):
 
     order: torch.Tensor  # columns, the one with the largest inputs first
     upper: torch.Tensor  # (in, in), in that order: U with U^T U = H^-1
+
+
+class Seen(NamedTuple):
+    """What a layer reads on the calibration rows."""
+
+    root: Root  # of X'^T X', X' (tokens, in) as the smaller blocks before it give
+    drift: torch.Tensor  # (X - X')^T X', (in, in) fp32, X as the exact blocks do
+
+
+def seen(exact: torch.Tensor, smaller: torch.Tensor, name: str) -> Seen:
+    """Of a layer's inputs (.., in) in the exact model and in the smaller one.
+
+    Raises:
+        ArtifactError: they are not finite; the layer is named.
+    """
+    inputs = smaller.flatten(0, -2).float()
+    square = inputs.t() @ inputs
+    if not bool(torch.isfinite(square).all()):
+        raise ArtifactError(f"layer {name}: its inputs on the calibration rows are not finite")
+    return Seen(root(square), (exact.flatten(0, -2).float() - inputs).t() @ inputs)
+
+
+def restored(weight: torch.Tensor, found: Seen) -> torch.Tensor:
+    """The weight (out, in) that makes up, on the smaller model's inputs, for a share of their drift.
+
+    ||X W^T - X' V^T|| is least for V = W + W (X - X')^T X' H^-1; what rounding V costs adds to that.
+    """
+    (order, upper), drift = found
+    missing = (weight @ drift)[:, order] @ upper.t() @ upper
+    return weight.index_add(1, order, missing, alpha=DRIFT_SHARE)
 
 
 def root(square: torch.Tensor) -> Root:
@@ -146,38 +181,30 @@ def of_code_book(book: torch.Tensor, scales: torch.Tensor, group: int) -> Round:
     return one
 
 
-def _squares(
+def _inputs(
     block: Any, linear: Mapping[str, Any], hidden: torch.Tensor, options: dict[str, Any]
-) -> dict[str, torch.Tensor]:
-    """X^T X of each layer of a block; layers that read the same tensor share it."""
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What each layer of a block reads, the same tensor where they read the same; and what the block gives."""
     found: dict[str, torch.Tensor] = {}
-    last: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def look(name: str) -> Any:
         def hook(_: Any, given: tuple[torch.Tensor, ...]) -> None:
-            inputs = given[0]
-            same = next((square for seen, square in last if seen is inputs), None)
-            if same is None:
-                rows = inputs.flatten(0, -2).float()
-                same = rows.t() @ rows
-                last.append((inputs, same))
-            found[name] = same
+            found[name] = given[0]
 
         return hook
 
     with ExitStack() as placed:
         for name, module in linear.items():
             placed.callback(module.register_forward_pre_hook(look(name)).remove)
-        block(hidden, **options)
-    return found
+        return found, _output(block(hidden, **options))
 
 
-def _first_inputs(model: Any, first: Any, ids: torch.Tensor) -> _Inputs:
+def _first_inputs(model: Any, first: Any, ids: torch.Tensor) -> _First:
     """What the model gives its first block for some rows."""
-    caught: list[_Inputs] = []
+    caught: list[_First] = []
 
     def hook(_: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
-        caught.append(_Inputs(given[0] if given else options.pop("hidden_states"), options))
+        caught.append(_First(given[0] if given else options.pop("hidden_states"), options))
         raise _Caught
 
     placed = first.register_forward_pre_hook(hook, with_kwargs=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +62,8 @@ def load(subject: Subject, context: StageContext) -> Any:
 
 
 def calibration_rows(params: QuantizeParams, data: Path, tokenizer: Any) -> list[list[int]]:
-    """Token ids of chats and of pieces of the corpus in turns, of the training side.
+    """Token ids of chats and of pieces of the corpus in turns, of the training side, each as a model meets it: a text
+    after the separator. What stands first draws attention of a size that nothing else has, and must be seen.
 
     Raises:
         ArtifactError: the data have no demonstrations or no corpus.
@@ -74,7 +74,8 @@ def calibration_rows(params: QuantizeParams, data: Path, tokenizer: Any) -> list
     chosen = demonstrations.choose(data, "train", tokenizer, (), count, length, "drop", "quantize").kept
     share = count * params.calibration_length * packing.LONGEST_TOKEN * 4 / max(1, reading.corpus_bytes(data, "train"))
     texts = itertools.islice(reading.sample(data, "train", share, params.seed), count)
-    pieces = [ids[: params.calibration_length] for ids in packing.encode(tokenizer, list(texts)) if ids]
+    separator = packing.separator_id(tokenizer)
+    pieces = [[separator, *ids][: params.calibration_length] for ids in packing.encode(tokenizer, list(texts)) if ids]
     turns = itertools.zip_longest((one.chat.ids for one in chosen), pieces)
     return [row for both in turns for row in both if row is not None][: params.calibration_rows]
 
@@ -171,8 +172,8 @@ def _write(
         bnb_variants.llm_int8(subject.place, draft, keep)
         return
     if variant == "nf4":
-        choose = partial(_nf4_codes, subject, rows, params, context) if calibrated else None
-        bnb_variants.nf4(subject.place, draft, keep, choose)
+        chosen = _nf4_codes(load(subject, context), rows, params, context) if calibrated else None
+        bnb_variants.nf4(subject.place, draft, keep, chosen)
         return
     model = load(subject, context)
     if variant == "int8":
@@ -204,25 +205,39 @@ def _int4_codes(
 
 
 def _nf4_codes(
-    subject: Subject,
-    rows: Sequence[list[int]],
-    params: QuantizeParams,
-    context: StageContext,
-    known: bnb_variants.Grids,
-) -> dict[str, torch.Tensor]:
-    """Codes that GPTQ has chosen for the scales that NF4 gives, by layer."""
+    model: Any, rows: Sequence[list[int]], params: QuantizeParams, context: StageContext
+) -> dict[str, tuple[torch.Tensor, bnb_variants.Grid]]:
+    """The same for NF4."""
+    bnb_variants.check(model, params.keep_in_high_precision)
+    grids: dict[str, bnb_variants.Grid] = {}
 
     def rounding(name: str, weight: torch.Tensor) -> gptq.Round | None:
-        return gptq.of_code_book(*known[name], bnb_variants.BLOCK) if name in known else None
+        if int8.kept(name, params.keep_in_high_precision):
+            return None
+        grids[name] = bnb_variants.grid(weight)
+        return gptq.of_code_book(grids[name].book, grids[name].scales, bnb_variants.BLOCK)
 
-    return gptq.calibrate(load(subject, context), _equal(rows, params), rounding, _teller("nf4", context))
+    codes = gptq.calibrate(model, _equal(rows, params), rounding, _teller("nf4", context))
+    return {name: (of_layer, grids[name]) for name, of_layer in codes.items()}
 
 
 def _equal(rows: Sequence[list[int]], params: QuantizeParams) -> torch.Tensor:
-    """The rows' tokens one after another, cut into rows of equal length: calibration needs no padding then."""
-    stream = torch.tensor([token for row in rows for token in row])
-    length = min(params.calibration_length, len(stream))
-    return stream[: len(stream) // length * length].view(-1, length)
+    """Rows of equal length, so that calibration needs no padding; each begins where a text or a chat begins.
+
+    A row that is shorter is filled up with those that follow, the last of them cut; what fills no row is left out.
+    """
+    length = min(params.calibration_length, sum(map(len, rows)))
+    found: list[list[int]] = []
+    short: list[int] = []
+    for row in rows:
+        if len(row) >= length:
+            found.append(row[:length])
+            continue
+        short += row
+        if len(short) >= length:
+            found.append(short[:length])
+            short = []
+    return torch.tensor(found)
 
 
 def _teller(what: str, context: StageContext) -> Callable[[int, int], None]:
