@@ -63,7 +63,7 @@ def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Speeds are measured in processes of their own; here only what they are asked of."""
 
     def measure(models: dict[str, tuple[Path, str]], *_: Any) -> dict[str, speed.Speed]:
-        return {name: speed.Speed(2.0 if name == "" else 1.0, 1.0, 2.0, 4.0, 0.1, 1.0, True) for name in models}
+        return {name: speed.Speed((2.0,) if name == "" else (1.0,), 4.0, 0.1, 1.0, True) for name in models}
 
     monkeypatch.setattr(speed, "measure", measure)
 
