@@ -78,6 +78,8 @@ def _quality(stage: str, points: Sequence[Point]) -> Plot:
 
 
 def _speed(stage: str, points: Sequence[Point], rate: float) -> Plot:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     def draw(axes: Axes) -> None:
         sizes = sorted(point.megabytes for point in points)
         grid = (
@@ -92,6 +94,9 @@ def _speed(stage: str, points: Sequence[Point], rate: float) -> Plot:
             )
         _scatter(axes, points, [point.speed or 0.0 for point in points])
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.legend(frameon=False, fontsize=8)
         axes.set(
             title=f"{stage}: size and speed", xlabel="megabytes of weights", ylabel="tokens a second, one at a time"
@@ -107,9 +112,14 @@ def _speed(stage: str, points: Sequence[Point], rate: float) -> Plot:
 
 def _scatter(axes: Axes, points: Sequence[Point], heights: Sequence[float]) -> None:
     families = list(dict.fromkeys(point.of for point in points))
+    sizes = [point.megabytes for point in points]
     for point, height in zip(points, heights, strict=True):
         color = COLORS[families.index(point.of) % len(COLORS)]
         axes.scatter(
             [point.megabytes], [height], color=color, s=28, zorder=2, marker="s" if point.name == point.of else "o"
         )
-        axes.annotate(point.name, (point.megabytes, height), textcoords="offset points", xytext=(5, 4), fontsize=7)
+        left = point.megabytes > (min(sizes) + max(sizes)) / 2  # where a name to the right could leave the plot
+        place, end = ((-5, 4), "right") if left else ((5, 4), "left")
+        axes.annotate(
+            point.name, (point.megabytes, height), textcoords="offset points", xytext=place, ha=end, fontsize=7
+        )
