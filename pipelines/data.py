@@ -157,11 +157,11 @@ def chunk(key: str, rows: pa.Table) -> pd.DataFrame:
 
 
 def judge_tables(judge: Judge, keys: list[str], outputs: Path, min_rows: int) -> None:
-    """Whole tables, read back: unique ids, rows a side, nothing held out in train, prompts across tables."""
+    """Whole tables, read back: ids, rows a side, nothing held out in train; prompts and targets across tables."""
     import pandas as pd
 
     from pipelines.core.facts import facts, repeated_ids
-    from pipelines.core.suites import fact_expectations, prompt_expectations
+    from pipelines.core.suites import fact_expectations, prompt_expectations, target_expectations
     from pipelines.core.validation import SHOWN_ROWS
 
     prompts = []
@@ -176,6 +176,29 @@ def judge_tables(judge: Judge, keys: list[str], outputs: Path, min_rows: int) ->
             prompts.append(frame[["prompt", "side", "source", "row"]])
     if prompts:
         judge.check("prompts of all tables", prompt_expectations, pd.concat(prompts, ignore_index=True))
+    if "queries" in keys:
+        judge.check("targets that are no id in knowledge", target_expectations, lost_targets(outputs))
+
+
+def lost_targets(outputs: Path) -> pd.DataFrame:
+    """`source`, `row` and `target` of every query; `target` only where no row of knowledge has it as its id."""
+    import numpy as np
+    import pandas as pd
+
+    def hashed(texts: pa.ChunkedArray) -> NDArray[np.uint64]:
+        return pd.util.hash_array(texts.to_numpy(), categorize=False)
+
+    place = outputs / UNSPLIT / "all.parquet"
+    known = [hashed(rows["id"]) for rows in row_groups(place, ["id"])] if place.exists() else []
+    ids = np.concatenate(known) if known else np.zeros(0, np.uint64)  # 8 bytes a document
+    parts = []
+    for name in SPLITS:
+        for rows in row_groups(outputs / "queries" / f"{name}.parquet", ["source", "row", "target"]):
+            frame = rows.to_pandas()
+            lost = frame["target"].notna().to_numpy() & ~np.isin(hashed(rows["target"]), ids)
+            parts.append(frame.assign(target=frame["target"].where(lost, None)))
+    lost_or_null: pd.DataFrame = pd.concat(parts, ignore_index=True)
+    return lost_or_null
 
 
 def write_documents(judge: Judge, place: Path) -> None:

@@ -25,8 +25,8 @@ from pipelines.core import (
     artifacts,
     attention,
     cards,
+    continuation,
     distributed,
-    generation,
     language_models,
     packing,
     scoring,
@@ -96,7 +96,7 @@ def run(params: PretrainParams, inputs: dict[str, Path], outputs: Path, context:
         _show_example(rows, tokenizer, context)
         start_model = _as_it_was(params, model, context)
         bits_before = held_out.bits(start_model, tokenizer, context, "before training")
-        before = generation.greedy(start_model, tokenizer, held_out.prompts(params.samples), SAMPLE_TOKENS)
+        before = continuation.greedy(start_model, tokenizer, held_out.prompts(params.samples), SAMPLE_TOKENS)
         return {"step": 0, "bits_before": bits_before, "before": before}
 
     state = distributed.from_leader(context.world, start)
@@ -122,7 +122,7 @@ def run(params: PretrainParams, inputs: dict[str, Path], outputs: Path, context:
     held_out.write(outputs / "evaluation.parquet", scores)
     context.write_history(outputs / "history.csv")
     prompts = held_out.prompts(params.samples)
-    after = generation.greedy(model, tokenizer, prompts, SAMPLE_TOKENS)
+    after = continuation.greedy(model, tokenizer, prompts, SAMPLE_TOKENS)
     samples = cards.continuations(prompts, {"before": state["before"], "after": after})
     context.say(samples)
     artifacts.write_text(outputs / "samples.md", samples)

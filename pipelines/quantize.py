@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pipelines.core.quantization import Subject
     from pipelines.core.quantize_evaluation import Told
 
+RESUMES = True  # variants and what was measured of them are kept
 LAYER_ROWS = 1  # calibration rows on which the layers' errors are measured
 METRICS = frozenset({"prompts_test"})
 OPTIONAL = frozenset(

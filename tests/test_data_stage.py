@@ -33,6 +33,7 @@ def every_table(root: Path) -> tuple[dict[str, Any], ...]:
     ranked = [{"prompt": sentence(n), "responses": [f"r{n}", f"s{n}", f"t{n}"], "scores": [n, 3, 3]} for n in many]
     jsonl(root / "ranked.jsonl", ranked)
     jsonl(root / "facts.jsonl", [{"id": n, "title": f"Title {n}", "text": sentence(n)} for n in many])
+    jsonl(root / "asked.jsonl", [{"query": sentence(n), "target": n if n % 3 else None} for n in many])
     jsonl(root / "topics.jsonl", [{"text": sentence(n), "label": "ab"[n % 2]} for n in many])
     return (
         CORPUS,
@@ -40,6 +41,7 @@ def every_table(root: Path) -> tuple[dict[str, Any], ...]:
         {"path": "prompts.jsonl", "table": "prompts", "columns": {"prompt": "question"}},
         {"path": "ranked.jsonl", "table": "comparisons"},
         {"path": "facts.jsonl", "table": "knowledge"},
+        {"path": "asked.jsonl", "table": "queries"},
         {"path": "topics.jsonl", "table": "tasks", "task": "topic"},
     )
 
@@ -47,7 +49,7 @@ def every_table(root: Path) -> tuple[dict[str, Any], ...]:
 def test_every_table_is_written_and_the_same_bytes_come_twice(tmp_path: Path) -> None:
     given = params(*every_table(tmp_path))
     outputs, metrics = run(tmp_path, given)
-    split = ("corpus", "demonstrations", "prompts", "comparisons", "tasks/topic")
+    split = ("corpus", "demonstrations", "prompts", "comparisons", "queries", "tasks/topic")
     files = {f"{key}/{name}.parquet" for key in split for name in SPLITS} | {"knowledge/all.parquet"}
     found = {path.relative_to(outputs).as_posix() for path in outputs.rglob("*") if path.is_file()}
     assert found == files | {"README.md", "manifest.json", "validation.json"}

@@ -32,6 +32,24 @@ def test_the_tokenizer_survives(tmp_path: Path, context: StageContext) -> None:
     same_tokenizer(ours, language_models.load_tokenizer(str(file)), file)
 
 
+def test_digits_that_stand_alone_come_back(tmp_path: Path) -> None:
+    """The splitting rule of SmolLM2: without it the spaces before a number are another token."""
+    from tokenizers import pre_tokenizers
+
+    place = directory(tmp_path / "m")
+    ours = language_models.load_tokenizer(str(place))
+    ours.chat_template = tokenizer_stage.CHAT_TEMPLATE
+    backend = ours.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), backend.pre_tokenizer])
+    ours.save_pretrained(place)
+    file = tmp_path / "m.gguf"
+    assert gguf_export.export(place, file, "f16").pre == "smollm"
+    same_tokenizer(ours, language_models.load_tokenizer(str(file)), file)
+    words = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("a   12")]
+    theirs = language_models.load_tokenizer(str(file)).backend_tokenizer
+    assert [piece for piece, _ in theirs.pre_tokenizer.pre_tokenize_str("a   12")] == words == ["a", "ĠĠĠ", "1", "2"]
+
+
 def _rule(*steps: dict[str, Any], **changes: Any) -> dict[str, Any]:
     wrapped = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": list(steps)}
     return {"model": {"type": "BPE", "ignore_merges": False} | changes, "pre_tokenizer": wrapped, "normalizer": None}

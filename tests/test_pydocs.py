@@ -203,13 +203,31 @@ def test_a_group_holds_all_of_a_class(small: Path) -> None:
 
 def test_see_also_becomes_queries_without_leaks(small: Path) -> None:
     found = tables(source(small))
-    queries = {row["target"]: row for row in found["queries"]}
+    written = [row for row in found["queries"] if row["kind"] == "see-also"]
+    queries = {row["target"]: row for row in written}
     assert set(queries) == {"small.roll", "small.Table.sort"}
     assert queries["small.roll"]["query"] == "Shift the values around in a circle."
     assert queries["small.roll"]["referrer"] == "small.flip"
     texts = {row["id"]: fold(row["text"]) for row in found["knowledge"]}
-    for row in found["queries"]:
+    for row in written:
         assert fold(row["query"]) not in texts[row["target"]] + texts[row["referrer"]]
+        assert row["answers"] is None
+
+
+def test_questions_that_the_knowledge_answers_are_queries(numpy_tables: Tables) -> None:
+    asked = {row["id"]: row for row in numpy_tables["queries"] if row["kind"] != "see-also"}
+    prompts = {row["id"]: row for row in numpy_tables["prompts"] if not row["id"].startswith("docstring:")}
+    assert asked.keys() == prompts.keys() and {row["kind"] for row in asked.values()} == {"what", "which", "parameter"}
+    texts = {row["id"]: row["text"] for row in numpy_tables["knowledge"]}
+    for key, row in asked.items():
+        assert (row["query"], row["answers"]) == (prompts[key]["prompt"], [prompts[key]["reference"]])
+        assert key.split(":")[:2] == [row["kind"], row["target"]] and row["target"] in texts
+        if row["kind"] == "which":
+            assert row["answers"] == [f"`{row['target']}`"]
+
+
+def test_no_queries_without_knowledge(small: Path) -> None:
+    assert not tables(source(small, tables=("corpus", "prompts"))).get("queries")
 
 
 @pytest.mark.parametrize(
@@ -290,7 +308,7 @@ def test_numpy_has_its_public_names(numpy_tables: Tables) -> None:
     answers = [row["messages"][1]["content"] for row in numpy_tables["demonstrations"]]
     assert len(answers) > 1000
     assert not [answer for answer in answers if answer.startswith(("Args", "Parameters", "Example", ".. ", ">>>"))]
-    assert len(numpy_tables["queries"]) > 100
+    assert len([row for row in numpy_tables["queries"] if row["kind"] == "see-also"]) > 100
     assert {row["target"] for row in numpy_tables["queries"]} <= names
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import model, prepared, tokenizer
 
-from pipelines.core import attention, generation, sampling
+from pipelines.core import attention, continuation, sampling
 from pipelines.core.branch_cache import SPARE, Layout, layout
 from pipelines.core.errors import ArtifactError, DataError
 
@@ -303,8 +303,8 @@ def test_a_continuation_holds_nothing_of_the_prompt(known: Any, monkeypatch: pyt
     monkeypatch.setattr(sampling, "sample", ends_at_once)
     lm = model(known, length=64)
     prompts = ["Return the area of a shape.", "w"]
-    assert generation.greedy(lm, known, prompts, 8) == ["h", "h"]
+    assert continuation.greedy(lm, known, prompts, 8) == ["h", "h"]
     whole = given["prompts"]
     lm.config = SimpleNamespace(max_position_embeddings=12)
-    assert generation.greedy(lm, known, prompts, 8) == ["h", "h"]
+    assert continuation.greedy(lm, known, prompts, 8) == ["h", "h"]
     assert given["tokens"] == 6 and given["prompts"] == [whole[0][-6:], whole[1]]

@@ -11,7 +11,8 @@ ABOUT = {
     "prompts": "prompts to answer; `reference` is an answer a person wrote, where there is one",
     "comparisons": "responses to one prompt, ranked: 1 is best, ties share a rank",
     "knowledge": "passages to retrieve; an index, not split",
-    "queries": "questions with the passage that answers them (`target`), for measuring retrieval",
+    "queries": "questions for measuring retrieval and answers: `target` is the knowledge row that answers it (null: "
+    "none does), `answers` are accepted (null: only retrieval is measured)",
     "tasks": "labelled examples: `label` is the class (or the right choice, from 0), `label_text` its name",
 }
 

@@ -4,7 +4,8 @@ A step of SmolLM2-135M through `generate` spends most of its time outside the pr
 Python around them, keys and values copied whole into a longer cache at every layer, masks and attention for one row.
 Here a block is four products (query, key and value are one; gate and up are one), the cache is written in place, and
 the queries that share a key are rows of one attention, so that nothing is repeated and no mask is needed.
-`docs/notes.md` has the figures, and why threads must not sleep between products (`GOMP_SPINCOUNT`).
+`docs/notes.md` has the figures, and why threads must not sleep between products (`GOMP_SPINCOUNT`). What is chosen from
+the logits is the part of `generate.py`.
 
 Works for the families whose block is RMSNorm, rotary attention, RMSNorm, gated SiLU (`FAMILIES`), with layers of any
 kind. This file imports nothing of the project: a registered model carries it along.
@@ -13,7 +14,7 @@ kind. This file imports nothing of the project: a registered model carries it al
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -65,16 +66,23 @@ class Decoder:
         if reason := unsupported(model):
             raise ValueError(reason)
         config, body = model.config, model.base_model
-        self.model, self.length, self.count = model, length, 0
+        self.model = model
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.blocks = [_block(block, config) for block in body.layers]
         self.size = body.layers[0].self_attn.head_dim
         self.scaling, self.epsilon = body.layers[0].self_attn.scaling, config.rms_norm_eps
         self.norm, self.tokens, self.head = body.norm.weight.float(), body.embed_tokens, product(model.lm_head)
-        first = config.num_hidden_layers, 1, self.groups, length, self.size
-        self.type = body.norm.weight.dtype
-        self.keys, self.values = torch.zeros(first, dtype=self.type), torch.zeros(first, dtype=self.type)
-        cos, sin = body.rotary_emb(torch.zeros(1), torch.arange(length)[None])
+        self.type, self.length = body.norm.weight.dtype, 0
+        self.make_room(length)
+
+    def make_room(self, length: int) -> None:
+        """Have places for `length` tokens or more; where they must be made, what was read is forgotten."""
+        if length <= self.length:
+            return
+        self.length, self.count = length, 0
+        first = len(self.blocks), 1, self.groups, length, self.size
+        self.keys, self.values = torch.empty(first, dtype=self.type), torch.empty(first, dtype=self.type)
+        cos, sin = self.model.base_model.rotary_emb(torch.zeros(1), torch.arange(length)[None])
         sign = torch.ones(self.size)
         sign[: self.size // 2] = -1  # rotate_half: (-second, first), as a roll with signs
         self.cos, self.sin = cos[0].float(), sin[0].float() * sign
@@ -130,27 +138,6 @@ class Decoder:
         self.count += 1
         logits: torch.Tensor = self.head(self._normed(x, self.norm))[0].float()
         return logits
-
-    def generate(
-        self, ids: Sequence[int], tokens: int, stops: Collection[int] = (), temperature: float = 0.0, seed: int = 0
-    ) -> list[int]:
-        """Up to `tokens` new tokens after a prompt; one of `stops` ends it and is the last.
-
-        Args:
-            temperature: 0 takes the likeliest; otherwise a draw from softmax(logits / temperature).
-        """
-        chance = torch.Generator().manual_seed(seed)
-        made: list[int] = []
-        logits = self.prefill(ids)
-        while True:
-            if temperature > 0:
-                shares = torch.softmax(logits / temperature, dim=0)
-                made.append(int(torch.multinomial(shares, 1, generator=chance)))
-            else:
-                made.append(int(logits.argmax()))
-            if made[-1] in stops or len(made) >= tokens or self.count >= self.length:
-                return made
-            logits = self.step(made[-1])
 
     def _normed(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         return (_rms(x, self.epsilon) * gain).to(self.type)

@@ -70,7 +70,9 @@ def train(arm: Arm, params: DistillParams, plan: Plan, student: Any, context: St
     checkpoints = Checkpoints(place, context.fingerprint, params.checkpoint_steps, params.checkpoint_seconds)
     state = checkpoints.newest() or {"step": 0}
     if state["step"]:
-        context.say(f"resuming {arm.name or 'distill '}after step {state['step']} of {plan.steps}")
+        context.say(
+            f"{arm.name.rstrip('_') or 'with the teacher'}: resuming after step {state['step']} of {plan.steps}"
+        )
         training.load_trained_state(trained, state["trained"])
         training.load_optimizer_state(optimizer, state["optimizer"])
         context.resume(state["history"])

@@ -58,6 +58,18 @@ class Fields:
             return str(value)
         return self.text(field)
 
+    def texts(self, field: str) -> list[str] | None:
+        """One text or a list of them (in a CSV file as JSON), or None as in `optional`; an empty list is refused."""
+        value = self.value(field) if self.has(field) else None
+        if value is None or (value == "" and isinstance(self.record, Cells)):
+            return None
+        if isinstance(value, list) or (isinstance(self.record, Cells) and value.startswith("[")):
+            value = self.items(field)
+            if not value:
+                raise BadRow(self.column(field), "an empty list", "at least one text, or null")
+            return [filled(item, self.column(field)) for item in value]
+        return [filled(value, self.column(field))]
+
     def items(self, field: str) -> list[Any]:
         """A list; in a CSV file it is written as JSON."""
         value = self.value(field)

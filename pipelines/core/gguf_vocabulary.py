@@ -2,10 +2,9 @@
 
 llama.cpp does not run a `tokenizer.json`: it knows a splitting rule by name (`tokenizer.ggml.pre`) and merges by
 the list it is given. Its convert_hf_to_gguf.py finds the name by hashing the ids of one long string, so it knows
-published vocabularies only, and cannot tell two rules that agree on that string: SmolLM2 as transformers reads it
-from a GGUF file splits as gpt-2, no longer digit by digit, and hashes to smollm all the same. Here the name follows
-from the splitting rule itself, which also answers for a vocabulary trained today; whatever llama.cpp would do
-otherwise than the tokenizer is refused.
+published vocabularies only, and cannot tell two rules that agree on that string, as gpt-2's and smollm's do. Here
+the name follows from the splitting rule itself, which also answers for a vocabulary trained today; whatever llama.cpp
+would do otherwise than the tokenizer is refused.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import mmap
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,9 +97,17 @@ def load_tokenizer(base: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(**source.arguments())
+        tokenizer = AutoTokenizer.from_pretrained(**source.arguments())
     except (OSError, ValueError) as error:
         raise ArtifactError(f"base {base}: no tokenizer could be loaded from {source.path}: {error}") from None
+    if source.kind == "gguf" and _splitting_rule(Path(source.path)) == "smollm":
+        from tokenizers import pre_tokenizers
+
+        backend = tokenizer.backend_tokenizer  # transformers takes every rule for GPT-2's
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+        )
+    return tokenizer
 
 
 def load(base: str, dtype: Any, attention: str) -> Any:
@@ -213,6 +223,21 @@ def body_and_head(model: Any) -> tuple[Any, Any]:
             f"({', '.join(changes) or 'bias or no head'}); choose another, for example llama, gpt2, qwen3, mistral"
         )
     return body, head.weight
+
+
+def _splitting_rule(file: Path) -> str | None:
+    """`tokenizer.ggml.pre` of a GGUF file: llama.cpp's name for how text is split before merging; None without.
+
+    A text value is its key, the number of its type (8), its length and its bytes. gguf's reader takes seconds for it.
+    """
+    key = b"tokenizer.ggml.pre"
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        place = content.find(struct.pack("<Q", len(key)) + key)
+        if place < 0:
+            return None
+        kind, length = struct.unpack_from("<IQ", content, place + 8 + len(key))
+        start = place + 8 + len(key) + 12
+        return content[start : start + length].decode() if kind == 8 else None
 
 
 def _from_config(config: Any, dtype: Any, attention: str) -> Any:

@@ -141,8 +141,10 @@ def make(
     """
     if variant == variants.DYNAMIC:
         return subject.place
-    place = context.work / "variants" / full_name(subject, variant)
+    name = full_name(subject, variant)
+    place = context.work / "variants" / name
     if place.exists():
+        context.say(f"resuming after variant {name}, which is made")
         return place
     with artifacts.published(place) as draft:
         try:

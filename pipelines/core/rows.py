@@ -45,7 +45,7 @@ def canonical(
     if table == "knowledge":
         return [{"title": fields.text("title"), "text": fields.text("text"), "url": fields.optional("url")}]
     if table == "queries":
-        return [{name: fields.text(name) for name in ("query", "target", "referrer")}]
+        return [_query(fields)]
     return [_scored(fields) if label_type == "score" else _example(fields)]
 
 
@@ -95,6 +95,16 @@ def _demonstration(fields: Fields) -> list[dict[str, str]]:
             raise BadRow(fields.column("completion"), shown(completion), "one message of the assistant")
         return [*turns, *answer]
     return [*turns, {"role": "assistant", "content": fields.text("completion")}]
+
+
+def _query(fields: Fields) -> Row:
+    """A question with the id of the document that answers it; no target: nothing in the knowledge does."""
+    row: Row = {"kind": fields.optional("kind") or "question", "query": fields.text("query")}
+    target, answers = fields.optional("target"), fields.texts("answers")
+    if answers is not None and target is None:
+        accepted = "answers only beside a target, the id of the knowledge row that they come from"
+        raise BadRow(fields.column("answers"), shown(answers), accepted)
+    return row | {"target": target, "answers": answers, "referrer": fields.optional("referrer")}
 
 
 def _example(fields: Fields) -> Row:

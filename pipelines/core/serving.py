@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
+SPEAKING = [str(HERE / f"{name}.py") for name in ("decoding", "generate")]  # what makes a text
 
 
 class Served(NamedTuple):
@@ -33,12 +34,17 @@ def of(folder: Path) -> Served:
             [
                 ParamSpec("max_new_tokens", DataType.long, 64),
                 ParamSpec("temperature", DataType.double, 0.0),
+                ParamSpec("top_k", DataType.long, 0),
+                ParamSpec("top_p", DataType.double, 1.0),
+                ParamSpec("repetition_penalty", DataType.double, 1.0),
+                ParamSpec("stop", DataType.string, [], shape=(-1,)),
                 ParamSpec("seed", DataType.long, 0),
                 ParamSpec("chat", DataType.boolean, False),
             ]
         )
         prompts, texts = (Schema([ColSpec(DataType.string, name)]) for name in ("prompt", "text"))
-        return Served(str(HERE / "serving_model.py"), _packed(folder), ModelSignature(prompts, texts, params))
+        beside = [name for name in _packed(folder) or () if name not in SPEAKING] + SPEAKING
+        return Served(str(HERE / "serving_model.py"), beside, ModelSignature(prompts, texts, params))
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     columns = [
         ColSpec(Array(DataType.string) if name == "choices" else DataType.string, name) for name in task["columns"]

@@ -1,17 +1,20 @@
 """A text model as MLflow serves it ("models from code"): prompts in, texts out.
 
 MLflow copies this file into the model's folder and runs it there, on machines that have nothing else of this
-project; beside it lie the files that packed layers of ours need. So it imports nothing from `pipelines`, and its last
-line, which MLflow's format asks for, is the one statement of the project that acts at import.
+project; beside it lie `generate.py`, `decoding.py` and the files that packed layers of ours need. So it imports nothing
+from `pipelines`, and its last line, which MLflow's format asks for, is the one statement of the project that acts at
+import.
 
-Input: a column `prompt`. Params: `max_new_tokens`, `temperature` (0.0 takes the likeliest token), `seed`, and
-`chat`, which puts the prompt into the tokenizer's chat template when it has one. Output: a column `text`.
+Input: a column `prompt`. Params: those of `generate.Sampling` (`max_new_tokens`, `temperature`, where 0.0 takes the
+likeliest token, `top_k`, `top_p`, `repetition_penalty`, `stop`, a list of texts, and `seed`), and `chat`, which puts
+the prompt into the tokenizer's chat template when it has one. Output: a column `text`.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -27,87 +30,55 @@ class TextModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
         """Load model and tokenizer from the artifact directory `model`."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        self.generate = importlib.import_module("generate")
         place = context.artifacts["model"]
-        self.quick = _prepare(Path(place))
+        _prepare(Path(place))
         self.tokenizer = AutoTokenizer.from_pretrained(place)
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model = AutoModelForCausalLM.from_pretrained(place).eval()
-        for module in self.model.modules():
+        model = AutoModelForCausalLM.from_pretrained(place).eval()
+        for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack the weights in place
                 module.support_avx512bf16_for_cpu = False
+        self.longest = getattr(model.config, "max_position_embeddings", None)
+        self.decoder, self.free = self.generate.decoder(model), threading.Lock()
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Continue each prompt. The same params and seed give the same texts."""
-        import torch
+        """Continue each prompt, as if it were the only one. The same params and seed give the same texts.
 
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        options = {"max_new_tokens": 64, "temperature": 0.0, "seed": 0, "chat": False, **(params or {})}
-        sampling: dict[str, Any] = {"do_sample": False}
-        if options["temperature"] > 0:
-            sampling = {"do_sample": True, "temperature": float(options["temperature"]), "top_k": 0}
+        Raises:
+            ValueError: a param that is not accepted; it is named.
+        """
+        options = {"max_new_tokens": 64, "chat": False, **(params or {})}
+        chat = bool(options.pop("chat"))
+        sampling = self.generate.Sampling(**{**options, "stop": tuple(options.get("stop", ()))})
         texts = []
-        with torch.inference_mode(), torch.random.fork_rng():
-            torch.manual_seed(int(options["seed"]))
+        with self.free:  # a server may ask from several threads; the decoder has room for one sequence
             for prompt in model_input["prompt"]:
-                # One at a time: padding would change the positions, and so the text, of some models
-                tokens = self._tokens(str(prompt), bool(options["chat"]))
-                if longest is not None:  # the end of a prompt that is too long is what a text continues
-                    tokens = tokens[:, -max(1, longest - int(options["max_new_tokens"])) :]
-                new = self._quickly(tokens, options) if self.quick else self._slowly(tokens, options, sampling)
-                texts.append(self.tokenizer.decode(new, skip_special_tokens=True))
+                ids = self._tokens(str(prompt), chat)
+                if self.longest is not None:  # the end of a prompt that is too long is what a text continues
+                    ids = ids[-max(1, self.longest - sampling.max_new_tokens) :]
+                texts.append("".join(self.generate.stream(self.decoder, self.tokenizer, ids, sampling)))
         return pd.DataFrame({"text": texts})
 
-    def _slowly(self, tokens: Any, options: dict[str, Any], sampling: dict[str, Any]) -> Any:
-        """New tokens by transformers, for any architecture."""
-        import torch
-
-        made = self.model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=int(options["max_new_tokens"]),
-            pad_token_id=self.tokenizer.pad_token_id,
-            **sampling,
-        )
-        return made[0, tokens.shape[1] :]
-
-    def _quickly(self, tokens: Any, options: dict[str, Any]) -> list[int]:
-        """New tokens by `decoding.Decoder`, several times as fast where layers are packed."""
-        decoding = importlib.import_module("decoding")
-        count = int(options["max_new_tokens"])
-        decoder = decoding.Decoder(self.model, tokens.shape[1] + count)
-        ends = self.model.generation_config.eos_token_id
-        stops = set(ends) if isinstance(ends, list) else {self.tokenizer.eos_token_id if ends is None else ends}
-        made: list[int] = decoder.generate(
-            tokens[0].tolist(), count, stops, float(options["temperature"]), int(options["seed"])
-        )
-        return made
-
-    def _tokens(self, prompt: str, chat: bool) -> Any:
-        """Token ids of a prompt, shape (1, length >= 1)."""
-        import torch
-
+    def _tokens(self, prompt: str, chat: bool) -> list[int]:
+        """Token ids of a prompt, one or more."""
         template = chat and bool(self.tokenizer.chat_template)
         if template:
             prompt = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
             )
-        ids = self.tokenizer(prompt, add_special_tokens=not template)["input_ids"]
+        ids: list[int] = self.tokenizer(prompt, add_special_tokens=not template)["input_ids"]
         start = self.tokenizer.bos_token_id
         if not ids:  # an empty prompt: from the start of a text
             ids = [self.tokenizer.eos_token_id if start is None else start]
-        return torch.tensor([ids])
+        return ids
 
 
-def _prepare(place: Path) -> bool:
-    """Make packed layers known to transformers; whether there are any, in an architecture that `decoding` knows."""
+def _prepare(place: Path) -> None:
+    """Make packed layers of ours known to transformers."""
     config = json.loads((place / "config.json").read_text(encoding="utf-8"))
     method = (config.get("quantization_config") or {}).get("quant_method", "")
-    if not method.startswith("sluice-"):
-        return False
-    importlib.import_module(method.removeprefix("sluice-")).register()
-    known: bool = config["model_type"] in importlib.import_module("decoding").FAMILIES
-    return known
+    if method.startswith("sluice-"):
+        importlib.import_module(method.removeprefix("sluice-")).register()
 
 
 set_model(TextModel())

@@ -15,7 +15,7 @@ REQUIRED = {
     "prompts": ("prompt",),
     "comparisons": ("text",),
     "knowledge": ("title", "text"),
-    "queries": ("query", "target", "referrer"),
+    "queries": ("kind", "query"),
 }
 
 
@@ -41,6 +41,11 @@ def row_expectations(key: str, columns: list[str], scores: bool = False) -> list
             gxe.ExpectColumnValuesToMatchRegex(column="reference", regex=r"\S"),  # null, or an answer
             gxe.ExpectColumnValueLengthsToBeBetween(column="reference", max_value=LONGEST_TEXT),
         ]
+    if table == "queries":
+        found += [
+            gxe.ExpectColumnValuesToMatchRegex(column="target", regex=r"\S"),  # null, or an id
+            gxe.ExpectColumnValueLengthsToBeBetween(column="target", max_value=LONGEST_TEXT),
+        ]
     if table == "comparisons":
         found.append(ExpectRanksToOrderResponses(column_A="responses", column_B="ranks"))
     if table == "tasks":
@@ -62,12 +67,19 @@ def fact_expectations(key: str, min_rows: int) -> list[Any]:
     if key == "knowledge":
         return [*found, gxe.ExpectTableRowCountToBeBetween(min_value=min_rows)]
     found.append(ExpectHeldOutRowsToBeAbsentFromTrain(key="text"))
-    if key != "queries":  # a by-product of the builder, only ever used to measure retrieval
+    if key != "queries":  # nothing is trained on them: they measure retrieval and the answers it gives
         found += [
             gxe.ExpectTableRowCountToBeBetween(min_value=min_rows, row_condition=Column("side") == SPLITS.index(name))
             for name in ("train", "test")
         ]
     return found
+
+
+def target_expectations() -> list[Any]:
+    """What the targets of queries must fulfil. The column holds those that are no id of a knowledge row, else null."""
+    import great_expectations.expectations as gxe
+
+    return [gxe.ExpectColumnValuesToBeNull(column="target")]
 
 
 def prompt_expectations() -> list[Any]:

@@ -40,7 +40,10 @@ def schema(key: str, columns: tuple[str, ...] = (), scores: bool = False) -> pa.
             *(("labeler", text), ("votes", pa.list_(pa.int32()))),
         ],
         "knowledge": [("title", text), ("text", text), ("url", text)],
-        "queries": [("query", text), ("target", text), ("referrer", text)],
+        "queries": [
+            *(("kind", text), ("query", text), ("target", text)),
+            *(("answers", pa.list_(text)), ("referrer", text)),
+        ],
     }.get(key)
     if own is None:
         own = [(name, pa.list_(text) if name == "choices" else text) for name in columns]
@@ -69,7 +72,7 @@ def whole_text(key: str, row: dict[str, Any]) -> str:
         judged = [str(row["ranks"]), row["labeler"] or ""]
         return "\n".join([row["prompt"], *row["responses"], *judged])
     if key == "queries":
-        return f"{row['query']}\n{row['target']}"
+        return f"{row['query']}\n{row['target'] or ''}"
     if key == "knowledge":
         return f"{row['title']}\n{row['text']}"
     skipped = {*COMMON, "label", "label_text"}
@@ -78,7 +81,7 @@ def whole_text(key: str, row: dict[str, Any]) -> str:
 
 
 def prompt_text(key: str, row: dict[str, Any]) -> str | None:
-    """The prompt that must stay on one side in all tables; None in a table without prompts.
+    """The prompt that must stay on one side in all tables, of a query its target; None in a table without prompts.
 
     A conversation is the same prompt whether it came as messages (demonstrations) or as a transcript: speakers'
     names are left out. Where comparisons have no prompt, the responses in any order: A over B and B over A belong
@@ -88,6 +91,9 @@ def prompt_text(key: str, row: dict[str, Any]) -> str | None:
         return re.sub(SPEAKER, "\n", "\n".join(message["content"] for message in row["messages"][:-1]))
     if key == "comparisons" and not row["prompt"]:
         return "\n".join(sorted(row["responses"]))
+    if key == "queries":
+        target: str | None = row["target"]
+        return target
     return re.sub(SPEAKER, "\n", row["prompt"]) if key in PROMPT_TABLES else None
 
 
@@ -115,10 +121,12 @@ def flat(key: str, batch: pa.Table) -> pa.Table:
         return pa.table(columns)
     own = [name for name in batch.column_names if name not in {*COMMON, "votes"}]
     columns |= {name: batch[name] for name in own if name != "text"}
-    judged = {"label", "label_text", "url", "referrer", "labeler", "ranks", "reference"}
+    judged = {"label", "label_text", "url", "kind", "answers", "referrer", "labeler", "ranks", "reference"}
     parts = [batch[name] for name in own if name not in judged]
     texts = [pc.binary_join(part, "\n") if pa.types.is_list(part.type) else part for part in parts]
-    columns["text"] = texts[0] if len(texts) == 1 else pc.binary_join_element_wise(*texts, "\n")
+    # A query without a target is the query and an empty line, as in `whole_text`.
+    joined = pc.binary_join_element_wise(*texts, "\n", null_handling="replace", null_replacement="")
+    columns["text"] = texts[0] if len(texts) == 1 else joined
     return pa.table(columns)
 
 

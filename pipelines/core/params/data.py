@@ -9,7 +9,8 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipelines.core.params.section import Section, Share
 
-TableName = Literal["corpus", "demonstrations", "prompts", "comparisons", "knowledge", "tasks"]
+TableName = Literal["corpus", "demonstrations", "prompts", "comparisons", "knowledge", "tasks", "queries"]
+BuiltTable = Literal["corpus", "demonstrations", "prompts", "knowledge", "tasks"]
 
 
 class PydocsSource(Section):
@@ -19,7 +20,9 @@ class PydocsSource(Section):
     stdlib: bool = True
     packages: tuple[str, ...] = Field((), description="installed packages, by import name")
     folders: tuple[str, ...] = Field((), description="folders of Python source of your own")
-    tables: tuple[TableName, ...] = ("corpus", "demonstrations", "prompts", "knowledge", "tasks")
+    tables: tuple[BuiltTable, ...] = Field(
+        ("corpus", "demonstrations", "prompts", "knowledge", "tasks"), description="knowledge comes with its queries"
+    )
     max_files: int | None = Field(None, ge=1, description="read at most this many files, in sorted order")
 
     @model_validator(mode="after")
@@ -42,6 +45,7 @@ FIELDS: dict[TableName, tuple[str, ...]] = {
         *("id", "text", "premise", "hypothesis", "first", "second", "context", "choices"),
         *("label", "label_text"),
     ),
+    "queries": ("id", "kind", "query", "target", "answers", "referrer"),
 }
 SCORE_FIELDS = ("id", "first", "second", "label")
 

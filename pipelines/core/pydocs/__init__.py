@@ -9,8 +9,8 @@ over processes; what it yields depends on the source files alone, not on the num
     parse.py       one file -> its record (with syntax.py, signatures.py, docstrings.py and prose.py)
     names.py       where an object is defined -> the public name a user types
     entries.py     documented public objects under these names
-    rows.py        corpus, knowledge, demonstrations, prompts
-    tasks.py       labelled tasks and retrieval queries
+    rows.py        corpus, knowledge, demonstrations, prompts, and questions as queries
+    tasks.py       labelled tasks, and "See Also" lines as queries
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _CHUNK = 24  # files a call: small enough to balance two workers, large enough t
 def build(source: PydocsSource, workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (table, row) in an order that depends on the files alone.
 
-    Tables are those of `source.tables`, plus `queries` (id, group, query, target, referrer) where `knowledge` is one
-    of them, plus `skipped` (path, reason) for every file that could not be read as Python. Every other row has `id`,
-    unique within its table, and `group`, the key of the split. At most two libraries are held in memory.
+    Tables are those of `source.tables`, plus `queries` (kind, query, target, answers, referrer) where `knowledge` is
+    one of them, plus `skipped` (path, reason) for every file that could not be read as Python. Every other row has
+    `id`, unique within its table, and `group`, the key of the split. At most two libraries are held in memory.
 
     Raises:
         DataError: a package is not installed or has no Python source; a folder does not exist.
@@ -73,6 +73,7 @@ def _rows(
         texts[entry.name] = known["text"]
         if "knowledge" in wanted:
             yield "knowledge", known
+            yield from (("queries", row) for row in rows.questions(entry))
         if "demonstrations" in wanted:
             yield from (("demonstrations", row) for row in rows.demonstrations(entry))
         if "prompts" in wanted:

@@ -1,8 +1,9 @@
-"""Rows about one object: an `Entry` in, rows of corpus, knowledge, demonstrations and prompts out.
+"""Rows about one object: an `Entry` in, rows of corpus, knowledge, demonstrations, prompts and queries out.
 
 Demonstrations are of four kinds: `docstring` (write it for this code), `what` (does X do), `which` (function of P does
 Y) and `parameter` (what is P of X). Their wording varies among templates, chosen by a hash of the row's id. A fifth of
-the objects is kept out of the demonstrations: their questions are the prompts.
+the objects is kept out of the demonstrations: their questions are the prompts, and those that the knowledge answers
+are queries too.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def knowledge(entry: Entry) -> Row:
 
 def demonstrations(entry: Entry) -> Iterator[Row]:
     """Question and answer in chat form; nothing for the objects that are kept for prompts."""
-    if number(f"prompt:{entry.name}") % _FRESH_ONE_IN:
+    if not _is_fresh(entry):
         for kind, key, question, answer in _exchanges(entry):
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             yield {"id": key, "group": entry.group, "kind": kind, "messages": messages}
@@ -68,9 +69,22 @@ def demonstrations(entry: Entry) -> Iterator[Row]:
 
 def prompts(entry: Entry) -> Iterator[Row]:
     """The same questions about the objects that no demonstration is about, with the answer as the reference."""
-    if not number(f"prompt:{entry.name}") % _FRESH_ONE_IN:
+    if _is_fresh(entry):
         for _, key, question, answer in _exchanges(entry):
             yield {"id": key, "group": entry.group, "prompt": question, "reference": answer}
+
+
+def questions(entry: Entry) -> Iterator[Row]:
+    """The prompts about an object that its knowledge row answers, as queries; a docstring for code is not one."""
+    if _is_fresh(entry):
+        for kind, key, question, answer in _exchanges(entry):
+            if kind != "docstring":
+                row = {"id": key, "group": entry.group, "kind": kind, "query": question}
+                yield {**row, "target": entry.name, "answers": [answer]}
+
+
+def _is_fresh(entry: Entry) -> bool:
+    return not number(f"prompt:{entry.name}") % _FRESH_ONE_IN
 
 
 def _document(entry: Entry) -> str:

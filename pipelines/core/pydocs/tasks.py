@@ -124,8 +124,8 @@ def queries(entries: Sequence[Entry], names: Names, texts: Mapping[str, str]) ->
                 if document not in folded:
                     folded[document] = fold(texts[document])
             if needle not in folded[target] and needle not in folded[entry.name]:
-                row = {"id": f"{entry.name}->{target}", "group": "", "query": description, "target": target}
-                found[needle].append({**row, "referrer": entry.name})
+                row = {"id": f"{entry.name}->{target}", "group": "", "kind": "see-also", "query": description}
+                found[needle].append({**row, "target": target, "answers": None, "referrer": entry.name})
     groups = {entry.name: entry.group for entry in entries}
     single = (rows[0] for _, rows in sorted(found.items()) if len({row["target"] for row in rows}) == 1)
     unique = {row["id"]: {**row, "group": groups[row["target"]]} for row in single}

@@ -1,4 +1,4 @@
-"""Text out of a model, for people to read."""
+"""What a model makes of the beginning of a text, for people to read."""
 
 from __future__ import annotations
 
