@@ -70,7 +70,8 @@ def main() -> None:
                     file.write(text if copy == 0 else altered(text, copy))
                     file.write("\n\n")
             source = {"path": "corpus.txt", "table": "corpus", "sample_by": "paragraph"}
-            set_params(place, data={"sources": [source]})
+            # Not `auto`: the first stage of a new workspace, `data`, would import torch to measure what is faster.
+            set_params(place, compute={"precision": "fp32"}, data={"sources": [source]})
             deps = (
                 (place / "dvc.yaml")
                 .read_text(encoding="utf-8")

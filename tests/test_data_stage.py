@@ -12,6 +12,7 @@ import pytest
 from data_help import jsonl, params, run, sentence
 
 from pipelines import data
+from pipelines.core import scratch, tables
 from pipelines.core.artifacts import content_hash
 from pipelines.core.errors import DataError
 from pipelines.core.tables import SPLITS
@@ -46,7 +47,14 @@ def every_table(root: Path) -> tuple[dict[str, Any], ...]:
     )
 
 
-def test_every_table_is_written_and_the_same_bytes_come_twice(tmp_path: Path) -> None:
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches, chunks and parts of a few rows, as if the tables were large."""
+    monkeypatch.setattr(tables, "BATCH_ROWS", 7)
+    monkeypatch.setattr(data, "CHUNK_ROWS", 30)
+    monkeypatch.setattr(scratch, "PART_RECORDS", 30)
+
+
+def test_every_table_is_written_and_the_same_bytes_come_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = params(*every_table(tmp_path))
     outputs, metrics = run(tmp_path, given)
     split = ("corpus", "demonstrations", "prompts", "comparisons", "queries", "tasks/topic")
@@ -64,6 +72,7 @@ def test_every_table_is_written_and_the_same_bytes_come_twice(tmp_path: Path) ->
     assert str(tmp_path) not in written
     assert (tmp_path / ".sluice/documents/data/validation/index.html").exists()
 
+    small_parts(monkeypatch)
     again, _ = run(tmp_path, given, "again", threads=2)
     assert content_hash(again) == content_hash(outputs)
 
@@ -214,6 +223,20 @@ def test_verdicts_that_fail_name_source_row_and_value(tmp_path: Path) -> None:
     jsonl(tmp_path / "corpus.jsonl", broken)
     with pytest.raises(DataError, match=r"column unreadable.*\n  corpus.jsonl, row 31: unreadable a number 0\.\d+"):
         run(tmp_path, params(CORPUS), "unreadable")
+
+
+def test_faults_between_parts_of_a_table_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_parts(monkeypatch)
+    jsonl(tmp_path / "facts.jsonl", [{"id": f"n{n % 57}", "title": f"{n}", "text": sentence(n)} for n in range(60)])
+    named = "".join(f'\n  facts.jsonl, row {n + 1}: id "n{n % 57}"' for n in (0, 1, 2, 57, 58))
+    with pytest.raises(DataError, match=f"not unique .6 rows.:{named}\n") as caught:
+        run(tmp_path, params({"path": "facts.jsonl", "table": "knowledge"}), "ids")
+    assert "row 60" not in str(caught.value)
+    jsonl(tmp_path / "train.jsonl", [{"text": sentence(n)} for n in range(60)])
+    jsonl(tmp_path / "test.jsonl", [{"text": sentence(n)} for n in range(50, 90)])
+    given = [{"path": f"{name}.jsonl", "table": "corpus", "split": name} for name in ("train", "test")]
+    with pytest.raises(DataError, match="10 held-out rows have the same example as a training row"):
+        run(tmp_path, params(*given), "leak")
 
 
 def test_labels_of_a_task_are_of_one_kind(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Sources to rows on disk: every row mapped, checked, given its group and side, and remembered by a few bytes.
 
-What `data` holds in memory of a row is its `Marks`; the row itself goes to a scratch file in the order it came.
+What `data` holds in memory of a row is two bytes of its `Marks`; the row itself goes to a scratch file in the order
+it came, and so do the hashes by which rows are told apart.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Labels:
 
 @dataclass
 class Taken:
-    """What came in: rows on disk and marks in memory, by table key; labels by task key."""
+    """What came in: rows on disk and what is remembered of them, by table key; labels by task key."""
 
     staged: dict[str, Staged] = field(default_factory=dict)
     marks: dict[str, Marks] = field(default_factory=dict)
@@ -76,8 +77,9 @@ def take_in(params: DataParams, work: Path, ledger: Ledger, context: StageContex
                 context.progress(ledger.good + ledger.bad, None, bad_rows=ledger.bad)
                 context.stop_if_asked()
         ledger.end_of_source()
-    for staged in taken.staged.values():
+    for key, staged in taken.staged.items():
         staged.close()
+        taken.marks[key].close()
     return taken
 
 
@@ -117,7 +119,7 @@ def _take(
     if key not in taken.staged:
         own = (taken.labels[key].shape, taken.labels[key].scores) if table == "tasks" else ()
         taken.staged[key] = Staged(work / f"{key.replace('/', '.')}.arrow", schema(key, *own))
-        taken.marks[key] = Marks()
+        taken.marks[key] = Marks(work / f"{key.replace('/', '.')}.hashes")
     given = None if isinstance(source, PydocsSource) else source.split
     whole = [normalised(whole_text(key, row)) for row in rows]
     prompt = prompt_text(key, rows[0])

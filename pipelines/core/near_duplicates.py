@@ -2,32 +2,31 @@
 
 Words are runs of non-blanks of the case-folded text; a text of fewer than five words is one gram. MinHash
 (Broder 1997) with banding (Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, ch. 3) proposes pairs, and
-every pair is then decided by its exact Jaccard similarity, so a row never goes because two hashes agreed.
-
-Our own numpy code, not `datasketch`, whose sketches are built one row at a time in Python; figures in
-docs/notes.md.
+every pair is then decided by its exact Jaccard similarity, so a row never goes because two hashes agreed. What is
+known of held-out rows lies in scratch files and is searched block by block: memory is for the pairs alone.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from zlib import crc32
+
+from pipelines.core.minhash import Bands, banded, bands_for, grams, sketches
+from pipelines.core.scratch import Records
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-GRAM = 5
-MISSED = 1e-3  # the largest share of pairs at the threshold that banding may miss
-LARGEST_SKETCH = 128
 SLACK = 0.25  # a pair whose sketches agree in less than threshold - SLACK is not looked at again (5 sigma)
-PIECE_CHARACTERS = 1 << 19  # hashed at a time, so that the work stays in the cache
-
-BLOCK_PAIRS = 1 << 14  # pairs of sketches compared at a time
+BLOCK_ROWS = 1 << 16  # held-out rows searched at a time
+SEARCHED_ROWS = 1 << 12  # training rows that are searched for together
+BLOCK_PAIRS = 1 << 13  # pairs of sketches compared at a time
+HELD_GRAMS = 1 << 20  # of held-out rows, in memory while pairs are decided
 
 Texts = Iterable[tuple["NDArray[np.int64]", list[str]]]  # row numbers and their texts, batch by batch
 Read = Callable[["NDArray[np.bool_]"], Texts]
@@ -41,138 +40,64 @@ class Pair(NamedTuple):
     similarity: float
 
 
-@dataclass(frozen=True)
-class Bands:
-    """How a sketch of `bands * rows` minima is cut."""
-
-    bands: int
-    rows: int
-
-
-def bands_for(threshold: float) -> Bands:
-    """The widest bands that still find all but `MISSED` of the pairs at the threshold.
-
-    A band of r minima agrees with probability J^r, one of b bands with 1 - (1 - J^r)^b; wider bands propose
-    fewer pairs in vain.
-    """
-    import math
-
-    for rows in range(12, 0, -1):
-        chance = min(threshold**rows, 1 - 1e-12)
-        bands = math.ceil(math.log(MISSED) / math.log(1 - chance))
-        if bands * rows <= LARGEST_SKETCH:
-            return Bands(bands, rows)
-    return Bands(LARGEST_SKETCH, 1)
-
-
-def grams(texts: list[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Hashes of the word 5-grams of each text, one after another, and where each text's begin. [grams], [texts]
-
-    A word is hashed to 32 bits, a gram to 64; every text has at least one gram.
-    """
-    import numpy as np
-
-    words = []
-    lengths = np.empty(len(texts), np.int64)
-    for place, text in enumerate(texts):
-        own = text.casefold().encode("utf-8", "surrogatepass").split()
-        lengths[place] = max(len(own), GRAM)
-        own += [b""] * (GRAM - len(own))
-        words.append(np.fromiter(map(crc32, own), np.uint32, len(own)))
-    flat = np.concatenate(words).astype(np.uint64)
-    hashed = np.zeros(max(len(flat) - GRAM + 1, 0), np.uint64)
-    for step in range(GRAM):
-        hashed = hashed * np.uint64(0x9E3779B97F4A7C15) + flat[step : step + len(hashed)]
-    hashed ^= hashed >> np.uint64(29)
-    hashed *= np.uint64(0xBF58476D1CE4E5B9)
-    hashed ^= hashed >> np.uint64(32)
-    ends = np.cumsum(lengths)
-    inside = np.ones(len(hashed), bool)
-    # The last four windows of a text reach into the next one.
-    for step in range(1, GRAM):
-        across = ends - step
-        inside[across[across < len(hashed)]] = False
-    counts = lengths - GRAM + 1
-    return hashed[inside], np.cumsum(counts) - counts
-
-
-def sketches(texts: list[str], size: int) -> NDArray[np.uint32]:
-    """MinHash sketches. [texts, size]"""
-    import numpy as np
-
-    random = np.random.default_rng(0)
-    factors = random.integers(0, 2**31, size, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
-    offsets = random.integers(0, 2**32, size, dtype=np.uint32)
-    sketch = np.empty((len(texts), size), np.uint32)
-    for first, last in _pieces(texts):
-        hashed, starts = grams(texts[first:last])
-        short = (hashed >> np.uint64(32)).astype(np.uint32)
-        for place in range(size):
-            mixed = short * factors[place] + offsets[place]
-            mixed ^= mixed >> np.uint32(15)
-            sketch[first:last, place] = np.minimum.reduceat(mixed * np.uint32(0x2C1B3C6D), starts)
-    return sketch
-
-
-def _pieces(texts: list[str]) -> Iterator[tuple[int, int]]:
-    """Runs of texts of about `PIECE_CHARACTERS`."""
-    first, held = 0, 0
-    for place, text in enumerate(texts):
-        held += len(text)
-        if held >= PIECE_CHARACTERS:
-            yield first, place + 1
-            first, held = place + 1, 0
-    if first < len(texts):
-        yield first, len(texts)
-
-
-def banded(sketch: NDArray[np.uint32], bands: Bands) -> NDArray[np.uint64]:
-    """One 64-bit hash a band. [texts, bands]"""
-    import numpy as np
-
-    cut = sketch.reshape(len(sketch), bands.bands, bands.rows).astype(np.uint64)
-    hashed = np.zeros(cut.shape[:2], np.uint64)
-    for row in range(bands.rows):
-        hashed = (hashed ^ cut[:, :, row]) * np.uint64(0x9E3779B97F4A7C15)
-        hashed ^= hashed >> np.uint64(31)
-    return hashed
-
-
 class Index:
-    """Held-out sketches, found by any band they share. Memory: 4 bytes a minimum and 16 a band for each row."""
+    """Held-out sketches on disk, found by any band they share: 4 bytes a minimum and 12 a band for each row."""
 
-    def __init__(self, rows: NDArray[np.int64], sketch: NDArray[np.uint32], bands: Bands, threshold: float) -> None:
+    def __init__(self, place: Path, bands: Bands, threshold: float) -> None:
+        self.bands, self.threshold = bands, threshold
+        self.rows = Records(place / "rows", "i8")
+        self.minima = Records(place / "minima", [("minima", "u4", bands.bands * bands.rows)])
+        self.hashes = [Records(place / f"band-{n}", "u8") for n in range(bands.bands)]
+        self.sorted = [Records(place / f"sorted-{n}", [("hash", "u8"), ("place", "u4")]) for n in range(bands.bands)]
+
+    def add(self, rows: NDArray[np.int64], sketch: NDArray[np.uint32]) -> None:
+        """Append rows and their sketches."""
+        self.rows.append(rows)
+        self.minima.append(sketch.reshape(-1).view(self.minima.kind))
+        for records, hashed in zip(self.hashes, banded(sketch, self.bands).T, strict=True):
+            records.append(hashed)
+
+    def sort(self) -> None:
+        """Make ready to be searched: each band's hashes in order, block by block."""
         import numpy as np
 
-        self.rows, self.sketch, self.bands, self.threshold = rows, sketch, bands, threshold
-        hashed = banded(sketch, bands)
-        self.order = np.argsort(hashed, axis=0, kind="stable").astype(np.int32)
-        self.sorted = np.take_along_axis(hashed, self.order, axis=0)
+        for hashes, ordered in zip(self.hashes, self.sorted, strict=True):
+            for first, block in hashes.blocks(BLOCK_ROWS):
+                order = np.argsort(block, kind="stable")
+                entries = np.empty(len(block), ordered.kind)
+                entries["hash"], entries["place"] = block[order], order + first
+                ordered.append(entries)
+            hashes.place.unlink()
 
     def candidates(self, rows: NDArray[np.int64], sketch: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Pairs (training row, held-out row) that share a band and whose sketches agree well. [pairs, 2]"""
         import numpy as np
 
-        hashed = banded(sketch, self.bands)
-        found = []
-        for band in range(self.bands.bands):
-            low = np.searchsorted(self.sorted[:, band], hashed[:, band], "left")
-            count = np.searchsorted(self.sorted[:, band], hashed[:, band], "right") - low
-            left = np.repeat(np.arange(len(rows)), count)
-            within = np.arange(len(left)) - np.repeat(np.cumsum(count) - count, count)
-            right = self.order[np.repeat(low, count) + within, band]
-            found.append(left * len(self.rows) + right)
+        found = [np.zeros(0, np.int64)]
+        for hashed, ordered in zip(banded(sketch, self.bands).T, self.sorted, strict=True):
+            for _, entries in ordered.blocks(BLOCK_ROWS):
+                known = np.ascontiguousarray(entries["hash"])
+                low = np.searchsorted(known, hashed)
+                # Few hashes are there at all, and only for those the end of their run is searched.
+                there = np.flatnonzero(known[np.minimum(low, len(known) - 1)] == hashed)
+                low = low[there]
+                count = np.searchsorted(known, hashed[there], "right") - low
+                left = np.repeat(there, count)
+                within = np.arange(len(left)) - np.repeat(np.cumsum(count) - count, count)
+                found.append(left * self.rows.count + entries["place"][np.repeat(low, count) + within])
         pairs = np.unique(np.concatenate(found))
-        left, right = pairs // len(self.rows), pairs % len(self.rows)
+        left, right = pairs // self.rows.count, pairs % self.rows.count
         good = np.zeros(len(pairs), bool)
         for at in range(0, len(pairs), BLOCK_PAIRS):
             some = slice(at, at + BLOCK_PAIRS)
-            agree = (sketch[left[some]] == self.sketch[right[some]]).mean(axis=1)
+            agree = (sketch[left[some]] == self.minima.at(right[some])["minima"]).mean(axis=1)
             good[some] = agree >= self.threshold - SLACK
-        return np.stack([rows[left[good]], self.rows[right[good]]], axis=1)
+        return np.stack([rows[left[good]], self.rows.at(right[good])], axis=1)
 
 
-def find(read: Read, held: NDArray[np.bool_], train: NDArray[np.bool_], threshold: float, threads: int) -> list[Pair]:
+def find(
+    read: Read, held: NDArray[np.bool_], train: NDArray[np.bool_], threshold: float, threads: int, scratch: Path
+) -> list[Pair]:
     """For each training row, the first held-out row at or above the threshold, in the order of training rows.
 
     Args:
@@ -181,17 +106,21 @@ def find(read: Read, held: NDArray[np.bool_], train: NDArray[np.bool_], threshol
         train: mask of the training rows. [rows]
         threshold: Jaccard similarity in (0, 1].
         threads: cores to use; the result does not depend on it.
+        scratch: a directory of our own, which is gone at the end.
     """
     import numpy as np
 
-    bands = bands_for(threshold)
-    away = list(_sketched(read(held), bands, threads))
-    if not away:
+    if not held.any() or not train.any():
         return []
-    index = Index(np.concatenate([p[0] for p in away]), np.concatenate([p[1] for p in away]), bands, threshold)
-    proposed = [index.candidates(*part) for part in _sketched(read(train), bands, threads)]
+    bands = bands_for(threshold)
+    index = Index(scratch, bands, threshold)
+    for part in _sketched(read(held), bands, threads):
+        index.add(*part)
+    index.sort()
+    proposed = [index.candidates(*part) for part in _together(_sketched(read(train), bands, threads))]
+    shutil.rmtree(scratch)
     pairs = np.concatenate([np.zeros((0, 2), np.int64), *proposed])
-    return list(_decided(read, pairs, len(train), threshold))
+    return _decided(read, pairs, len(train), threshold)
 
 
 def _sketched(texts: Texts, bands: Bands, threads: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint32]]]:
@@ -207,24 +136,68 @@ def _sketched(texts: Texts, bands: Bands, threads: int) -> Iterator[tuple[NDArra
             yield done, future.result()
 
 
-def _decided(read: Read, pairs: NDArray[np.int64], rows: int, threshold: float) -> Iterator[Pair]:
+def _together(
+    parts: Iterator[tuple[NDArray[np.int64], NDArray[np.uint32]]],
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint32]]]:
+    """Row numbers and sketches of several batches at once, since each search reads the index from end to end."""
+    import numpy as np
+
+    rows: list[NDArray[np.int64]] = []
+    sketched: list[NDArray[np.uint32]] = []
+    for own, sketch in parts:
+        rows.append(own)
+        sketched.append(sketch)
+        if sum(map(len, rows)) >= SEARCHED_ROWS:
+            yield np.concatenate(rows), np.concatenate(sketched)
+            rows, sketched = [], []
+    if rows:
+        yield np.concatenate(rows), np.concatenate(sketched)
+
+
+def _decided(read: Read, pairs: NDArray[np.int64], rows: int, threshold: float) -> list[Pair]:
     """Pairs whose exact similarity reaches the threshold, the first for each training row."""
     import numpy as np
 
-    def sets(column: int) -> Iterator[tuple[int, NDArray[np.uint64]]]:
-        mask = np.zeros(rows, bool)
-        mask[pairs[:, column]] = True
-        for numbers, texts in read(mask):
-            for number, text in zip(numbers.tolist(), texts, strict=True):
-                yield number, np.unique(grams([text])[0])
+    pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
+    found: dict[int, Pair] = {}
+    for away in _some_held(_sets(read, pairs[:, 1], rows)):
+        low, high = np.searchsorted(pairs[:, 1], [min(away), max(away) + 1])
+        held_of: dict[int, list[int]] = {}
+        for train, held in pairs[low:high].tolist():
+            if train not in found:
+                held_of.setdefault(train, []).append(held)
+        for train, own in _sets(read, np.array(list(held_of), np.int64), rows):
+            for held in held_of[train]:
+                shared = len(np.intersect1d(own, away[held], assume_unique=True))
+                similarity = shared / (len(own) + len(away[held]) - shared)
+                if similarity >= threshold:
+                    found[train] = Pair(train, held, similarity)
+                    break
+    return [found[train] for train in sorted(found)]
 
-    away = dict(sets(1)) if len(pairs) else {}
-    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
-    for train, own in sets(0) if len(pairs) else ():
-        low, high = np.searchsorted(pairs[:, 0], [train, train + 1])
-        for held in pairs[low:high, 1].tolist():
-            shared = len(np.intersect1d(own, away[held], assume_unique=True))
-            similarity = shared / (len(own) + len(away[held]) - shared)
-            if similarity >= threshold:
-                yield Pair(train, held, similarity)
-                break
+
+def _sets(read: Read, numbers: NDArray[np.int64], rows: int) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+    """`(row, its different grams)` of some of `rows` rows, in ascending order."""
+    import numpy as np
+
+    if not len(numbers):
+        return
+    mask = np.zeros(rows, bool)
+    mask[numbers] = True
+    for own, texts in read(mask):
+        for number, text in zip(own.tolist(), texts, strict=True):
+            yield number, np.unique(grams([text])[0])
+
+
+def _some_held(sets: Iterator[tuple[int, NDArray[np.uint64]]]) -> Iterator[dict[int, NDArray[np.uint64]]]:
+    """Held-out rows and their grams, as many at a time as there is room for."""
+    some: dict[int, NDArray[np.uint64]] = {}
+    room = HELD_GRAMS
+    for number, own in sets:
+        some[number] = own
+        room -= len(own)
+        if room <= 0:
+            yield some
+            some, room = {}, HELD_GRAMS
+    if some:
+        yield some

@@ -21,6 +21,8 @@ def choose(
     params: DataParams, taken: Taken, context: StageContext
 ) -> tuple[dict[str, NDArray[np.bool_]], dict[str, int]]:
     """Which rows of each table stay (masks), and how many went: repeated, prompt held out, nearly held out."""
+    import numpy as np
+
     keep = {key: first_of_each(marks) for key, marks in taken.marks.items()}
     removed = {"exact": sum(int((~mask).sum()) for mask in keep.values()), "prompt": 0, "near": 0}
     for key, gone in prompts_held_out(taken.marks, keep).items():
@@ -28,18 +30,20 @@ def choose(
         keep[key] &= ~gone
     for key in sorted(set(keep) - {UNSPLIT}):
         train = numbers(taken.marks[key].sides) == TRAIN
-        texts = numbers(taken.marks[key].texts)
+        hashes = taken.marks[key].hashes
 
         def read(mask: NDArray[np.bool_], key: str = key) -> Iterator[tuple[NDArray[np.int64], list[str]]]:
             return selected(key, taken.staged[key], mask)
 
-        for pair in near_duplicates.find(
-            read, keep[key] & ~train, keep[key] & train, params.near_duplicate, context.threads
-        ):
-            # The very same row on two sides that were named is for the leak check to report, not for us to mend.
-            if texts[pair.train] != texts[pair.held]:
-                keep[key][pair.train] = False
-                removed["near"] += 1
+        scratch = hashes.place.with_suffix(".near")
+        pairs = near_duplicates.find(
+            read, keep[key] & ~train, keep[key] & train, params.near_duplicate, context.threads, scratch
+        )
+        rows = np.array([(pair.train, pair.held) for pair in pairs], np.int64).reshape(-1, 2)
+        # The very same row on two sides that were named is for the leak check to report, not for us to mend.
+        gone = rows[hashes.at(rows[:, 0])["text"] != hashes.at(rows[:, 1])["text"], 0]
+        keep[key][gone] = False
+        removed["near"] += len(gone)
         context.stop_if_asked()
     return keep, removed
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.core.scratch import Records, parts_of
 from pipelines.core.tables import PROMPT_TABLES, SPLITS
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TRAIN = 0
+HELD_BACK = 8192  # rows whose hashes wait in memory for the next write
 
 
 def side(seed: int, group: str, validation_share: float, test_share: float) -> int:
@@ -31,28 +33,37 @@ def side(seed: int, group: str, validation_share: float, test_share: float) -> i
     return SPLITS.index("validation") if place < test_share + validation_share else TRAIN
 
 
-@dataclass
 class Marks:
-    """What is remembered of each row of a table while its text is on disk: 18 bytes."""
+    """What is remembered of each row of a table: 2 bytes in memory, two hashes in a scratch file."""
 
-    texts: array[int] = field(default_factory=lambda: array("Q"))  # hash of the normalised row
-    prompts: array[int] = field(default_factory=lambda: array("Q"))  # hash of the normalised prompt, 0: none
-    sides: array[int] = field(default_factory=lambda: array("B"))  # index into SPLITS
-    named: array[int] = field(default_factory=lambda: array("B"))  # 1: the source names the side
+    def __init__(self, place: Path) -> None:
+        self.sides = array("B")  # index into SPLITS
+        self.named = array("B")  # 1: the source names the side
+        # `text`: hash of the normalised row; `prompt`: of the normalised prompt, 0: none
+        self.hashes = Records(place, [("text", "u8"), ("prompt", "u8")])
+        self._waiting = array("Q")
 
     def add(self, text: int, prompt: int, side: int, named: bool) -> None:
         """Remember one row."""
-        self.texts.append(text)
-        self.prompts.append(prompt)
+        self._waiting.extend((text, prompt))
         self.sides.append(side)
         self.named.append(named)
+        if len(self._waiting) >= 2 * HELD_BACK:
+            self.close()
+
+    def close(self) -> None:
+        """Write the hashes that wait."""
+        import numpy as np
+
+        self.hashes.append(np.frombuffer(self._waiting, np.uint64).view(self.hashes.kind))
+        self._waiting = array("Q")
 
 
-def numbers(values: array[int]) -> NDArray[np.uint64]:
+def numbers(values: array[int]) -> NDArray[np.uint8]:
     """An array of marks as numpy sees it, without a copy."""
     import numpy as np
 
-    return np.frombuffer(values, dtype=values.typecode)
+    return np.frombuffer(values, np.uint8)
 
 
 def first_of_each(marks: Marks) -> NDArray[np.bool_]:
@@ -62,15 +73,17 @@ def first_of_each(marks: Marks) -> NDArray[np.bool_]:
     """
     import numpy as np
 
-    texts, sides, named = numbers(marks.texts), numbers(marks.sides), numbers(marks.named).astype(bool)
-    keep = np.zeros(len(texts), bool)
-    keep[np.unique(texts, return_index=True)[1]] = True
-    _, owner, count = np.unique(texts, return_inverse=True, return_counts=True)
-    disputed = (count[owner] > 1) & np.isin(owner, np.unique(owner[named]))
-    rows = np.flatnonzero(disputed)
-    # Within a disputed text, the first row of each side stays.
-    _, first = np.unique(owner[rows] * len(SPLITS) + sides[rows], return_index=True)
-    keep[rows[first]] = True
+    keep = np.zeros(len(marks.sides), bool)
+    parts = parts_of(len(keep))
+    for part in range(parts):
+        rows, hashes = marks.hashes.part("text", part, parts)
+        sides, named = numbers(marks.sides)[rows], numbers(marks.named)[rows] == 1
+        _, first, owner, count = np.unique(hashes["text"], return_index=True, return_inverse=True, return_counts=True)
+        keep[rows[first]] = True
+        disputed = np.flatnonzero((count[owner] > 1) & np.isin(owner, owner[named]))
+        # Within a disputed text, the first row of each side stays.
+        _, first = np.unique(owner[disputed] * len(SPLITS) + sides[disputed], return_index=True)
+        keep[rows[disputed[first]]] = True
     return keep
 
 
@@ -82,16 +95,17 @@ def prompts_held_out(marks: dict[str, Marks], keep: dict[str, NDArray[np.bool_]]
     import numpy as np
 
     tables = [table for table in PROMPT_TABLES if table in marks]
-    held = [
-        numbers(marks[t].prompts)[(numbers(marks[t].sides) != TRAIN) & (numbers(marks[t].named) == 0) & keep[t]]
-        for t in tables
-    ]
-    away = np.unique(np.concatenate(held)) if held else np.zeros(0, np.uint64)
-    away = away[away != 0]
-    return {
-        t: np.isin(numbers(marks[t].prompts), away)
-        & (numbers(marks[t].sides) == TRAIN)
-        & (numbers(marks[t].named) == 0)
-        & keep[t]
-        for t in tables
-    }
+    gone = {table: np.zeros(len(keep[table]), bool) for table in tables}
+    parts = parts_of(sum(map(len, gone.values())))
+    for part in range(parts):
+        train, away = {}, [np.zeros(0, np.uint64)]
+        for table in tables:
+            rows, hashes = marks[table].hashes.part("prompt", part, parts, given=True)
+            own = keep[table][rows] & (numbers(marks[table].named)[rows] == 0)
+            rows, prompts = rows[own], hashes["prompt"][own]
+            trained = numbers(marks[table].sides)[rows] == TRAIN
+            train[table] = rows[trained], prompts[trained]
+            away.append(prompts[~trained])
+        for table, (rows, prompts) in train.items():
+            gone[table][rows] = np.isin(prompts, np.concatenate(away))
+    return gone

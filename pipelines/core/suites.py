@@ -56,23 +56,27 @@ def row_expectations(key: str, columns: list[str], scores: bool = False) -> list
     return found
 
 
-def fact_expectations(key: str, min_rows: int) -> list[Any]:
-    """What a whole table must fulfil: unique ids, enough rows a side, nothing held out in train."""
+def fact_expectations(key: str, min_rows: int, about: str) -> list[Any]:
+    """What a whole table must fulfil: unique ids, nothing held out in train, enough rows a side.
+
+    `about` picks one of the three (`id`, `text`, `side`), for the chunks of `Facts.frames`; empty: all of them.
+    """
     import great_expectations.expectations as gxe
     from great_expectations.expectations.row_conditions import Column
 
     from pipelines.core.expectations import ExpectHeldOutRowsToBeAbsentFromTrain
 
-    found: list[Any] = [gxe.ExpectColumnValuesToBeUnique(column="id")]
+    found: dict[str, list[Any]] = {"id": [gxe.ExpectColumnValuesToBeUnique(column="id")]}
     if key == "knowledge":
-        return [*found, gxe.ExpectTableRowCountToBeBetween(min_value=min_rows)]
-    found.append(ExpectHeldOutRowsToBeAbsentFromTrain(key="text"))
-    if key != "queries":  # nothing is trained on them: they measure retrieval and the answers it gives
-        found += [
+        found["side"] = [gxe.ExpectTableRowCountToBeBetween(min_value=min_rows)]
+    else:
+        found["text"] = [ExpectHeldOutRowsToBeAbsentFromTrain(key="text")]
+    if key not in ("knowledge", "queries"):  # nothing is trained on queries: they measure retrieval and its answers
+        found["side"] = [
             gxe.ExpectTableRowCountToBeBetween(min_value=min_rows, row_condition=Column("side") == SPLITS.index(name))
             for name in ("train", "test")
         ]
-    return found
+    return found.get(about, []) if about else [one for group in found.values() for one in group]
 
 
 def target_expectations() -> list[Any]:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 PROMPT_TABLES = ("demonstrations", "prompts", "comparisons")
 UNSPLIT = "knowledge"
-BATCH_ROWS = 16_384
-BATCH_CHARACTERS = 8 << 20  # a batch in memory is this much text and its columns, however large the corpus
+BATCH_ROWS = 2048
+BATCH_CHARACTERS = 1 << 20  # a batch in memory is this much text and its columns, however large the corpus
 ROW_GROUP = 1024
 COMMON = ("id", "group", "source", "row")
 SPEAKER = r"(?:^|\n\n)(?:System|Human|Assistant):"  # of a transcript in hh-rlhf's form; read by re and by RE2
@@ -196,7 +196,7 @@ class Published:
         if self._count >= ROW_GROUP:
             held = pa.concat_tables(self._waiting)
             whole = self._count - self._count % ROW_GROUP
-            self._writer.write_table(held.slice(0, whole), row_group_size=ROW_GROUP)
+            self._write(held.slice(0, whole))
             # A slice would keep the whole batch alive; `take` copies the few rows that stay.
             self._waiting = [held.take(pa.array(range(whole, self._count), pa.int64()))]
             self._count -= whole
@@ -206,8 +206,13 @@ class Published:
         import pyarrow as pa
 
         if self._count:
-            self._writer.write_table(pa.concat_tables(self._waiting), row_group_size=ROW_GROUP)
+            self._write(pa.concat_tables(self._waiting))
         self._writer.close()
+
+    def _write(self, table: pa.Table) -> None:
+        """Row group by row group, each in one piece: pages end where pieces do, which is where rows happened to."""
+        for first in range(0, table.num_rows, ROW_GROUP):
+            self._writer.write_table(table.slice(first, ROW_GROUP).combine_chunks(), row_group_size=ROW_GROUP)
 
 
 def row_groups(place: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:

@@ -1,8 +1,9 @@
 """Great Expectations' verdicts on every table, chunk by chunk, before anything is published.
 
 Rows are judged in chunks as they pass, so memory does not grow with a table; what needs a whole table (unique
-ids, rows a side, leaks) is judged on `facts`, a few numbers a row read back from the files just written. The
-verdicts of the chunks are added up to one a table: JSON for machines (the record), Data Docs for people.
+ids, rows a side, leaks) is judged on `facts`, a few numbers a row read back from the files just written, in parts
+that hold all rows of the same value. The verdicts of the chunks and parts are added up to one a table: JSON for
+machines (the record), Data Docs for people.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Verdict:
             if name in raw:
                 self.observed[name] = self.observed.get(name, 0) + int(raw[name])
         if "observed_value" in raw:
-            self.observed["observed_value"] = raw["observed_value"]
+            value, earlier = raw["observed_value"], self.observed.get("observed_value", 0)
+            self.observed["observed_value"] = earlier + value if "absent_from_train" in self.kind else value
         found = [_example(item) for item in raw.get("partial_unexpected_index_list") or []]
         found += [f"{p['held_out']} (held out) is in {p['train']}" for p in raw.get("details", {}).get("pairs", [])]
         self.examples = [*self.examples, *found][:SHOWN_ROWS]
@@ -81,21 +83,27 @@ class Judge:
         asset = self._gx.data_sources.add_pandas("rows").add_dataframe_asset("chunk")
         self._batch = asset.add_batch_definition_whole_dataframe("all")
         self._suites: dict[str, Any] = {}
+        self._verdicts: dict[str, list[Verdict]] = {}  # of one list of expectations
         self.verdicts: dict[str, list[Verdict]] = {}
 
-    def check(self, suite: str, expectations: Callable[[], list[Any]], frame: pd.DataFrame) -> None:
-        """Judge a chunk. The suite is made of the expectations the first time it is named."""
+    def check(self, suite: str, expectations: Callable[[], list[Any]], frame: pd.DataFrame, about: str = "") -> None:
+        """Judge a chunk. The expectations are asked for the first time a suite is named.
+
+        A suite can have several lists of expectations, each for chunks of its own, which `about` tells apart.
+        """
         import great_expectations as gx
 
-        if suite not in self._suites:
-            self._suites[suite] = self._gx.suites.add(
-                gx.ExpectationSuite(name=_file_name(suite), expectations=expectations())
+        name = f"{suite} {about}".strip()
+        if name not in self._suites:
+            self._suites[name] = self._gx.suites.add(
+                gx.ExpectationSuite(name=_file_name(name), expectations=expectations())
             )
-        results = self._batch.get_batch({"dataframe": frame}).validate(self._suites[suite], result_format=RESULT_FORMAT)
-        if suite not in self.verdicts:
+        results = self._batch.get_batch({"dataframe": frame}).validate(self._suites[name], result_format=RESULT_FORMAT)
+        if name not in self._verdicts:
             configs = [result.expectation_config for result in results.results]
-            self.verdicts[suite] = [Verdict(config.type, _subject(config.kwargs)) for config in configs]
-        for verdict, result in zip(self.verdicts[suite], results.results, strict=True):
+            self._verdicts[name] = [Verdict(config.type, _subject(config.kwargs)) for config in configs]
+            self.verdicts.setdefault(suite, []).extend(self._verdicts[name])
+        for verdict, result in zip(self._verdicts[name], results.results, strict=True):
             verdict.add(result)
 
     def record(self) -> dict[str, list[dict[str, Any]]]:
