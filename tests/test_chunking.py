@@ -1,0 +1,123 @@
+"""Chunks: they cover the text, fit, end where sentences and sections do, and say where they stand."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import numpy as np
+import pytest
+
+from pipelines.core import chunking
+
+DOCUMENT = """numpy.flip(m, axis=None)
+
+Reverse the order of elements. The shape of the array is preserved.
+
+Parameters
+----------
+m : array_like
+    Input array.
+axis : None or int
+    Axis along which to flip over.
+
+Returns
+-------
+out : array_like
+    A view of `m` with the entries of axis reversed.
+"""
+HARD = [
+    *("a" * 20_000, "가나다 " * 3000, "한" * 3000, "🎉" * 3000, " x ", "one giant line " * 3000, "one. Two! " * 900),
+    *("# A\n\n## B\n\n## C\ntext", "```\n\n" + "code\n\n" * 300, "=====\n-----\n", "# \n#\n", "\t\n a\n\n"),
+    "x\r\ny\x0bz\u2028w " * 300,
+]
+
+
+def tokens(text: str) -> np.ndarray:
+    """Where words and signs begin, as a word-piece tokenizer would have it."""
+    return np.array([match.start() for match in re.finditer(r"\w+|[^\w\s]", text)], np.int64)
+
+
+def cut(text: str, size: int = 50, overlap: float = 0.15, title: str = "T") -> list[chunking.Chunk]:
+    return chunking.chunks(title, text, tokens(text), size, overlap)
+
+
+def check(text: str, size: int, overlap: float) -> None:
+    """Every character but blanks lies in a chunk; chunks go forward and are no larger than they may be."""
+    found = cut(text, size, overlap)
+    covered = np.zeros(len(text), bool)
+    starts = tokens(text)
+    for chunk in found:
+        covered[chunk.start : chunk.end] = True
+        inside = np.searchsorted(starts, chunk.end) - np.searchsorted(starts, chunk.start)
+        assert max(int(inside), (chunk.end - chunk.start) / chunking.CHARACTERS) <= size
+        assert text[chunk.start : chunk.end].strip() or not text.strip()
+    assert all(covered[at] for at, character in enumerate(text) if not character.isspace())
+    for one, other in zip(found, found[1:], strict=False):
+        assert one.start < other.start and one.end < other.end
+
+
+@pytest.mark.parametrize("text", HARD, ids=range(len(HARD)))
+def test_no_text_is_lost_or_too_long_whatever_it_is_made_of(text: str) -> None:
+    for size, overlap in ((16, 0.0), (50, 0.15), (200, 0.5)):
+        check(text, size, overlap)
+
+
+def test_no_text_is_lost_in_any_mix_of_structure() -> None:
+    parts = [
+        "a",
+        "bc. ",
+        "D",
+        "\n",
+        "\n\n",
+        "# H\n",
+        "---\n",
+        "```\n",
+        " ",
+        "Args:\n",
+        "가",
+        "🎉",
+        "   x",
+        "。",
+        "w" * 300,
+    ]
+    draw = random.Random(0)
+    for _ in range(600):
+        text = "".join(draw.choice(parts) for _ in range(draw.randrange(120)))
+        check(text, draw.choice([5, 16, 50]), draw.choice([0.0, 0.15, 0.5]))
+
+
+def test_a_document_that_fits_is_one_chunk_and_sections_part_where_it_does_not() -> None:
+    assert cut(DOCUMENT, 200) == [chunking.Chunk("T", 0, len(DOCUMENT.rstrip()))]
+    found = cut(DOCUMENT, 45)
+    assert [chunk.title for chunk in found] == ["T", "T > Parameters", "T > Returns"]
+    assert [DOCUMENT[chunk.start :].split("\n")[0] for chunk in found[1:]] == ["Parameters", "Returns"]
+
+
+def test_title_paths_follow_the_levels_of_headings() -> None:
+    text = "# Guide\n\nfirst words\n\n## Install\n\nsecond words\n\n### Linux\n\nthird words\n\n"
+    text += "## Use\n\nit so\n\nArgs:\n    x: y and more of it\n"
+    found = cut(text, 8, 0.0, "Guide")
+    paths = {text[chunk.start : chunk.end].split("\n")[-1].strip(): chunk.title for chunk in found}
+    assert paths["first words"] == "Guide"
+    assert paths["second words"] == "Guide > Install"
+    assert paths["third words"] == "Guide > Install > Linux"
+    assert found[-1].title == "Guide > Use > Args"
+    fenced = "```\n# no heading\n```\n\n" + "word " * 8
+    assert {chunk.title for chunk in cut(fenced, 9)} == {"T"}
+
+
+def test_chunks_end_with_sentences_and_repeat_whole_ones() -> None:
+    text = " ".join(f"This is the sentence of number {number}." for number in range(30))
+    found = cut(text, 40, 0.3)
+    for one, other in zip(found, found[1:], strict=False):
+        assert text[other.start :].startswith("This is") and text[one.start : one.end].endswith(".")
+        repeated = text[other.start : one.end]
+        assert repeated.count("sentence") == 1 and len(tokens(repeated)) <= 12
+    assert all(other.start > one.end for one, other in zip(cut(text, 40, 0.0), cut(text, 40, 0.0)[1:], strict=False))
+
+
+def test_a_title_alone_is_a_chunk_and_nothing_is_none() -> None:
+    assert cut("", title="only a title") == [chunking.Chunk("only a title", 0, 0)]
+    assert cut(" \n ", title=" ") == []
+    assert len(cut("x", title="t" * 1000)[0].title) == chunking.TITLE
