@@ -21,6 +21,7 @@ from pipelines.core import (
     report_inputs,
     report_plots,
     report_policy,
+    report_prompts,
     report_tasks,
 )
 from pipelines.core.context import StageContext
@@ -59,7 +60,7 @@ def run(params: ReportParams, inputs: dict[str, Path], outputs: Path, context: S
     samples = {stage.name: report_inputs.samples(stage, params.samples) for stage in stages}
     registry = inputs.get(policy.FILE)
     gates = report_gates.judge(stages, registry) if registry is not None else []
-    kinds = (report_tasks, report_policy, report_compression, report_plots)
+    kinds = (report_tasks, report_policy, report_compression, report_prompts, report_plots)
     plots = [plot for stage in stages for kind in kinds for plot in kind.of_stage(stage)]
 
     # 2. What it says, the answer first.
@@ -67,6 +68,7 @@ def run(params: ReportParams, inputs: dict[str, Path], outputs: Path, context: S
         Section("Is the model better?", _answer(stages, changes)),
         Section("Stages", _stages(stages)),
         Section("Curves and scores", "" if plots else "No stage wrote a history or scores.", tuple(plots)),
+        *(Section("Prompts", text) for stage in stages if (text := report_prompts.text(stage))),
         Section("Gates", _gates(gates)),
         Section("Samples", _samples(samples)),
         *(

@@ -36,6 +36,7 @@ KEY_METRICS: Mapping[str, tuple[str, ...]] = {
         "retention_gold", "size_ratio", "decode_speedup",
     ),
     "quantize": ("*/size_ratio", "*/loss", "*/agreement", "*/rank_agreement", "*/decode_tokens_per_second"),
+    "prompts": ("score", "score_zero_shot", "*/chosen", "*/chosen_zero_shot", "questions"),
     "transfer": ("score", "*/score", "*/tfidf", "*/majority", "*/random"),
 }  # fmt: skip
 _SAMPLE = re.compile(r"^(?=\*\*Prompt:\*\*)", re.MULTILINE)

@@ -24,7 +24,9 @@ BARS = (
 
 def of_stage(stage: Stage) -> list[Plot]:
     """The plots that the stage's metrics and tables allow; none for a stage without tasks."""
-    tasks = sorted(key.removesuffix("/score") for key in stage.metrics if key.endswith("/score"))
+    # One slash: a score of a task, not of one of several ways to ask it (`TASK/STRATEGY/score`).
+    scored = [key for key in stage.metrics if key.endswith("/score") and key.count("/") == 1]
+    tasks = sorted(key.removesuffix("/score") for key in scored)
     if not tasks:
         return []
     plots = [_scores(stage, tasks)]

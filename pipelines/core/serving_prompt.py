@@ -1,0 +1,63 @@
+"""A chosen prompt as MLflow serves it ("models from code"): a task's columns in, the messages for a chat model out.
+
+MLflow copies this file, and `prompt_rendering.py` beside it, into the prompt's folder and runs them there, on machines
+that have nothing else of this project. So it imports nothing from `pipelines`, and its last line, which MLflow's format
+asks for, acts at import.
+
+Input: the columns that `prompt.yaml` names: the question's, `choices` (a list of texts) where each question has its
+own, and `passages` (a list of texts, best first) where the prompt shows some. Output: `messages`, a list of `role` and
+`content`. Examples are chosen as in the stage, out of `examples.jsonl`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import yaml
+from mlflow.models import set_model
+
+
+class PromptModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ships no types for it
+    """A prompt and its examples behind MLflow's `predict`."""
+
+    def load_context(self, context: Any) -> None:
+        """Read prompt and examples from the artifact directory `model`."""
+        place = Path(context.artifacts["model"])
+        self.prompt = yaml.safe_load((place / "prompt.yaml").read_text(encoding="utf-8"))
+        self.made = importlib.import_module("prompt_rendering")  # logged beside this file
+        lines = (place / "examples.jsonl").read_text(encoding="utf-8").split("\n")  # a text may hold other line ends
+        pool = [self.made.Example(**json.loads(line)) for line in lines if line]
+        dials = self.prompt["examples"]
+        self.choose = self.made.chooser(pool, dials["how"], dials["shots"], dials["seed"])
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """The messages of each row.
+
+        Raises:
+            ValueError: a column is missing.
+        """
+        wanted = self.prompt["columns"]
+        missing = [name for name in wanted if name not in model_input]
+        if missing:
+            raise ValueError(
+                f"prompt {self.prompt['name']} needs the columns {', '.join(wanted)}; missing: {', '.join(missing)} "
+                f"(found: {', '.join(map(str, model_input.columns))})"
+            )
+        rows = [{"messages": self._messages(row)} for row in model_input[wanted].to_dict("records")]
+        return pd.DataFrame(rows, index=model_input.index, columns=["messages"])
+
+    def _messages(self, row: dict[str, Any]) -> list[dict[str, str]]:
+        """The chat that asks one row."""
+        options = [str(one) for one in row.pop("choices", self.prompt["labels"])]
+        passages = [str(one) for one in row.pop("passages", [])]
+        columns = {name: str(value) for name, value in row.items()}
+        made: list[dict[str, str]] = self.made.messages(self.prompt, columns, options, self.choose(columns), passages)
+        return made
+
+
+set_model(PromptModel())
