@@ -15,8 +15,10 @@ from pipelines.core.errors import GateError, StoreUnavailable
 from pipelines.core.params import whole
 
 
-def run(root: Path, wanted: list[str], profile: str | None, plain: bool, console: Console) -> None:
+def run(root: Path, wanted: list[str], profile: str | None, plain: bool, console: Console, only: bool = False) -> None:
     """Bring the wanted stages (all, if none is named) up to date and say what there is now.
+
+    With `only`, what they depend on is taken as it stands.
 
     Nothing starts Prefect when nothing is stale.
 
@@ -31,7 +33,7 @@ def run(root: Path, wanted: list[str], profile: str | None, plain: bool, console
     _say(console, sources.keep(root))
     registry.check(root)
     state = stages.look(root)
-    needed = state.needed(wanted)
+    needed = state.needed(wanted, only)
     if state.suspects().isdisjoint(needed):
         _catch_up(root, state, needed, console)
     else:
@@ -40,7 +42,7 @@ def run(root: Path, wanted: list[str], profile: str | None, plain: bool, console
         with prefect_api(root):
             from flows.train import train
 
-            train(str(root), wanted, plain)
+            train(str(root), wanted, plain, only)
     _say(console, ["", *whats_next(root, needed)])
 
 

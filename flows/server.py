@@ -20,7 +20,7 @@ from flows.supervise import Crew, child_environment
 from pipelines.core.environment import STATE
 from pipelines.core.errors import StoreUnavailable
 
-START_SECONDS = 120.0  # the first start creates the database: 15 s on two idle cores
+START_SECONDS = 240.0  # the first start creates the database: 15 s on two idle cores, minutes on busy ones
 
 
 @contextlib.contextmanager
@@ -32,11 +32,16 @@ def prefect_api(root: Path) -> Iterator[None]:
     """
     # The console handler would print every failure as a traceback; people get one message from us instead.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    from prefect.context import refresh_global_settings_context
     from prefect.settings import get_current_settings
 
     if get_current_settings().api.url:
         yield
+        return
+    from flows import servers
+
+    if own := servers.state(root):  # of `make server`; a second server would share its database
+        with _at(own["prefect"]):
+            yield
         return
     crew, port = Crew(grace=5.0), _free_port()
     address = f"http://127.0.0.1:{port}"
@@ -47,20 +52,29 @@ def prefect_api(root: Path) -> Iterator[None]:
     try:
         server = crew.start(command, root, log, child_environment(**pages))
         deadline = time.monotonic() + START_SECONDS
-        while not _answers(f"{address}/api/health"):
+        while not answers(f"{address}/api/health"):
             if server.poll() is not None or time.monotonic() > deadline:
                 raise StoreUnavailable(f"the Prefect server did not start; see {log.relative_to(root)}")
             time.sleep(0.1)
-        os.environ["PREFECT_API_URL"] = f"{address}/api"
-        refresh_global_settings_context()
-        try:
+        with _at(f"{address}/api"):
             yield
-        finally:
-            _deliver()
     finally:
+        crew.stop()
+
+
+@contextlib.contextmanager
+def _at(api: str) -> Iterator[None]:
+    """Let this process talk to an API; what Prefect still holds back then is delivered before the block ends."""
+    from prefect.context import refresh_global_settings_context
+
+    os.environ["PREFECT_API_URL"] = api
+    refresh_global_settings_context()
+    try:
+        yield
+    finally:
+        _deliver()
         os.environ.pop("PREFECT_API_URL", None)
         refresh_global_settings_context()
-        crew.stop()
 
 
 def _deliver() -> None:
@@ -79,7 +93,8 @@ def _free_port() -> int:
     return port
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether something at an address answers that all is well."""
     try:
         with urllib.request.urlopen(url, timeout=2.0) as reply:  # noqa: S310
             return bool(reply.status == 200)

@@ -24,8 +24,11 @@ class State:
     reasons: dict[str, tuple[str, ...]]  # stale stage -> why; a fresh stage is absent
     shows: dict[str, str]  # stage -> the metric that stands for it (`meta: {shows: KEY}` in dvc.yaml)
 
-    def needed(self, wanted: list[str]) -> list[str]:
+    def needed(self, wanted: list[str], only: bool = False) -> list[str]:
         """The wanted stages (all, if none is named) and everything they depend on, parents first.
+
+        Args:
+            only: without what they depend on: what stands of it is taken as it is.
 
         Raises:
             UserError: a name that is no stage; the message lists those there are.
@@ -35,9 +38,26 @@ class State:
             raise UserError(f"no stage {unknown[0]!r} in dvc.yaml; there are: {', '.join(self.parents)}")
         keep = set(wanted or self.parents)
         for stage in reversed(self.parents):
-            if stage in keep:
+            if stage in keep and not only:
                 keep.update(self.parents[stage])
         return [stage for stage in self.parents if stage in keep]
+
+    def between(self, first: str | None, last: str | None) -> list[str]:
+        """`first` and what depends on it, as far as `last` needs it; without `first` or `last` there is no such end.
+
+        Raises:
+            UserError: a name that is no stage, or `last` does not depend on `first`.
+        """
+        self.needed([name for name in (first, last) if name is not None])
+        after = set(self.parents) if first is None else {first}
+        for stage, parents in self.parents.items():
+            if after.intersection(parents):
+                after.add(stage)
+        before = self.needed([last] if last is not None else [])
+        chosen = [stage for stage in before if stage in after]
+        if not chosen:
+            raise UserError(f"stage {last} does not depend on {first}: there is nothing between them")
+        return chosen
 
     def suspects(self) -> set[str]:
         """Stages that are stale, or that may become so when a stage they depend on runs."""

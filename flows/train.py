@@ -9,13 +9,10 @@ or its bytes would.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
 from rich.console import Console
 
-from flows import failures, outcome, records, stages, view
+from flows import failures, outcome, records, run_locks, stages, view
 from flows.board import Board, Row, StageState
 from flows.supervise import Crew, child_environment
 from pipelines.core.environment import STATE
@@ -123,16 +120,18 @@ class Job:
 
 
 @flow(name="train", log_prints=False)
-def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False) -> None:
+def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False, only: bool = False) -> None:
     """Bring the wanted stages (all, if none is named) up to date. Run from anywhere; `root` is the repository.
+
+    With `only`, what they depend on is taken as it stands.
 
     Raises:
         UserError: the first failure in the graph's order, with the exit code that belongs to it.
     """
     place = Path(root).resolve()
-    with _alone(place):
+    with run_locks.alone(place):
         graph = stages.look(place)
-        needed, suspects = graph.needed(wanted or []), graph.suspects()
+        needed, suspects = graph.needed(wanted or [], only), graph.suspects()
         logs = place / STATE / "logs" / str(flow_run.name)
         board = Board(place, {name: Row(name, log=logs / f"{name}.log") for name in needed})
         board.title = f"{flow_run.name}   output: {logs.relative_to(place)}/"
@@ -154,7 +153,7 @@ def _submit(job: Job, needed: list[str], suspects: set[str]) -> list[PrefectFutu
     """One task a stage, parents first."""
     futures: dict[str, PrefectFuture[None]] = {}
     for name in needed:
-        parents = [futures[parent] for parent in job.graph.parents[name]]
+        parents = [futures[parent] for parent in job.graph.parents[name] if parent in futures]
         futures[name] = _task(job, name).submit(name, name in suspects, wait_for=parents, return_state=False)
     return list(futures.values())
 
@@ -200,25 +199,3 @@ def _conclude(job: Job, needed: list[str]) -> None:
     left = stages.look(job.root).reasons
     if stale := [f"{name} ({', '.join(left[name])})" for name in needed if name in left]:
         raise failures.StageFailed(f"changed while the flow ran, run it again: {'; '.join(stale)}")
-
-
-@contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """One flow at a time in a repository: two would report each other's stages as their own.
-
-    Raises:
-        LockTrouble: another flow is running here.
-    """
-    place = root / STATE / "flow.lock"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip()
-            raise failures.LockTrouble(f"another flow is running in {root} (process {holder})") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

@@ -17,10 +17,11 @@ import fake_repository as fake
 import psutil
 import pytest
 
-from flows import failures, outcome, records, stages
+from flows import failures, outcome, overrides, records, stages
 from flows.board import Board, Row
+from flows.run_locks import alone
 from flows.supervise import Crew
-from flows.train import Job, _alone
+from flows.train import Job
 from pipelines.core import promotion, registry
 from pipelines.core.errors import GateError, StoreUnavailable, UserError
 from pipelines.core.gates import Row as Rule
@@ -226,9 +227,9 @@ def test_what_passed_is_promoted_but_never_over_a_persons_rollback(
 
 
 def test_one_flow_at_a_time(root: Path) -> None:
-    with _alone(root), pytest.raises(failures.LockTrouble, match=f"process {os.getpid()}"), _alone(root):
+    with alone(root), pytest.raises(failures.LockTrouble, match=f"process {os.getpid()}"), alone(root):
         pass
-    with _alone(root):
+    with alone(root):
         pass
 
 
@@ -248,6 +249,18 @@ def test_a_run_from_nothing_and_then_nothing_to_do(root: Path) -> None:
     assert second.returncode == 0, second.stdout + second.stderr
     assert fake.ran(root) == []
     assert "nothing has changed, no stage runs" in second.stdout
+
+
+@pytest.mark.slow
+def test_only_takes_the_rest_as_it_stands(root: Path) -> None:
+    assert sluice(root, "run").returncode == 0
+    fake.ran(root)
+    (root / "stage.py").write_text((root / "stage.py").read_text() + "# newer\n")
+    overrides.apply(root, ["pretrain.tokens=4096"])
+    done = sluice(root, "run", "--only", "right")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert fake.ran(root) == ["right"]
+    assert set(stages.look(root).reasons) == {"data"}
 
 
 @pytest.mark.slow

@@ -1,0 +1,77 @@
+"""How a command talks to a person: every error meant for them is one message, never a traceback, with an exit code.
+
+The code tells what it was: 2 a mistake in params or data, 3 a gate, 75 a store that is away, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Terminated(BaseException):
+    """SIGTERM: ends the flow the way Ctrl-C does, so that it can stop its stages."""
+
+
+@contextlib.contextmanager
+def messages() -> Iterator[tuple[Path, Console]]:
+    """The repository's root and the console; errors become one message and their exit code."""
+    from rich.console import Console
+
+    from pipelines.core import environment
+    from pipelines.core.errors import UserError
+
+    console = Console()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        root = find_root(Path.cwd())
+        os.chdir(root)  # DVC names files as seen from the current directory
+        environment.prepare(root)
+        yield root, console
+    except UserError as error:
+        _end(f"error: {error}", error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        _end(f"error: {error.filename or 'disk'}: {error.strerror}. Type `sluice doctor`.", 1)
+    except KeyboardInterrupt:
+        _end("stopped by Ctrl-C; no stage is left running, `sluice run` goes on from the last checkpoint", 130)
+    except BaseException as error:
+        # Prefect, while a flow runs, turns SIGTERM into an exception of its own of this name.
+        if isinstance(error, Terminated) or type(error).__name__ == "TerminationSignal":
+            _end("stopped by SIGTERM; no stage is left running, `sluice run` goes on from the last checkpoint", 143)
+        raise
+
+
+def find_root(here: Path) -> Path:
+    """The repository's root: the nearest folder at or above `here` that holds `dvc.yaml` and `params.yaml`.
+
+    Raises:
+        UserError: there is none.
+    """
+    from pipelines.core.errors import UserError
+
+    for folder in (here, *here.parents):
+        if (folder / "dvc.yaml").exists() and (folder / "params.yaml").exists():
+            return folder
+    raise UserError(f"no dvc.yaml and params.yaml in {here} or above it: change into the repository")
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _end(message: str, code: int) -> NoReturn:
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(code)

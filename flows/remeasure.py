@@ -1,0 +1,147 @@
+"""Champions on today's data: `python -m flows.remeasure FILE`, in a worktree whose outputs stand.
+
+In: the store, and `artifacts/` of the directory it is called in. Every champion is measured on the held-out examples
+there, and its scores are compared with those it was accepted with; the data are compared with those that the newest
+champion was made from (`pipelines.core.drift`). Out: a JSON file with `rows`, a question each, and `notes`, what could
+not be asked and why.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.core import artifacts, drift, policy
+
+if TYPE_CHECKING:
+    from pipelines.core.verdicts import Measure
+
+REVISIONS = 10  # of dvc.lock that may be searched for the data of a champion
+DATA_HASH = "sluice.data_hash"
+
+
+@dataclass
+class Found:
+    """What was asked, and why something could not be."""
+
+    changes: list[drift.Change] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A table: one row a question, `drifted` among its columns."""
+        judged = drift.judge(self.changes)
+        return [{**one._asdict(), "drifted": yes} for one, yes in zip(self.changes, judged, strict=True)]
+
+
+def measure(root: Path) -> Found:
+    """Ask everything of the champions of the store and of the data in `root/artifacts`.
+
+    Raises:
+        StoreUnavailable: the store is away.
+    """
+    from pipelines.core import graph, references, runner, store, versions
+    from pipelines.core.release import entry_of
+
+    found, declared = Found(), policy.load(root)
+    client, _ = store.connect(root)
+    with store.answering(root):
+        champions = []
+        for name in references.names(client):
+            number, rules = versions.alias(client, name, policy.CHAMPION), entry_of(declared, name)
+            if number is not None and rules is not None:
+                champions.append((references.resolve(client, f"{name}/{number}"), rules))
+        for entry, rules in champions:
+            how = runner.measure_for(root, rules.stage)
+            if how is None:
+                found.notes.append(f"{references.shown(entry)}: stage {rules.stage} cannot measure a model again")
+            elif not any(rule.score for rule in rules.comparisons):
+                found.notes.append(f"{references.shown(entry)}: its gate compares no scores")
+            else:
+                found.changes += _scores(root, entry, rules, how)
+        sources = [root / spec.output for spec in graph.load(root).values() if not spec.parents]
+        newest = max((entry for entry, _ in champions), key=lambda one: int(one.creation_timestamp), default=None)
+        if newest is None:
+            found.notes.append("there is no champion yet: nothing to compare with")
+        else:
+            _data(root, newest, sources[0], found)
+    return found
+
+
+def _scores(root: Path, entry: Any, rules: policy.ModelPolicy, how: Measure) -> Iterator[drift.Change]:
+    """Every score that the gate of a version compares, as accepted and as of now."""
+    import pandas as pd
+
+    from pipelines.core import references, store, verdicts
+
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        kept = _download(entry, verdicts.EVALUATION, place, store.address(root))
+        how(_download(entry, Path(rules.model).name, place, store.address(root)), place / "now.parquet")
+        before, now = pd.read_parquet(kept), pd.read_parquet(place / "now.parquet")
+    asked: dict[tuple[str, str | None, bool], float] = {}
+    for rule in rules.comparisons:
+        key = (rule.score, rule.per, rule.lower_is_better)
+        asked[key] = max(asked.get(key, 0.0), rule.margin or 0.0 if rule.baseline == policy.CHAMPION else 0.0)
+    for (name, per, lower), margin in asked.items():
+        if per is None or (bool(before[per].any()) and bool(now[per].any())):
+            yield drift.score(f"{references.shown(entry)} {name}", before, now, name, per, lower, margin)
+
+
+def _download(entry: Any, part: str, place: Path, address: str) -> Path:
+    import mlflow
+
+    uri = f"models:/{entry.name}/{entry.version}/artifacts/{part}"
+    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(place), tracking_uri=address))
+
+
+def _data(root: Path, entry: Any, today: Path, found: Found) -> None:
+    """Every held-out table, against the data that a version was made from."""
+    wanted = entry.tags.get(DATA_HASH)
+    if wanted == artifacts.content_hash(today):
+        found.notes.append(f"the data are those that {entry.name} {entry.version} was made from")
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        before = _accepted(root, wanted, today.relative_to(root), Path(temporary))
+        if before is None:
+            found.notes.append(f"DVC's cache no longer has the data that {entry.name} {entry.version} was made from")
+            return
+        for name, old, new in drift.tables(before, today):
+            found.changes += [drift.lengths(f"{name} lengths", old, new), drift.texts(f"{name} texts", old, new)]
+
+
+def _accepted(root: Path, wanted: str | None, output: Path, place: Path) -> Path | None:
+    """The data directory of a content hash, brought back from the newest revision of `dvc.lock` that has it."""
+    from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException
+
+    from flows.workspace import git, locked
+
+    seen: set[str] = set()
+    for commit in git(root, "log", "--all", "--format=%H", "--", "dvc.lock").split():
+        outs = [out for stage in locked(root, commit).values() for out in stage.get("outs", [])]
+        known = next((str(out["md5"]) for out in outs if out["path"] == output.as_posix()), None)
+        if known is None or known in seen:
+            continue
+        seen.add(known)
+        if len(seen) > REVISIONS:
+            return None
+        target = place / commit
+        try:
+            DVCFileSystem(str(root), rev=commit).get(output.as_posix(), str(target), recursive=True)
+        except (DvcException, OSError):  # not in the cache any more
+            continue
+        if artifacts.content_hash(target) == wanted:
+            return target
+    return None
+
+
+if __name__ == "__main__":
+    from pipelines.core import environment
+
+    environment.prepare(Path.cwd())
+    result = measure(Path.cwd())
+    artifacts.write_json(Path(sys.argv[1]), {"rows": result.rows(), "notes": result.notes})

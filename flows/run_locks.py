@@ -1,0 +1,122 @@
+"""Which runs live: locks that end with the process that holds them, so that nothing a kill leaves behind can lie.
+
+`.sluice/flow.lock` belongs to the flow of a repository, be it the clone or a worktree. In the clone,
+`.sluice/worktrees/<name>.lock` belongs to one run, and `.sluice/worktrees/present` to every run together, or alone to
+what must not meet any (`sluice gc`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from flows.failures import LockTrouble
+from pipelines.core.environment import STATE
+from pipelines.core.errors import UserError
+
+PATIENCE_SECONDS = 1.0  # a look at a lock (`living`) holds it for microseconds
+
+
+def folder(root: Path) -> Path:
+    """Where worktrees and their locks are."""
+    return root.resolve() / STATE / "worktrees"
+
+
+def living(root: Path) -> list[str]:
+    """Names of the runs that are going on now."""
+    return [path.stem for path in sorted(folder(root).glob("*.lock")) if not _free(path)]
+
+
+def abandoned(root: Path) -> list[str]:
+    """Names of the worktrees that a killed run left behind."""
+    if not folder(root).exists():
+        return []
+    alive = living(root)
+    return sorted(path.name for path in folder(root).iterdir() if path.is_dir() and path.name not in alive)
+
+
+@contextlib.contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """One flow at a time in a repository: two would report each other's stages as their own.
+
+    Raises:
+        LockTrouble: another flow is running here.
+    """
+    with _file(root / STATE / "flow.lock") as file:
+        if not _taken(file):
+            holder = os.pread(file, 32, 0).decode()
+            raise LockTrouble(f"another flow is running in {root} (process {holder})")
+        os.truncate(file, 0)
+        os.pwrite(file, str(os.getpid()).encode(), 0)
+        yield
+
+
+@contextlib.contextmanager
+def owned(root: Path, name: str) -> Iterator[None]:
+    """Hold the lock of one run.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    place = folder(root) / f"{name}.lock"
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        with _file(place) as file:
+            if _taken(file):
+                # One that was removed between opening and locking guards nothing any more
+                if place.exists() and os.fstat(file).st_ino == place.stat().st_ino:
+                    yield
+                    place.unlink()
+                    return
+            elif time.monotonic() > deadline:
+                raise UserError(f"a run named {name} is going on")
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def present(root: Path) -> Iterator[None]:
+    """Count as a run that is going on; waits while somebody has asked for quiet."""
+    with _file(folder(root) / "present") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+@contextlib.contextmanager
+def quiet(root: Path) -> Iterator[None]:
+    """Keep every run from starting while the block runs.
+
+    Raises:
+        UserError: a run is going on.
+    """
+    with _file(folder(root) / "present") as file:
+        if not _taken(file):
+            raise UserError(f"runs are going on ({', '.join(living(root))}): wait for them, or stop them")
+        yield
+
+
+def _free(lock: Path) -> bool:
+    with _file(lock) as file:
+        return _taken(file)
+
+
+def _taken(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _file(place: Path) -> Iterator[int]:
+    """A descriptor that no child inherits: a lock must end with this very process."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

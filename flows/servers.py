@@ -1,0 +1,258 @@
+"""`sluice server`: the Prefect server, the MLflow server and a worker on this machine, with all data in `.sluice/`.
+
+One process in the background, the keeper, starts the three and starts again whichever ends. It holds a lock, so there
+is one; whoever kills it takes the three along (flows/supervise.py), and the next `sluice server start` finds every
+record where it was: the servers' databases are files that each answer has reached before it was given.
+
+A server that the environment names is used instead of one of our own: `PREFECT_API_URL`, `MLFLOW_TRACKING_URI`. Ours
+listen on the loopback address. To let others in, put a proxy with TLS and a log-in before them, or name servers that
+have one; `PREFECT_SERVER_API_AUTH_STRING` (and `PREFECT_API_AUTH_STRING` for whoever asks) guards Prefect's besides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from flows.automations import HEARTBEAT_SECONDS, POOL
+from flows.server import START_SECONDS, answers
+from flows.supervise import Crew, child_environment
+from pipelines.core import artifacts
+from pipelines.core.environment import STATE
+from pipelines.core.errors import StoreUnavailable, UserError
+
+HOST = "127.0.0.1"
+GRACE_SECONDS = 45.0  # runs write a checkpoint first; their own supervisors give them 30
+PAUSES = (1.0, 2.0, 5.0, 15.0, 30.0)  # before a server that ended is started again
+STEADY_SECONDS = 60.0  # after which an end is a new story
+PATIENCE_SECONDS = 3.0  # whoever asks whether there is a keeper holds its lock for a moment
+TICK = 0.5
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the three."""
+
+    name: str
+    command: list[str]
+    health: str | None  # address that answers once it is ready
+    port: int | None
+
+
+@dataclass
+class Running:
+    """A part's process, how often it ended early, and when it is to be started (again)."""
+
+    process: subprocess.Popen[bytes] | None = None
+    began: float = 0.0
+    failures: int = 0
+    due: float = 0.0
+
+
+def start(root: Path, prefect_port: int, mlflow_port: int) -> dict[str, Any]:
+    """Start what is not running and return when all of it answers. Returns `prefect` and `mlflow`: the addresses.
+
+    Raises:
+        UserError: a port is taken.
+        StoreUnavailable: one did not come up; the message says where its log is.
+    """
+    log, keeper = _logs(root) / "keeper.log", None
+    if not _kept(root):
+        for part in parts(root, prefect_port, mlflow_port):
+            _require_free(part)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "flows.servers", str(root), str(prefect_port), str(mlflow_port)]
+        with log.open("ab") as output:
+            keeper = subprocess.Popen(
+                command, cwd=root, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+    deadline = time.monotonic() + 2 * START_SECONDS
+    while (found := state(root)) is None:
+        if (keeper is not None and keeper.poll() is not None) or time.monotonic() > deadline:
+            stop(root)
+            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
+            raise StoreUnavailable(f"the servers did not start; see {_logs(root).relative_to(root)}/\n{tail}")
+        time.sleep(TICK)
+    return found
+
+
+def stop(root: Path) -> bool:
+    """Stop all of it; runs that are going on write a checkpoint first. False when nothing ran."""
+    if not _kept(root):
+        return False
+    while _kept(root):
+        holder = (_folder(root) / "lock").read_text(encoding="utf-8")
+        if holder:  # it writes its number just after it has the lock
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(holder), signal.SIGTERM)
+        time.sleep(TICK)
+    return True
+
+
+def state(root: Path) -> dict[str, Any] | None:
+    """Addresses of the servers that run for this clone and answer; None when they do not (yet)."""
+    place = _folder(root) / "state.json"
+    if not (place.exists() and _kept(root)):
+        return None
+    found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    return found
+
+
+def parts(root: Path, prefect_port: int, mlflow_port: int) -> list[Part]:
+    """What is to run here: no server that the environment names another one for, and always a worker."""
+    python, home = [sys.executable, "-m"], root.resolve() / STATE / "mlflow"
+    found = []
+    if not os.environ.get("PREFECT_API_URL"):
+        command = [*python, "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+        command += ["--host", HOST, "--port", str(prefect_port), "--log-level", "warning"]
+        found.append(Part("prefect", command, f"http://{HOST}:{prefect_port}/api/health", prefect_port))
+    if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+        command = [*python, "mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{home}/mlflow.db"]
+        command += ["--artifacts-destination", f"{home}/artifacts"]
+        found.append(Part("mlflow", command, f"http://{HOST}:{mlflow_port}/health", mlflow_port))
+    worker = [*python, "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "sluice"]
+    return [*found, Part("worker", worker, None, None)]
+
+
+def keep(root: Path, prefect_port: int, mlflow_port: int) -> None:
+    """Be the keeper, until SIGTERM: start the servers, tell Prefect what it has to know, then the worker.
+
+    Raises:
+        UserError: there is a keeper already.
+        StoreUnavailable: a server did not come up.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while (lock := _lock(root)) is None:
+        if time.monotonic() > deadline:
+            raise UserError(f"the servers of {root} run already")
+        time.sleep(0.05)
+    os.truncate(lock, 0)
+    os.write(lock, str(os.getpid()).encode())
+    crew, stopping = Crew(grace=GRACE_SECONDS), []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        stopping.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    place = _folder(root) / "state.json"
+    place.unlink(missing_ok=True)
+    wanted = parts(root, prefect_port, mlflow_port)
+    api = os.environ.get("PREFECT_API_URL") or f"http://{HOST}:{prefect_port}/api"
+    env = _environment(api)
+    running = {part.name: Running() for part in wanted}
+    try:
+        servers = [part for part in wanted if part.health]
+        _attend(crew, root, servers, running, env, lambda: bool(stopping) or all(map(_ready, servers)))
+        if not stopping:
+            log = _logs(root) / "set-up.log"
+            if crew.run([sys.executable, "-m", "flows.automations"], root, log, env):
+                raise StoreUnavailable(f"Prefect could not be told of pool and deployments; see {log}")
+            mlflow = os.environ.get("MLFLOW_TRACKING_URI", "")
+            mlflow = mlflow if mlflow.startswith("http") else f"http://{HOST}:{mlflow_port}"
+            artifacts.write_json(place, {"prefect": api, "mlflow": mlflow, "pid": os.getpid()})
+        _attend(crew, root, wanted, running, env, lambda: bool(stopping))
+    finally:
+        place.unlink(missing_ok=True)
+        crew.stop()
+
+
+def _attend(
+    crew: Crew,
+    root: Path,
+    wanted: list[Part],
+    running: dict[str, Running],
+    env: dict[str, str],
+    done: Callable[[], bool],
+) -> None:
+    """Start the parts, and start again whichever ends, until `done`."""
+    while not done():
+        for part in wanted:
+            one, now = running[part.name], time.monotonic()
+            if one.process is not None and one.process.poll() is not None:
+                steady = now - one.began > STEADY_SECONDS
+                one.failures = 1 if steady else one.failures + 1
+                one.process, one.due = None, now + PAUSES[min(one.failures, len(PAUSES)) - 1]
+                print(f"{part.name} ended; it is started again", flush=True)
+            if one.process is None and now >= one.due:
+                one.process = crew.start(part.command, root, _logs(root) / f"{part.name}.log", env)
+                one.began = now
+        time.sleep(TICK)
+
+
+def _environment(api: str) -> dict[str, str]:
+    """Of the three, and of every flow run that the worker starts."""
+    guard = os.environ.get("PREFECT_SERVER_API_AUTH_STRING")
+    return child_environment(
+        **({"PREFECT_API_AUTH_STRING": guard} if guard else {}),
+        PREFECT_API_URL=api,
+        PREFECT_SERVER_UI_API_URL=api,
+        PREFECT_CLIENT_MAX_RETRIES="10",  # a server that was killed is back within that time
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY=str(HEARTBEAT_SECONDS),
+        PREFECT_WORKER_QUERY_SECONDS="5",
+        PREFECT_LOGGING_LEVEL="INFO",
+    )
+
+
+def _ready(part: Part) -> bool:
+    return part.health is not None and answers(part.health)
+
+
+def _require_free(part: Part) -> None:
+    if part.port is None:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just ended does not count
+        try:
+            probe.bind((HOST, part.port))
+        except OSError:
+            raise UserError(
+                f"port {part.port} of {HOST} is taken, and the {part.name} server needs it: "
+                f"`--{part.name}-port N` (or `make server {part.name.upper()}_PORT=N`) takes another"
+            ) from None
+
+
+def _kept(root: Path) -> bool:
+    """Whether there is a keeper."""
+    lock = _lock(root)
+    if lock is not None:
+        os.close(lock)
+    return lock is None
+
+
+def _lock(root: Path) -> int | None:
+    """The keeper's lock as a descriptor; None while a keeper has it."""
+    place = _folder(root) / "lock"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _folder(root: Path) -> Path:
+    return root / STATE / "servers"
+
+
+def _logs(root: Path) -> Path:
+    return root / STATE / "logs" / "servers"
+
+
+if __name__ == "__main__":
+    keep(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

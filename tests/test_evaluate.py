@@ -1,0 +1,123 @@
+"""Drift: what has not changed raises no alarm, what has does, and what is sure but small concerns nobody."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from scipy import stats
+
+from pipelines.core import drift
+from pipelines.core.drift import Change
+
+
+def rows(count: int, bits: float, seed: int, prefix: str = "r", spread: float = 0.3) -> pd.DataFrame:
+    random_ = np.random.default_rng(seed)
+    size = random_.integers(50, 150, count).astype(float)
+    values = size * (bits + spread * random_.standard_normal(count))
+    return pd.DataFrame({"id": [f"{prefix}{n}" for n in range(count)], "bits": values, "bytes": size})
+
+
+def ask(before: pd.DataFrame, now: pd.DataFrame, lower: bool = True, margin: float = 0.01) -> Change:
+    return drift.score("m bits", before, now, "bits", "bytes", lower, margin)
+
+
+def test_a_score_that_got_worse_on_other_examples() -> None:
+    found = ask(rows(400, 2.0, 0), rows(400, 2.2, 1, "other"))
+    assert found.size == pytest.approx(0.1, abs=0.03) and found.p < 1e-6
+    assert drift.judge([found]) == [True]
+    better = ask(rows(400, 2.2, 0), rows(400, 2.0, 1, "other"))
+    assert better.size < 0 and better.p > 0.99 and drift.judge([better]) == [False]
+    assert ask(rows(400, 2.2, 0), rows(400, 2.0, 1, "other"), lower=False).p < 1e-6  # of a score, less is worse
+
+
+def test_the_probability_is_that_of_a_two_sample_test() -> None:
+    before, now = rows(500, 2.0, 2), rows(300, 2.02, 3, "other")
+    for table in (before, now):
+        table["bytes"] = 1.0
+        table["bits"] = np.random.default_rng(len(table)).normal(2.0 if len(table) == 500 else 2.05, 0.5, len(table))
+    reference = stats.ttest_ind(now["bits"], before["bits"], equal_var=False, alternative="greater").pvalue
+    assert ask(before, now).p == pytest.approx(float(reference), abs=0.01)
+
+
+def test_the_same_examples_are_paired() -> None:
+    before = rows(200, 2.0, 4, spread=1.0)
+    now = before.sample(frac=1.0, random_state=0)  # in another order
+    assert ask(before, now)[2:4] == (pytest.approx(ask(before, before).now), 0.0)
+    assert drift.judge([ask(before, now)]) == [False]
+    now = before.assign(bits=before["bits"] * 1.02)
+    assert ask(before, now).p < 1e-6  # which no test of two samples with this spread would see
+    assert drift.judge([ask(before, now, margin=0.01), ask(before, now, margin=0.05)]) == [True, False]
+
+
+def test_chance_alone_cries_wolf_in_one_evaluation_of_twenty_at_most() -> None:
+    alarms = 0
+    for seed in range(40):
+        pairs = [(rows(60, 2.0, 100 * seed + n), rows(60, 2.0, 100 * seed + 50 + n, "other")) for n in range(5)]
+        changes = [ask(before, now, margin=0.0) for before, now in pairs]
+        alarms += any(drift.judge(changes))
+    assert alarms <= 5  # 40 x 5 % is 2; more than 5 has a probability of 1.4 %
+
+
+def test_holm_goes_on_only_as_long_as_each_is_sure() -> None:
+    changes = [Change(str(n), None, None, 1.0, 0.0, p) for n, p in enumerate((0.04, 0.01, 0.02, 0.5))]
+    assert drift.judge(changes) == [False, True, False, False]  # bounds: 0.0125, 0.0167, ...
+    assert drift.judge(changes[:1]) == [True] and drift.judge([]) == []
+
+
+WORDS = {
+    "docs": ["function", "returns", "list", "argument", "raises", "object", "module", "string"],
+    "food": ["butter", "onion", "simmer", "garlic", "oven", "slice", "pepper", "sauce"],
+}
+
+
+def sentences(topic: str, count: int, seed: int, length: int = 12) -> list[str]:
+    random_ = random.Random(seed)
+    return [" ".join(random_.choices(WORDS[topic], k=length)) for _ in range(count)]
+
+
+def test_another_topic_is_seen_and_the_same_one_is_not() -> None:
+    old = sentences("docs", 300, 0)
+    same, mixed = drift.texts("t", old, sentences("docs", 300, 1)), drift.texts("t", old, sentences("food", 300, 1))
+    assert drift.judge([same]) == [False] and mixed.now > 0.95 and drift.judge([mixed]) == [True]
+    # Half of the rows, also where there are more of them than there were
+    partly = drift.texts("t", old, [*sentences("docs", 300, 2), *sentences("food", 300, 3)][::2])
+    assert drift.judge([partly]) == [True]
+    assert drift.texts("t", old, old).size <= 0.0  # a text on both sides is a coin's toss
+
+
+def test_longer_rows_are_seen() -> None:
+    old = sentences("docs", 300, 0)
+    assert drift.judge([drift.lengths("t", old, sentences("docs", 300, 1))]) == [False]
+    longer = drift.lengths("t", old, sentences("docs", 300, 1, length=16))
+    assert longer.now is not None and longer.before is not None and longer.now > longer.before
+    assert drift.judge([longer]) == [True]
+
+
+def test_held_out_tables_are_read_whole_and_small_ones_left_out(tmp_path: Path) -> None:
+    message = [{"role": "user", "content": "what is a list"}, {"role": "assistant", "content": "a sequence"}]
+    for side in ("before", "now"):
+        for name, count in (("demonstrations/test", 30), ("corpus/train", 30), ("tasks/a/test", 5)):
+            place = tmp_path / side / f"{name}.parquet"
+            place.parent.mkdir(parents=True)
+            table = {"id": [str(n) for n in range(count)], "source": ["s"] * count, "messages": [message] * count}
+            parquet.write_table(pa.table(table), place)
+    found = list(drift.tables(tmp_path / "before", tmp_path / "now"))
+    assert [name for name, _, _ in found] == ["demonstrations"]
+    assert found[0][1][0] == "user what is a list assistant a sequence"
+
+
+def test_a_page_says_first_what_has_drifted_and_an_alarm_names_the_numbers() -> None:
+    from flows import evaluate
+
+    changes = [Change("a bits", 2.0, 2.0, 0.0, 0.01, 0.6), Change("b bits", 2.0, 2.4, 0.2, 0.01, 1e-9)]
+    judged = [{**one._asdict(), "drifted": yes} for one, yes in zip(changes, drift.judge(changes), strict=True)]
+    page = evaluate.page(json.loads(json.dumps({"rows": judged, "notes": ["c cannot be measured"]})))
+    assert page.index("b bits") < page.index("a bits") and "* c cannot be measured" in page
+    assert evaluate.told(judged[1]) == "b bits drifted: 2 -> 2.4 (size 0.2, allowed 0.01, p 1e-09)"

@@ -1,0 +1,203 @@
+"""What `sluice gc` removes, and above all what it never does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import fake_repository as fake
+import pytest
+import station
+from rich.console import Console
+from stores import repository, run_stage
+
+from flows import gc, overrides, run_locks, workspace
+from pipelines.core import promotion, registry, store, versions
+from pipelines.core.errors import UserError
+
+__all__ = ["repository"]
+Version = namedtuple("Version", "version tags")
+
+
+def console() -> Console:
+    return Console(width=200, color_system=None)
+
+
+# Versions: a rule over tags and aliases
+
+
+def test_aliases_rollbacks_parents_and_the_newest_are_needed() -> None:
+    policies = [
+        Version("1", {}),
+        Version("2", {"promotion.from": "1", "sluice.parent.base": "2"}),
+        Version("3", {"sluice.parent.base": "3"}),  # failed
+        Version("4", {"promotion.from": "2", "sluice.parent.base": "4"}),
+        Version("5", {"promotion.from": "4"}),
+        Version(6, {}),  # the newest; a store may give a number
+    ]
+    bases = [Version(str(n), {"sluice.parent.base": "not registered"}) for n in range(1, 7)]
+    kept = gc.needed({"policy": policies, "base": bases}, {"policy": {"champion": 5, "previous": "4"}, "base": {}})
+    assert kept == {("policy", number) for number in "12456"} | {("base", number) for number in "246"}
+
+
+def test_versions_nobody_needs_go_with_their_files_and_the_champion_loads(repository) -> None:
+    root, model = Path(repository[0]), repository[1]
+    subprocess.run(["git", "init", "-q", "."], cwd=root, check=True)
+    for number, bits in enumerate((2.0, 1.9, 1.8, 1.7), start=1):
+        run_stage(root, model, bits)
+        registry.settle(root, "pretrain")
+        if number in (1, 3):
+            promotion.promote(root, "sluice-base", number, why="x", expected_champion=None if number == 1 else 1)
+    client, _ = store.connect(root)
+    found = list(gc._versions(root, client))
+    assert [(one.name, one.bytes > 10_000) for one in found] == [("sluice-base 2", True)]
+    place = gc._files(root, client, client.get_model_version("sluice-base", "2"))
+    found[0].remove()
+    assert place is not None and not place.exists()
+    assert sorted(int(one.version) for one in client.search_model_versions("name = 'sluice-base'")) == [1, 3, 4]
+    assert versions.alias(client, "sluice-base", "champion") == "3"
+    kept = gc._files(root, client, client.get_model_version("sluice-base", "3"))
+    assert kept is not None and list(kept.rglob("model.safetensors"))
+    assert list(gc._versions(root, client)) == []
+
+
+def test_a_version_that_became_champion_meanwhile_stays(repository) -> None:
+    root, model = Path(repository[0]), repository[1]
+    for bits in (2.0, 1.9, 1.8):
+        run_stage(root, model, bits)
+        registry.settle(root, "pretrain")
+    client, _ = store.connect(root)
+    first = list(gc._versions(root, client))[0]
+    promotion.promote(root, "sluice-base", 1, why="meanwhile", expected_champion=None)
+    first.remove()
+    assert versions.alias(client, "sluice-base", "champion") == "1"
+
+
+# DVC's cache, worktrees and checkpoints
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = station.make(tmp_path_factory.mktemp("gc") / "clone")
+    _repro(root)
+    station.commit(root, "first")
+    return root
+
+
+@pytest.fixture
+def clone(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "clone"
+    shutil.copytree(template, place, symlinks=True)
+    for key, value in fake.environment(place, place / ".sluice" / "prefect").items():
+        monkeypatch.setenv(key, value)
+    return place
+
+
+def _repro(root: Path) -> None:
+    env = fake.environment(root, root / ".sluice" / "prefect")
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], cwd=root, env=env, check=True)
+
+
+def _made(root: Path, word: str) -> None:
+    """Other outputs of every stage."""
+    place = root / "stage.py"
+    place.write_text(re.sub(r"\.write_text\(name.*\)", f".write_text(name + '{word}')", place.read_text()))
+    _repro(root)
+
+
+def _kept(root: Path) -> set[str]:
+    """Contents of the files in the cache."""
+    files = (root / ".dvc" / "cache" / "files" / "md5").rglob("*")
+    return {path.read_text() for path in files if path.is_file() and not path.name.endswith(".dir")}
+
+
+def test_only_what_no_branch_tag_or_working_copy_needs_goes(clone: Path) -> None:
+    _made(clone, "-tagged")
+    station.commit(clone, "tagged")
+    workspace.git(clone, "tag", "v1")
+    _made(clone, "-lost")
+    _made(clone, "-branch")
+    station.commit(clone, "on a branch of a run")
+    workspace.git(clone, "branch", "runs/nightly-1")
+    workspace.git(clone, "reset", "-q", "--hard", "HEAD~2")
+    _made(clone, "-now")  # and not committed
+    before = _kept(clone)
+    assert "data-lost" in before
+    found = gc.collect(clone, False, console())
+    assert [one.kind for one in found] == ["DVC's cache"] and found[0].bytes > 0
+    assert _kept(clone) == before  # shown, not done
+    gc.collect(clone, True, console())
+    after = _kept(clone)
+    assert before - after == {"data-lost", "left-lost", "right-lost"}
+    assert {"data", "data-tagged", "data-branch", "data-now"} <= after
+    assert gc.collect(clone, False, console()) == []
+
+
+def test_nothing_is_removed_while_a_run_goes_on_but_it_is_shown(clone: Path) -> None:
+    _made(clone, "-lost")
+    workspace.git(clone, "checkout", "-q", ".")
+    with workspace.opened(clone, "nightly") as run:
+        overrides.apply(run.place, ["pretrain.tokens=4096"])
+        _made(run.place, "-running")  # in the shared cache, in no commit yet
+        assert "data-running" in _kept(clone)
+        assert gc.collect(clone, False, console())
+        with pytest.raises(UserError, match=r"runs are going on \(nightly\)"):
+            gc.collect(clone, True, console())
+        kept = list(gc._cache(clone, None))
+        kept[0].remove()
+        assert {"data-running", "left-running", "right-running"} <= _kept(clone)
+        assert "data-lost" not in _kept(clone)
+    with run_locks.alone(clone), pytest.raises(UserError, match="another flow is running"):
+        gc.collect(clone, True, console())
+
+
+def test_a_dvc_command_at_work_is_waited_for(clone: Path) -> None:
+    from dvc.repo import Repo
+
+    with Repo(str(clone)) as repo:
+        place = Path(repo.tmp_dir) / "rwlock"
+    holder = {"pid": os.getpid(), "cmd": "dvc repro"}
+    place.write_text(json.dumps({"write": {"artifacts/data": holder}, "read": {}}))
+    with pytest.raises(UserError, match=f"dvc is at work here .process {os.getpid()}"):
+        gc.collect(clone, True, console())
+    place.write_text(json.dumps({"write": {}, "read": {"artifacts/data": [{**holder, "pid": 999_999_999}]}}))
+    gc.collect(clone, True, console())
+
+
+def test_what_a_killed_run_left_goes(clone: Path) -> None:
+    with workspace.opened(clone, "victim") as run:
+        shutil.copytree(run.place, run.place.with_name("dead"), symlinks=True)
+    checkpoint = clone / ".sluice" / "checkpoints" / "data" / "0123"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "step-1").write_text("x" * 100)
+    found = gc.collect(clone, True, console())
+    assert [(one.kind, one.name) for one in found[:2]] == [("worktree", "dead"), ("checkpoint", "data/0123")]
+    assert not checkpoint.exists() and run_locks.abandoned(clone) == []
+    assert (clone / ".sluice" / "mlflow").exists()  # what the worktree only linked to
+
+
+def test_the_commit_that_recorded_an_aliased_version_is_needed(clone: Path) -> None:
+    """Its outputs are in the `dvc.lock` of the commit after the one it was made at."""
+    made_at = workspace.resolve(clone, "HEAD")
+    _made(clone, "-champion")
+    recorded = station.commit(clone, "results")
+    (clone / "x").write_text("of another matter")
+    station.commit(clone, "later")
+
+    class Client:
+        def search_registered_models(self, max_results: int) -> list[object]:
+            return [type("Model", (), {"name": "m"})]
+
+        def get_registered_model(self, name: str) -> object:
+            return type("Model", (), {"aliases": {"champion": 2}})
+
+        def search_model_versions(self, query: str) -> list[Version]:
+            return [Version("1", {"git.commit": "0" * 40}), Version("2", {"git.commit": made_at})]
+
+    assert list(gc._revisions(clone, Client())) == [made_at, recorded]

@@ -1,0 +1,250 @@
+"""Servers that are started, killed and started again; runs that start by themselves, die and are approved.
+
+The fast tests ask what would be started; the slow ones start it, once, and go on with what the test before has left.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_repository as fake
+import psutil
+import pytest
+import station
+from station import Api, Receiver, until
+
+from flows import automations, servers
+from pipelines.core.errors import UserError
+
+MINUTES = 60.0
+
+
+def test_servers_listen_on_the_loopback_address_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///x.db")
+    found = servers.parts(tmp_path, 4200, 5000)
+    assert [part.name for part in found] == ["prefect", "mlflow", "worker"]
+    for part in found[:2]:
+        assert part.command[part.command.index("--host") + 1] == "127.0.0.1"
+    assert f"sqlite:///{tmp_path}/.sluice/mlflow/mlflow.db" in found[1].command
+
+
+def test_a_server_that_the_environment_names_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "https://prefect.example.org/api")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.org")
+    assert [part.name for part in servers.parts(tmp_path, 4200, 5000)] == ["worker"]
+
+
+def test_a_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"port {port} .*prefect server.*make server PREFECT_PORT=N"):
+            servers.start(tmp_path, port, 5000)
+    assert servers.state(tmp_path) is None
+    assert servers.stop(tmp_path) is False
+
+
+def test_silence_is_three_heartbeats_and_news_need_a_webhook() -> None:
+    zombies, *others = automations.automations(None)
+    assert others == []
+    assert zombies.trigger.within.total_seconds() >= 3 * automations.HEARTBEAT_SECONDS
+    assert zombies.trigger.expect == {"prefect.flow-run.*"}  # one that is suspended has said so, and is no zombie
+
+
+# With real servers
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Receiver:
+    return Receiver()
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iterator[Path]:
+    """A clone whose servers run until the last test."""
+    root = station.make(tmp_path_factory.mktemp("servers") / "clone")
+    before = dict(os.environ)
+    wanted = fake.environment(root, root / ".sluice" / "prefect")
+    wanted |= {
+        "SLUICE_NOTIFY_WEBHOOK": receiver.address,
+        "PREFECT_SERVER_API_AUTH_STRING": station.AUTH,
+        "PREFECT_API_AUTH_STRING": station.AUTH,
+    }
+    os.environ.clear()
+    os.environ.update(wanted)
+    try:
+        _start(root)
+        yield root
+    finally:
+        servers.stop(root)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture
+def api(clone: Path) -> Api:
+    found = servers.state(clone)
+    assert found is not None
+    return Api(found["prefect"])
+
+
+def _start(root: Path) -> dict[str, Any]:
+    return servers.start(root, _free_port(), _free_port())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", *words], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _flow_process(root: Path) -> psutil.Process | None:
+    """The engine that runs an isolated run: the process that holds a run's lock."""
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "prefect" in " ".join(line) and any(
+            f.path.startswith(f"{root}/.sluice/worktrees/") for f in _files(process)
+        ):
+            return process
+    return None
+
+
+def _files(process: psutil.Process) -> list[Any]:
+    try:
+        return process.open_files()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return []
+
+
+@pytest.mark.slow
+def test_a_cron_run_starts_by_itself_and_leaves_the_working_copy_alone(clone: Path, api: Api) -> None:
+    (clone / "stage.py").write_text((clone / "stage.py").read_text() + "# in the middle of something\n")
+    done = until(
+        lambda: [one for one in api.runs("train") if one["auto_scheduled"] and one["state"]["type"] == "COMPLETED"],
+        10 * MINUTES,
+        str([(one["state"]["name"], one["state"]["message"]) for one in api.runs("train")]),
+    )
+    assert done
+    branch = _git(clone, "branch", "--list", "--format=%(refname:short)", "runs/*").splitlines()[0]
+    changed = _git(clone, "diff", "--name-only", "HEAD", branch).splitlines()
+    assert {"dvc.lock", "metrics/data.json"} <= set(changed) and "stage.py" not in changed
+    assert _git(clone, "status", "--porcelain") == "M stage.py"
+    assert not (clone / "artifacts").exists()
+    _git(clone, "checkout", "-q", "stage.py")
+
+
+@pytest.mark.slow
+def test_without_the_password_nothing_is_told(clone: Path, api: Api) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        Api(api.address, None).runs("train")
+    assert caught.value.code == 401
+    assert all("planted" not in path.read_text(errors="replace") for path in (clone / ".sluice/logs").rglob("*.log"))
+
+
+@pytest.mark.slow
+def test_a_killed_engine_is_marked_crashed_somebody_hears_and_the_next_run_goes_ahead(
+    clone: Path, api: Api, receiver: Receiver
+) -> None:
+    until(lambda: not [one for one in api.runs("train") if one["state"]["type"] == "RUNNING"], 5 * MINUTES)
+    (clone / "behaviour" / "left").write_text("sleep 600")
+    bad = station.commit(clone, "a stage that takes long")
+    (clone / "behaviour" / "left").unlink()
+    (clone / "stage.py").write_text((clone / "stage.py").read_text() + "# another version\n")
+    station.commit(clone, "and one that does not")
+    run = api.run("isolated-run", "train", revision=bad)
+
+    def engine() -> psutil.Process | None:
+        return _flow_process(clone) if list((clone / ".sluice/worktrees").glob("*/left.pid")) else None
+
+    until(engine, 5 * MINUTES, "the stage never started").kill()
+    killed = time.time()
+    until(lambda: api.state(run)[0] == "CRASHED", 6 * MINUTES, str(api.state(run)))
+    assert receiver.heard("Crashed") or until(lambda: receiver.heard("Crashed"), MINUTES, str(receiver.got))
+    since = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(killed))
+
+    def later() -> list[Any]:
+        return [one for one in api.runs("train") if one["state"]["type"] == "COMPLETED" and one["start_time"] > since]
+
+    until(later, 10 * MINUTES, "no later run completed")
+    assert not [path for path in (clone / ".sluice/worktrees").iterdir() if path.is_dir()]
+
+
+@pytest.mark.slow
+def test_servers_that_are_killed_come_back_with_every_record(clone: Path, api: Api) -> None:
+    before = {one["id"] for one in api.runs("train")}
+    prefect = next(
+        process
+        for process in psutil.Process(servers.state(clone)["pid"]).children(recursive=True)  # type: ignore[index]
+        if "uvicorn" in process.cmdline() and "supervise" not in " ".join(process.cmdline())
+    )
+    prefect.kill()
+    assert before <= until(lambda: {one["id"] for one in api.runs("train")}, 5 * MINUTES)
+    keeper = psutil.Process(servers.state(clone)["pid"])  # type: ignore[index]
+    family = keeper.children(recursive=True)
+    os.kill(keeper.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(family, timeout=90)
+    assert [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
+    again = Api(_start(clone)["prefect"])
+    assert before <= {one["id"] for one in again.runs("train")}
+    assert len(again("/automations/filter")) == 3  # set up twice, there once
+    assert again("/work_pools/sluice", method="GET")["concurrency_limit"] == automations.RUNS_AT_ONCE
+
+
+@pytest.mark.slow
+def test_only_an_approval_moves_the_champion(clone: Path, api: Api, receiver: Receiver) -> None:
+    def suspended() -> str:
+        run = api.run("promote", "promote", approval_hours=0.5)
+        until(lambda: api.state(run)[1] == "Suspended", 6 * MINUTES, str(api.state(run)))
+        return run
+
+    def resume(run: str, **answer: Any) -> str:
+        return str(api(f"/flow_runs/{run}/resume", {"run_input": answer} if answer else {})["status"])
+
+    for name in ("moved.txt", "offered.txt"):
+        (clone / name).unlink(missing_ok=True)
+    run = suspended()
+    until(lambda: receiver.heard("sluice-base 2 waits for approval"), MINUTES, str(receiver.got))
+    assert resume(run) == "REJECT"  # a bare resume
+    assert resume(run, approve=True, approver=" ", reason="good") == "REJECT"
+    assert resume(run, approve=True, approver="Ada") == "REJECT"
+    assert api.state(run)[1] == "Suspended"
+    assert resume(run, approve=False, approver="Ada", reason="not yet") == "ACCEPT"
+    until(lambda: api.state(run)[1] == "Refused", 6 * MINUTES)
+    assert "refused by Ada: not yet" in api.state(run)[2]
+    assert not (clone / "moved.txt").exists()
+    assert (clone / "offered.txt").read_text() == "once\n"  # what was shown is what is decided
+
+    late = api.run("promote", "promote", approval_hours=0.001)
+    until(lambda: api.state(late)[1] in ("Suspended", "Failed"), 6 * MINUTES)
+    time.sleep(5)
+    assert resume(late, approve=True, approver="Ada", reason="good") != "ACCEPT"
+    until(lambda: api.state(late)[0] == "FAILED", MINUTES)
+    assert not (clone / "moved.txt").exists()
+
+    run = suspended()
+    assert resume(run, approve=True, approver="Ada", reason="better") == "ACCEPT"
+    until(lambda: api.state(run)[1] == "Promoted", 6 * MINUTES)
+    assert (clone / "moved.txt").read_text() == "sluice-base 2 1 Ada"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_leftovers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    yield
+    for place in tmp_path_factory.getbasetemp().glob("servers*/clone/.sluice/worktrees"):
+        shutil.rmtree(place, ignore_errors=True)

@@ -1,0 +1,248 @@
+"""Worktrees of runs: what they share, what they keep to themselves, and what is left when they end or are killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fake_repository as fake
+import pytest
+import station
+
+from flows import backfill, isolated, overrides, run_locks, stages, workspace
+from flows.isolated import run_name
+from pipelines.core import store
+from pipelines.core.errors import ArtifactError, ParamsError, UserError
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone in which everything has run and is committed."""
+    root = station.make(tmp_path_factory.mktemp("workspace") / "clone")
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], cwd=root, env=_environment(root), check=True)
+    station.commit(root, "everything has run")
+    return root
+
+
+def _environment(root: Path) -> dict[str, str]:
+    return fake.environment(root, root / ".sluice" / "prefect")
+
+
+@pytest.fixture
+def root(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "clone"
+    shutil.copytree(template, place, symlinks=True)
+    for key, value in _environment(place).items():
+        monkeypatch.setenv(key, value)
+    fake.ran(place)
+    return place
+
+
+def change_params(place: Path) -> None:
+    """Of stage `pretrain`, which `right` depends on."""
+    overrides.apply(place, ["pretrain.tokens=4096"])
+
+
+def dvc(place: Path, *words: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", *words], cwd=place, env=workspace.environment(), check=True)
+
+
+def test_a_run_has_the_commits_files_and_outputs_and_the_working_copy_stays_as_it_is(root: Path) -> None:
+    (root / "stage.py").write_text("in the middle of something")
+    (root / "data").mkdir()
+    (root / "data" / "mine.jsonl").write_text("{}")
+    before = workspace.git(root, "status", "--porcelain")
+    with workspace.opened(root, "nightly-1") as run:
+        assert "in the middle" not in (run.place / "stage.py").read_text()
+        assert (run.place / "artifacts" / "left" / "made.txt").read_text() == "left"  # from the clone's cache
+        assert (run.place / "data" / "mine.jsonl").read_text() == "{}"
+        assert store.address(run.place) == store.address(root)  # one store, one journal
+        change_params(run.place)
+        dvc(run.place, "repro", "-q")
+        assert fake.ran(run.place) == ["report", "right"]
+        assert run.commit("what it made") is not None
+        assert run.commit("nothing more") is None
+    assert workspace.git(root, "status", "--porcelain") == before
+    assert not run.place.exists() and run_locks.living(root) == []
+    changed = workspace.git(root, "diff", "--name-only", "HEAD", "runs/nightly-1").split()
+    assert set(changed) <= {"dvc.lock", "params.yaml"} and "dvc.lock" in changed
+
+
+def test_a_run_that_changes_nothing_leaves_no_branch(root: Path) -> None:
+    with workspace.opened(root, "idle"):
+        assert workspace.git(root, "branch", "--list", "runs/*")
+    assert workspace.git(root, "branch", "--list", "runs/*") == ""
+    assert workspace.git(root, "worktree", "list").count("\n") == 0
+
+
+def test_two_at_once_do_not_meet(root: Path) -> None:
+    with workspace.opened(root, "one") as one, workspace.opened(root, "two") as two:
+        assert run_locks.living(root) == ["one", "two"]
+        (one.place / "stage.py").write_text((one.place / "stage.py").read_text() + "# one\n")
+        dvc(one.place, "repro", "-q")
+        assert (fake.ran(one.place), fake.ran(two.place)) == (
+            ["data", "report"],
+            [],
+        )  # the same bytes: left, right stay
+        with pytest.raises(UserError, match="a run named one is going on"), workspace.opened(root, "one"):
+            pass
+        one.commit("one")
+        assert two.commit("two") is None
+    assert workspace.git(root, "branch", "--list", "--format=%(refname:short)", "runs/*") == "runs/one"
+
+
+def _hold(root: str, ready: str) -> None:
+    """A run that is killed: it has a checkpoint, and never ends."""
+    with workspace.opened(Path(root), "victim") as run:
+        checkpoint = run.place / ".work" / "data" / "0123456789abcdef"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "step-7").write_text("seven")
+        Path(ready).write_text("ready")
+        time.sleep(600)
+
+
+def test_a_killed_run_is_no_obstacle_and_its_checkpoints_go_on(root: Path, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    process = multiprocessing.get_context("spawn").Process(target=_hold, args=(str(root), str(ready)))
+    process.start()
+    while not ready.exists():
+        assert process.is_alive()
+        time.sleep(0.1)
+    assert run_locks.living(root) == ["victim"] and run_locks.abandoned(root) == []
+    os.kill(int(process.pid or 0), signal.SIGKILL)
+    process.join()
+    assert run_locks.living(root) == [] and run_locks.abandoned(root) == ["victim"]
+    for name in ("next", "the-one-after"):  # a run that does not use them hands them on
+        with workspace.opened(root, name) as run:
+            assert (run.place / ".work" / "data" / "0123456789abcdef" / "step-7").read_text() == "seven"
+            assert run_locks.abandoned(root) == []
+    assert workspace.git(root, "branch", "--list", "runs/*") == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "said"),
+    [("../up", "HEAD", "is no name of a run"), ("a", "no-such-branch", "'no-such-branch' names no commit")],
+)
+def test_a_name_or_revision_that_is_none_is_refused(root: Path, name: str, revision: str, said: str) -> None:
+    with pytest.raises(UserError, match=said), workspace.opened(root, name, revision):
+        pass
+    assert run_locks.living(root) == []
+
+
+def test_outputs_go_to_the_remote_and_come_back_where_the_cache_has_lost_them(root: Path, tmp_path: Path) -> None:
+    dvc(root, "remote", "add", "-q", "-d", "team", str(tmp_path / "remote"))
+    station.commit(root, "a remote")
+    with workspace.opened(root, "pushes") as run:
+        assert run.remote == "team"
+        run.push()
+    shutil.rmtree(root / ".dvc" / "cache")
+    with workspace.opened(root, "pulls") as run:
+        assert (run.place / "artifacts" / "data" / "made.txt").read_text() == "data"
+
+
+# What a deployment is given
+
+
+def test_a_runs_name_is_fit_for_a_branch() -> None:
+    assert run_name("Bold Otter_7", "0123456789ab-cdef") == "bold-otter-7-01234567"
+
+
+def test_from_and_until_leave_out_what_is_not_between() -> None:
+    parents = {"data": (), "left": ("data",), "right": ("data",), "report": ("left", "right")}
+    state = stages.State(parents, {}, {})
+    assert state.between(None, None) == list(parents)
+    assert state.between("left", None) == ["left", "report"]
+    assert state.between(None, "right") == ["data", "right"]
+    assert state.between("data", "left") == ["data", "left"]
+    assert state.needed(["report"], only=True) == ["report"]
+    with pytest.raises(UserError, match="stage right does not depend on left"):
+        state.between("left", "right")
+    with pytest.raises(UserError, match="no stage 'lift' in dvc.yaml"):
+        state.between("lift", None)
+
+
+def test_overrides_are_written_as_the_values_they_are(root: Path) -> None:
+    overrides.apply(root, ["sft.lr=0.0005", "ppo.iterations=12"])
+    said = overrides.apply(root, ["sft.lr=1e-4", "ppo.iterations=3"])
+    assert said == ["sft.lr: 0.0005 -> 0.0001", "ppo.iterations: 12 -> 3"]
+    text = (root / "params.yaml").read_text()
+    assert "lr: 0.0001" in text and "# generate, score, update" in text
+    assert overrides.apply(root, ["sft.lr=1e-4"]) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("sft.lrr=1", r"no key 'sft\.lrr'; sft has: .*lr"),
+        ("soft.lr=1", r"no key 'soft\.lr'; it has: .*sft"),
+        ("sft.lr", "expected KEY=VALUE"),
+        ("sft.lr=-1", r"sft\.lr: Input should be greater than 0"),
+    ],
+)
+def test_an_override_that_is_none_leaves_the_params_alone(root: Path, given: str, said: str) -> None:
+    before = (root / "params.yaml").read_text()
+    with pytest.raises(ParamsError, match=said):
+        overrides.apply(root, ["ppo.iterations=3", given])
+    assert (root / "params.yaml").read_text() == before
+
+
+@pytest.fixture
+def versions(root: Path) -> tuple[str, str, str]:
+    """Three commits: other data at the second one, other code at the third."""
+    first = workspace.resolve(root, "HEAD")
+    stage = (root / "stage.py").read_text()
+    (root / "stage.py").write_text(stage.replace(".write_text(name)", '.write_text(name + "2")'))
+    dvc(root, "repro", "-q")
+    second = station.commit(root, "other data")
+    change_params(root)
+    dvc(root, "repro", "-q")
+    return first, second, station.commit(root, "other params")
+
+
+def test_commits_with_the_same_data_are_one_version(root: Path, versions: tuple[str, str, str]) -> None:
+    first, second, third = versions
+    assert backfill.versions(root, [f"{first}~1..{third}"]) == [first, second]
+    assert backfill.versions(root, ["HEAD", first]) == [first, third]
+    with pytest.raises(UserError, match="name the versions"):
+        backfill.versions(root, [])
+    with pytest.raises(UserError, match="no commit in HEAD..HEAD changes dvc.lock"):
+        backfill.versions(root, ["HEAD..HEAD"])
+
+
+def test_a_run_over_the_data_of_another_commit(root: Path, versions: tuple[str, str, str]) -> None:
+    with workspace.opened(root, "old-data") as run:
+        assert isolated.take_data(run, versions[0]) == [f"data of {versions[0][:12]}"]
+        assert (run.place / "artifacts" / "data" / "made.txt").read_text() == "data"
+        dvc(run.place, "repro", "-q")
+        assert "data" not in fake.ran(run.place)
+        assert (run.place / "artifacts" / "left" / "made.txt").read_text() == "left"  # as these data have made before
+        told = isolated.told(run, run.commit("made"), ["data of x"])
+        assert "* data of x" in told
+    shutil.rmtree(root / ".dvc" / "cache")
+    with workspace.opened(root, "lost") as run, pytest.raises(ArtifactError, match="neither in DVC's cache"):
+        isolated.take_data(run, versions[0])
+
+
+def test_metrics_that_moved_are_told(root: Path) -> None:
+    with workspace.opened(root, "moves") as run:
+        (run.place / "metrics" / "data.json").write_text('{"score": 0.5, "other": 3, "new": 1}')
+        told = isolated.told(run, None, [])
+    assert "| data | score | 0.25 | 0.5 |" in told and "| data | new |  | 1 |" in told and "other" not in told
+
+
+def test_a_child_that_fails_is_the_error_its_exit_code_says(root: Path) -> None:
+    with workspace.opened(root, "fails") as run:
+        code = "import sys; print('error: a bad row', file=sys.stderr); sys.exit(2)"
+        with pytest.raises(UserError, match="error: a bad row"):
+            isolated.work(run, [sys.executable, "-c", code], hours=1)
+        began = time.monotonic()
+        with pytest.raises(UserError, match="took longer than 0.0001 hours"):
+            isolated.work(run, [sys.executable, "-c", "import time; time.sleep(60)"], hours=0.0001)
+        assert time.monotonic() - began < 30
+    assert "a bad row" in (root / ".sluice" / "logs" / "runs" / "fails.log").read_text()
