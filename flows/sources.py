@@ -20,6 +20,7 @@ MARKERS = {
     "ppo": "# files named in params.yaml ppo.rewards, kept by sluice run",
     "distill": "# directories named in params.yaml distill.teacher and distill.student, kept by sluice run",
     "quantize": "# directory named in params.yaml quantize.model, kept by sluice run",
+    "rag": "# directories named in params.yaml rag.embedder and rag.reranker, kept by sluice run",
 }
 _PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./+@-]*")
 

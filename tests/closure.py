@@ -1,4 +1,8 @@
-"""Which of our files a stage's code imports, at module level or inside functions; type-only imports aside."""
+"""Which of our files a stage's code imports, at module level or inside functions; type-only imports aside.
+
+A file that a registered model carries along imports its neighbours by name: `import_module(f"{__package__}.int8" ...)`,
+or `_ours("fusion")`, which does that.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,10 @@ def _imports(root: Path, path: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "_ours":
+            names |= {f"pipelines.core.{one.value}" for one in node.args if isinstance(one, ast.Constant)}
+        elif isinstance(node, ast.JoinedStr) and ast.unparse(node).startswith("f'{__package__}."):
+            names |= {f"pipelines.core{one.value}" for one in node.values if isinstance(one, ast.Constant)}
     return {file for name in names if (file := _file(root, name)) is not None}
 
 

@@ -31,7 +31,7 @@ def changed(tmp_path: Path, key: str, value: Any) -> Path:
     [
         ("pretrain.lr", -1, "pretrain.lr: Input should be greater than 0 (found -1)"),
         ("pretrain.dept", 4, "pretrain.dept: no such key; accepted here: architecture, base"),
-        ("tokeniser", {}, "tokeniser: no such key; accepted here: compute, data, "),
+        ("tokeniser", {}, "tokeniser: no such key; accepted here: answers, compute, "),
         ("data.seed", "x", "data.seed: Input should be a valid integer"),
         ("data.sources", [], "data.sources:"),
         ("data.sources", [{"tabel": "corpus"}], "a source needs one of the keys builder: pydocs, path: FILE or hub"),

@@ -115,6 +115,7 @@ class ModelPolicy(Section, strict=True):
     model: str = Field(min_length=1, description="directory inside the stage's output")
     gate: list[Rule] = Field(min_length=1)
     promote: Literal["auto", "manual"]
+    where_made: bool = Field(False, description="true: data that give the stage nothing to make it of make none")
     best: Best | None = None
 
     @property
@@ -156,13 +157,17 @@ class Policy(Section, strict=True):
         return self
 
     def of_stage(self, stage: str, output: Path) -> list[tuple[str, ModelPolicy]]:
-        """Names and policies of the models that a stage makes; those that `output` holds, of an entry with `*`."""
+        """Names and policies of the models that a stage makes.
+
+        Of an entry with `*`, and of one with `where_made`, those that `output` holds.
+        """
         found: list[tuple[str, ModelPolicy]] = []
         for name, model in self.models.items():
             if model.stage != stage:
                 continue
             if ANY not in name:
-                return [(name, model)]
+                absent = model.where_made and output.exists() and not (output / model.model).exists()
+                return [] if absent else [(name, model)]
             shape = re.compile(re.escape(model.model).replace(re.escape(ANY), "([A-Za-z0-9_.-]+)"))
             for place in sorted(output.glob(model.model)):
                 if (matched := shape.fullmatch(place.relative_to(output).as_posix())) is not None:

@@ -13,7 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import artifacts, courier, gates, graph, lineage, policy, store, tracking, verdicts, versions
+from pipelines.core import (
+    artifacts,
+    courier,
+    gates,
+    graph,
+    lineage,
+    policy,
+    prompt_registry,
+    serving,
+    store,
+    tracking,
+    verdicts,
+    versions,
+)
 from pipelines.core.environment import STATE
 from pipelines.core.errors import ArtifactError
 from pipelines.core.gates import Verdict
@@ -55,10 +68,10 @@ def settle(root: Path, stage: str, measure: Measure | None = None) -> list[Regis
     """
     found = verdicts.candidates(root, stage)
     for candidate in found:
-        if not (candidate.output / candidate.policy.model / "config.json").exists():
+        if not serving.known(candidate.output / candidate.policy.model):
             raise ArtifactError(
-                f"{candidate.spec.output}/{candidate.policy.model} is no Hugging Face model (no config.json); "
-                f"{policy.FILE} expects one"
+                f"{candidate.spec.output}/{candidate.policy.model} is nothing that can be served (it has none of "
+                f"{', '.join(serving.SERVED)}); {policy.FILE} expects a model there"
             )
     if not found:
         return []
@@ -77,6 +90,8 @@ def settle(root: Path, stage: str, measure: Measure | None = None) -> list[Regis
                 registered.append(Registered(candidate.name, str(entry.version), entry.run_id, verdict))
     for candidate in found:
         artifacts.write_json(_settled_file(root, candidate.name), _settled(candidate))
+    if stage == prompt_registry.STAGE:
+        prompt_registry.sync(root)
     return registered
 
 
@@ -98,6 +113,7 @@ def reconcile(root: Path, measures: Callable[[str], Measure | None] | None = Non
         if all(map(_is_settled, verdicts.candidates(root, stage))):
             continue
         done += settle(root, stage, measures(stage) if measures else None)
+    prompt_registry.sync(root)  # files that were edited since
     return done
 
 

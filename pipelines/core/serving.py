@@ -8,6 +8,12 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 SPEAKING = [str(HERE / f"{name}.py") for name in ("decoding", "generate")]  # what makes a text
+SERVED = "config.json", "assistant.json", "manifest.json", "prompt.yaml"  # which of them says what a directory is
+_, ASSISTANT, INDEX, PROMPT = SERVED
+RETRIEVING = [  # what opens an index
+    str(HERE / f"{name}.py") for name in ("embedding", "fusion", "lexical", "nearest", "reranking", "retrieval")
+]
+SEARCH = ("faiss-cpu", "pyarrow")  # packages that it needs
 
 
 class Served(NamedTuple):
@@ -16,10 +22,26 @@ class Served(NamedTuple):
     code: str  # the file with the model's class
     beside: list[str] | None  # files that it imports
     signature: Any  # mlflow.models.ModelSignature
+    needs: tuple[str, ...] = ()  # packages, beyond those that every model needs
+
+
+def known(folder: Path) -> bool:
+    """Whether a directory is something that `of` can serve."""
+    return any((folder / name).is_file() for name in SERVED)
 
 
 def of(folder: Path) -> Served:
-    """A task model (`task.json`) takes its task's columns, a reward model prompts and responses, others prompts."""
+    """A task model (`task.json`) takes its task's columns, a reward model prompts and responses, others prompts.
+
+    An assistant (`assistant.json`) takes questions, an index (`manifest.json`) queries, a prompt (`prompt.yaml`) its
+    task's columns, and gives messages.
+    """
+    if (folder / PROMPT).is_file():
+        return _prompt(folder)
+    if (folder / ASSISTANT).is_file():
+        return _assistant(folder)
+    if (folder / INDEX).is_file():
+        return _index()
     from mlflow.models import ModelSignature
     from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
@@ -57,6 +79,20 @@ def of(folder: Path) -> Served:
     return Served(str(HERE / "serving_task.py"), beside, ModelSignature(Schema(columns), Schema(answers)))
 
 
+def _prompt(folder: Path) -> Served:
+    """A prompt that was chosen: a task's columns in, the rendered messages out."""
+    import yaml
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import Array, ColSpec, DataType, Object, Property, Schema
+
+    columns = yaml.safe_load((folder / PROMPT).read_text(encoding="utf-8"))["columns"]
+    lists = ("choices", "passages")
+    asked = Schema([ColSpec(Array(DataType.string) if name in lists else DataType.string, name) for name in columns])
+    message = Object([Property(name, DataType.string) for name in ("role", "content")])
+    made = Schema([ColSpec(Array(message), "messages")])
+    return Served(str(HERE / "serving_prompt.py"), [str(HERE / "prompt_rendering.py")], ModelSignature(asked, made))
+
+
 def _packed(folder: Path) -> list[str] | None:
     """The files that a directory with packed layers of ours needs, to be loaded and to answer quickly."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -65,3 +101,35 @@ def _packed(folder: Path) -> list[str] | None:
         return None
     kinds = {method.removeprefix("sluice-"), "int8"}  # int4 keeps embedding and head in int8
     return [str(HERE / f"{name}.py") for name in (*sorted(kinds), "decoding")]
+
+
+def _assistant(folder: Path) -> Served:
+    """Questions in; answers, sources and refusals out."""
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    length = json.loads((folder / ASSISTANT).read_text(encoding="utf-8"))["max_new_tokens"]
+    params = ParamSchema(
+        [
+            ParamSpec("max_new_tokens", DataType.long, length),
+            ParamSpec("temperature", DataType.double, 0.0),
+            ParamSpec("seed", DataType.long, 0),
+        ]
+    )
+    columns = [ColSpec(DataType.string, "answer"), ColSpec(DataType.string, "sources")]
+    answers = Schema([*columns, ColSpec(DataType.boolean, "refused")])
+    own = [str(HERE / f"{name}.py") for name in ("assistant", "citing", "grounding")]
+    beside = [*own, *RETRIEVING, *SPEAKING, *(name for name in _packed(folder / "model") or () if name not in SPEAKING)]
+    signature = ModelSignature(Schema([ColSpec(DataType.string, "question")]), answers, params)
+    return Served(str(HERE / "serving_rag.py"), beside, signature, SEARCH)
+
+
+def _index() -> Served:
+    """Queries in, passages out."""
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    params = ParamSchema([ParamSpec("count", DataType.long, 10), ParamSpec("method", DataType.string, "hybrid")])
+    queries, passages = (Schema([ColSpec(DataType.string, name)]) for name in ("query", "passages"))
+    signature = ModelSignature(queries, passages, params)
+    return Served(str(HERE / "serving_retriever.py"), RETRIEVING, signature, SEARCH)

@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from pipelines.core.errors import ParamsError
+from pipelines.core.params.answers import AnswersParams
 from pipelines.core.params.compute import ComputeParams
 from pipelines.core.params.data import DataParams, FileSource, HubSource, PydocsSource
 from pipelines.core.params.distill import DistillParams
@@ -22,7 +23,9 @@ from pipelines.core.params.feedback import FeedbackParams
 from pipelines.core.params.flow import FlowParams
 from pipelines.core.params.ppo import PpoParams
 from pipelines.core.params.pretrain import PretrainParams
+from pipelines.core.params.prompts import PromptsParams
 from pipelines.core.params.quantize import QuantizeParams
+from pipelines.core.params.rag import EMBEDDERS, RagParams
 from pipelines.core.params.report import ReportParams
 from pipelines.core.params.reward import RewardParams
 from pipelines.core.params.section import Location, Section, explain
@@ -47,6 +50,9 @@ class Params(Section):
     distill: DistillParams
     quantize: QuantizeParams
     transfer: TransferParams
+    rag: RagParams
+    answers: AnswersParams
+    prompts: PromptsParams
     report: ReportParams
 
     @model_validator(mode="after")
@@ -82,13 +88,16 @@ def load(path: Path) -> Params:
         raise ParamsError(explain(path.name, error, _SOURCES, _known_keys)) from None
 
 
-NAME_MODELS = ("distill", "quantize")  # stages with dials that name models, beside `pretrain.base`
+NAME_MODELS = ("distill", "quantize", "rag")  # stages with dials that name models, beside `pretrain.base`
 
 
 def models(params: Params, stage: str) -> dict[str, str | None]:
     """Models that a stage's dials name, by dial."""
     if stage == "quantize":
         return {"quantize.model": params.quantize.model}
+    if stage == "rag":
+        own = None if params.rag.embedder in EMBEDDERS else params.rag.embedder
+        return {"rag.embedder": own, "rag.reranker": params.rag.reranker}
     student = params.distill.student
     own = None if student in ("layers", "random") else student
     return {"distill.teacher": params.distill.teacher, "distill.student": own}
