@@ -45,15 +45,18 @@ def theirs(lm: Any, seed: int, **options: Any) -> list[int]:
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "greedy")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_tokens_are_those_of_transformers(kind: str, options: dict[str, Any]) -> None:
-    lm = tiny(kind)
-    for part in lm.parameters():
-        part.data *= 8  # logits far apart: that a token is left out, or favoured, shows
+    lm = tiny(kind, tied=False)
+    lm.get_output_embeddings().weight.data *= 10  # logits so far apart that options matter, not so far that one wins
     decoder = generate.decoder(lm)
     assert isinstance(decoder, decoding.Decoder if kind == "llama" else generate.Forward)
+    wanted = [theirs(lm, seed, **options) for seed in range(3)]
     for seed in range(3):
-        wanted = theirs(lm, seed, **options)
-        assert list(generate.tokens(decoder, PROMPT, Sampling(20, seed=seed, **options))) == wanted
-    assert list(generate.tokens(lm, PROMPT, Sampling(20, seed=2, **options))) == wanted  # asked without a decoder
+        assert list(generate.tokens(decoder, PROMPT, Sampling(20, seed=seed, **options))) == wanted[seed]
+    assert list(generate.tokens(lm, PROMPT, Sampling(20, seed=2, **options))) == wanted[2]  # asked without a decoder
+    for name in options:  # each of them matters
+        less = {one: value for one, value in options.items() if one != name}
+        if "temperature" in less or not less:
+            assert [theirs(lm, seed, **less) for seed in range(3)] != wanted, name
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from stores import python, repository
 
-from pipelines.core import promotion, store, versions
+from pipelines.core import ledger, promotion, store, versions
 from pipelines.core.errors import GateError
+from pipelines.core.ledger import FileLedger, LedgerHeld, Move, Promotion
 
 __all__ = ["repository"]
 NAME = "sluice-base"
@@ -32,7 +38,7 @@ def aliases(root: Path) -> tuple[str | None, str | None]:
 
 
 def states(root: Path) -> list[str]:
-    return [line["state"] for line in promotion.history(root)]
+    return [state for state, _ in promotion.history(root)]
 
 
 def test_champion_previous_and_the_record_of_it(models):
@@ -44,8 +50,8 @@ def test_champion_previous_and_the_record_of_it(models):
     tags = client.get_model_version(NAME, "2").tags
     assert tags["promotion.who"] == "ada" and tags["promotion.why"] == "better"
     assert tags["promotion.from"] == "1" and tags["promotion.when"].endswith("+00:00")
-    last = promotion.history(models)[-1]
-    assert (last["state"], last["source"], last["target"]) == ("done", "1", "2")
+    state, last = promotion.history(models)[-1]
+    assert (state, last.moves) == ("done", (Move(NAME, "1", "2", previous="1"),))
 
 
 @pytest.mark.parametrize(
@@ -105,13 +111,13 @@ def test_racers_leave_one_champion_and_clear_refusals(models):
     ("moment", "champion", "end"),
     [
         ("MlflowClient.set_registered_model_alias = die", "1", "aborted"),
-        ("promotion._finish = die", "2", "done"),
+        ("moves.Desk._finish = die", "2", "done"),
     ],
 )
 def test_kill_between_intent_and_end_is_put_right_by_the_next_call(models, moment, champion, end):
     promotion.promote(models, NAME, 1, why="first", expected_champion=None)
     code = (
-        "import os\nfrom mlflow import MlflowClient\nfrom pipelines.core import promotion\n"
+        "import os\nfrom mlflow import MlflowClient\nfrom pipelines.core import moves, promotion\n"
         f"def die(*a, **k): os.kill(os.getpid(), 9)\n{moment}\n"
         "promotion.promote(root, 'sluice-base', 2, why='better', expected_champion=1)\n"
     )
@@ -131,3 +137,87 @@ def test_half_a_line_in_the_journal_is_dropped(models):
         file.write('{"state": "int')
     promotion.promote(models, NAME, 2, why="better", expected_champion=1)
     assert states(models) == ["intent", "done", "intent", "done"] and aliases(models) == ("2", "1")
+
+
+def test_a_deleted_version_does_not_block_the_next_promotion(models):
+    client, _ = store.connect(models)
+    promotion.promote(models, NAME, 1, why="first", expected_champion=None)
+    promotion.promote(models, NAME, 2, why="better", expected_champion=1)
+    client.delete_model_version(NAME, "1")
+    promotion.promote(models, NAME, 3, why="best", expected_champion=2)
+    assert aliases(models) == ("3", "2")
+    promotion.rollback(models, NAME, why="bad", expected_champion=3)
+    assert aliases(models) == ("2", None), "where 2 came from is gone"
+    begun = Promotion.begin(models, "promote", [Move(NAME, "2", "3", "2")], "ada", "cut off")
+    FileLedger(models).write("intent", begun)
+    client.delete_model_version(NAME, "3")
+    with pytest.raises(GateError, match="no previous champion"):
+        promotion.rollback(models, NAME, why="more", expected_champion=2)
+    assert states(models)[-2:] == ["intent", "aborted"] and aliases(models) == ("2", None)
+
+
+def test_who_holds_the_lock_is_said_and_nothing_is_changed(models, monkeypatch):
+    holder, waiting = FileLedger(models), FileLedger(models, patience=0.1)
+    with holder.held(), pytest.raises(LedgerHeld, match=f"process {os.getpid()} on .* since 20.*Nothing was changed"):
+        promotion.promote(models, NAME, 1, why="first", expected_champion=None, ledger=waiting)
+    assert aliases(models) == (None, None) and LedgerHeld.exit_code == 75
+    assert promotion.promote(models, NAME, 1, why="first", expected_champion=None, ledger=waiting) is not None
+
+
+def test_lines_of_before_there_were_releases_are_read(models):
+    journal = models / ".sluice/registry/promotions.jsonl"
+    journal.parent.mkdir(parents=True)
+    line = {"state": "intent", "id": "a", "action": "promote", "model": NAME, "source": None, "target": "1",
+            "previous": None, "who": "ada", "why": "old", "when": "2026", "store": ledger.place(models)}  # fmt: skip
+    journal.write_text(json.dumps(line) + "\n")
+    store.connect(models)[0].set_registered_model_alias(NAME, "champion", "1")
+    promotion.promote(models, NAME, 2, why="better", expected_champion=1)
+    assert states(models) == ["intent", "done", "intent", "done"]
+    assert promotion.history(models)[1][1].moves == (Move(NAME, None, "1", None),)
+
+
+class SqliteLedger:
+    """A lock and a journal in a database, as several hosts would share one."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        with sqlite3.connect(place) as made:
+            made.execute("create table journal (state text, promotion text)")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        with contextlib.closing(sqlite3.connect(f"{self.place}.lock", isolation_level=None, timeout=10)) as database:
+            database.execute("begin exclusive")
+            yield
+
+    def entries(self) -> list[tuple[ledger.State, Promotion]]:
+        with contextlib.closing(sqlite3.connect(self.place)) as database:
+            rows = database.execute("select state, promotion from journal order by rowid").fetchall()
+        return [(state, Promotion.from_json(json.loads(text))) for state, text in rows]
+
+    def write(self, state: ledger.State, promoted: Promotion) -> None:
+        with contextlib.closing(sqlite3.connect(self.place)) as database, database:
+            database.execute("insert into journal values (?, ?)", (state, json.dumps(promoted.to_json())))
+
+
+def test_a_database_takes_the_place_of_the_files(models, tmp_path):
+    shared: ledger.Ledger = SqliteLedger(tmp_path / "ledger.db")
+    promotion.promote(models, NAME, 1, why="first", expected_champion=None, ledger=shared)
+    shared.write("intent", Promotion.begin(models, "promote", [Move(NAME, "1", "2", "1")], "bob", "cut off"))
+    store.connect(models)[0].set_registered_model_alias(NAME, "champion", "2")
+    promotion.rollback(models, NAME, why="bad", expected_champion=2, ledger=shared)
+    assert [state for state, _ in shared.entries()] == ["intent", "done"] * 3
+    assert aliases(models) == ("1", None) and states(models) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "kept"),
+    [
+        ("https://bob:hunter2@mlflow.example.org:8080/x", "https://mlflow.example.org:8080/x"),
+        ("postgresql://bob:p@ss@db/mlflow", "postgresql://db/mlflow"),
+        ("sqlite:////srv/a@b/mlflow.db", "sqlite:////srv/a@b/mlflow.db"),
+    ],
+)
+def test_no_password_in_the_journal(tmp_path, monkeypatch, address, kept):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert ledger.place(tmp_path) == kept

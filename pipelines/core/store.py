@@ -39,9 +39,9 @@ def locked(root: Path, name: str) -> Iterator[None]:
 
 
 def address(root: Path) -> str:
-    """The tracking URI in use."""
-    default = f"sqlite:///{root.resolve() / STATE}/mlflow/mlflow.db"
-    return os.environ.get("MLFLOW_TRACKING_URI") or default
+    """The tracking URI in use; that of a file without links, so that every worktree of a clone has the same one."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / STATE}/mlflow/mlflow.db"
+    return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}" if uri.startswith("sqlite:///") else uri
 
 
 def embedded(root: Path) -> Path | None:
@@ -67,7 +67,7 @@ def connect(root: Path) -> tuple[Any, str]:
     for noisy in ("mlflow", "alembic"):  # every table of a new database is a line otherwise
         logging.getLogger(noisy).setLevel(logging.WARNING)
     mlflow.set_tracking_uri(address(root))
-    artifacts = f"file://{root.resolve() / STATE}/mlflow/artifacts" if embedded(root) else None
+    artifacts = f"file://{(root / STATE / 'mlflow').resolve()}/artifacts" if embedded(root) else None
     with answering(root), locked(root, "store"):
         client = mlflow.MlflowClient()
         found = client.get_experiment_by_name(EXPERIMENT)

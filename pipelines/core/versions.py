@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -80,9 +81,9 @@ def alias(client: Any, model: str, name: str) -> str | None:
     return None if found is None else str(found)
 
 
-def requirements() -> list[str]:
-    """What the model needs to be served, with the versions it was made with."""
-    return [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
+def requirements(needs: Sequence[str] = ()) -> list[str]:
+    """What a model needs to be served, with the versions it was made with; `needs`: beyond what every one needs."""
+    return [f"{name}=={version(name).partition('+')[0]}" for name in (*REQUIREMENTS, *needs)]
 
 
 def _complete(root: Path, client: Any, experiment: str, intent: Intent) -> Any | None:
@@ -105,7 +106,7 @@ def _logged(root: Path, client: Any, experiment: str, intent: Intent) -> str | N
             continue
         client.delete_logged_model(logged.model_id)
         place = Path(logged.artifact_location.removeprefix("file://"))
-        if store.embedded(root) and place.is_relative_to(root.resolve() / STATE):
+        if store.embedded(root) and place.is_relative_to((root / STATE / "mlflow").resolve()):
             shutil.rmtree(place, ignore_errors=True)
     return whole
 
@@ -141,7 +142,7 @@ def _log(client: Any, experiment: str, intent: Intent) -> str | None:
             python_model=served.code,
             code_paths=served.beside,
             artifacts=files,
-            pip_requirements=requirements(),
+            pip_requirements=requirements(served.needs),
             signature=served.signature,
         )
     return str(made.model_id)

@@ -1,0 +1,179 @@
+"""Who may move aliases, and what was begun: the one interface behind which promotions are kept apart.
+
+A promotion holds the ledger, writes what it means to do (`intent`), does it, and writes `done`; whoever holds the
+ledger next finishes or undoes what a crash cut off (`pipelines.core.moves`). Lock and journal are one interface,
+since a lock that several hosts share is worth nothing without a journal that they share. `FileLedger` is for one
+machine: `flock` on `.sluice/locks/promotion`, lines of JSON in `.sluice/registry/promotions.jsonl`. A database takes
+its place by the same three methods.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
+
+from pipelines.core import store
+from pipelines.core.environment import STATE
+from pipelines.core.errors import UserError
+
+Action = Literal["promote", "rollback"]
+State = Literal["intent", "done", "aborted"]
+PATIENCE = 120.0  # seconds; a promotion holds the ledger for one or two on an idle machine
+POLL = 0.05
+
+
+class LedgerHeld(UserError):
+    """Another promotion does not come to its end. Worth trying again."""
+
+    exit_code = 75  # EX_TEMPFAIL
+
+
+@dataclass(frozen=True)
+class Move:
+    """One model's champion, from one version to another. Versions are text: a store may give them as numbers."""
+
+    model: str
+    source: str | None  # the champion that is replaced; None: there was none
+    target: str | None  # the champion afterwards; None: there is none
+    previous: str | None  # where `previous` points afterwards
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """Moves that happen together or not at all."""
+
+    id: str
+    action: Action
+    moves: tuple[Move, ...]
+    who: str
+    why: str
+    when: str  # ISO 8601, UTC
+    store: str  # see `place`
+    release: str | None = None  # what a release is named after, such as `sluice-policy 5`
+
+    @classmethod
+    def begin(
+        cls, root: Path, action: Action, moves: list[Move], who: str, why: str, release: str | None = None
+    ) -> Promotion:
+        """One that is about to happen: now, by somebody (the logged-in user when empty), in the store in use."""
+        name = who or getpass.getuser()
+        return cls(uuid.uuid4().hex, action, tuple(moves), name, why, now(), place(root), release)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Models whose champion moves."""
+        return tuple(move.model for move in self.moves)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the journal keeps it and hooks are told it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Promotion:
+        """The inverse of `to_json`. Lines of before there were releases hold one move among the other keys."""
+        values = {key: value for key, value in raw.items() if key != "state"}
+        if "moves" not in values:
+            values["moves"] = [{key: values.pop(key) for key in ("model", "source", "target", "previous")}]
+            values["store"] = _without_login(values["store"])
+        return cls(**{**values, "moves": tuple(Move(**move) for move in values["moves"])})
+
+
+class Ledger(Protocol):
+    """A lock and a journal that all who promote share."""
+
+    def held(self) -> AbstractContextManager[None]:
+        """Hold the ledger; one holder at a time, and none after the holder's death. Not re-entrant.
+
+        Raises:
+            LedgerHeld: somebody else holds it and does not let go; the message says who.
+        """
+        ...
+
+    def entries(self) -> list[tuple[State, Promotion]]:
+        """Every line, oldest first."""
+        ...
+
+    def write(self, state: State, promotion: Promotion) -> None:
+        """Add a line; on the disk when this returns. Only the holder calls it."""
+        ...
+
+
+class FileLedger:
+    """The ledger of one machine, see the module."""
+
+    def __init__(self, root: Path, patience: float = PATIENCE) -> None:
+        """Nothing is opened yet. `patience`: seconds to wait for another holder."""
+        self.journal = root / STATE / "registry" / "promotions.jsonl"
+        self.lock = root / STATE / "locks" / "promotion"
+        self.patience = patience
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """See `Ledger`. The kernel lets go of the lock of a process that dies."""
+        self.lock.parent.mkdir(parents=True, exist_ok=True)
+        with self.lock.open("a+", encoding="utf-8") as file:
+            deadline = time.monotonic() + self.patience
+            while not _locked(file.fileno()):
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise LedgerHeld(
+                        f"another promotion holds {self.lock} and has not let go for {self.patience:g} seconds: "
+                        f"{file.read().strip() or 'holder unknown'}. Nothing was changed; look at that process first."
+                    )
+                time.sleep(POLL)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {now()}\n")
+            file.flush()
+            yield
+
+    def entries(self) -> list[tuple[State, Promotion]]:
+        """See `Ledger`. A line that a crash tore is left out."""
+        lines = self.journal.read_text(encoding="utf-8").splitlines(keepends=True) if self.journal.exists() else []
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [(line["state"], Promotion.from_json(line)) for line in whole]
+
+    def write(self, state: State, promotion: Promotion) -> None:
+        """See `Ledger`."""
+        self.journal.parent.mkdir(parents=True, exist_ok=True)
+        if self.journal.exists():  # a crash may have left half a line
+            os.truncate(self.journal, self.journal.read_bytes().rfind(b"\n") + 1)
+        with self.journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"state": state, **promotion.to_json()}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def now() -> str:
+    """The time as promotions keep it: ISO 8601, UTC, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def place(root: Path) -> str:
+    """The store in use as the journal names it: an address may hold a password, and a journal may not."""
+    return _without_login(store.address(root))
+
+
+def _without_login(address: str) -> str:
+    parts = urlsplit(address)
+    return address.replace(f"{parts.netloc}", parts.netloc.rpartition("@")[2], 1) if "@" in parts.netloc else address
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,174 @@
+"""Moving aliases in steps that a crash may cut off anywhere, and bringing to an end what it cut off.
+
+Steps of a promotion, under the ledger: write the intent; move `champion` of each model (from the first of these on it
+has happened); point `previous` at where each came from; tag each version with who, when, why and from; write `done`.
+Whoever holds the ledger next looks at what an open intent has done: no champion moved, it is aborted; some or all
+moved, the others follow and it is done; and where one can no longer follow (its version was deleted, or somebody moved
+that alias by other means), those that moved go back and it is aborted. So models that belong together move together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.core import hooks, store, versions
+from pipelines.core.environment import STATE
+from pipelines.core.errors import GateError
+from pipelines.core.ledger import FileLedger, Ledger, Promotion, place
+from pipelines.core.policy import CHAMPION
+
+PREVIOUS = "previous"
+FROM = "promotion.from"
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What a promotion needs while it holds the ledger."""
+
+    root: Path
+    client: Any  # an MlflowClient
+    ledger: Ledger
+    done: list[Promotion] = field(default_factory=list)
+
+    def champion(self, model: str) -> str | None:
+        """The version in office."""
+        return versions.alias(self.client, model, CHAMPION)
+
+    def carry_out(self, promotion: Promotion) -> None:
+        """All steps of a promotion."""
+        self.ledger.write("intent", promotion)
+        for move in promotion.moves:
+            _point(self.client, move.model, CHAMPION, move.target)
+        self._finish(promotion)
+
+    def recover(self) -> None:
+        """Bring to an end what a crash cut off."""
+        begun: dict[str, Promotion] = {}
+        for state, promotion in self.ledger.entries():
+            if state == "intent":
+                begun[promotion.id] = promotion
+            else:
+                begun.pop(promotion.id, None)
+        for promotion in begun.values():
+            if promotion.store == place(self.root):
+                self._end(promotion)
+
+    def _end(self, promotion: Promotion) -> None:
+        held = {model: self.champion(model) for model in promotion.models}
+        moved = [move for move in promotion.moves if held[move.model] == move.target]
+        left = [move for move in promotion.moves if held[move.model] == move.source]
+        can = all(move.target is None or _exists(self.client, move.model, move.target) for move in left)
+        if moved and can and len(moved) + len(left) == len(promotion.moves):
+            for move in left:
+                _point(self.client, move.model, CHAMPION, move.target)
+            self._finish(promotion)
+            return
+        for move in moved:
+            there = move.source is not None and _exists(self.client, move.model, move.source)
+            _point(self.client, move.model, CHAMPION, move.source if there else None)
+        self.ledger.write("aborted", promotion)
+
+    def _finish(self, promotion: Promotion) -> None:
+        """Everything behind the moves themselves; may be done twice."""
+        prefix = "promotion" if promotion.action == "promote" else "rollback"
+        told = {"who": promotion.who, "why": promotion.why, "when": promotion.when}
+        if promotion.release is not None:
+            told["release"] = promotion.release
+        for move in promotion.moves:
+            there = move.previous is not None and _exists(self.client, move.model, move.previous)
+            _point(self.client, move.model, PREVIOUS, move.previous if there else None)
+            if move.target is not None:
+                for key, value in {"from": move.source or "", **told}.items():
+                    self.client.set_model_version_tag(move.model, move.target, f"{prefix}.{key}", value)
+        # Verdicts that compared with the champion before are asked again by the next `reconcile`
+        shutil.rmtree(self.root / STATE / "registry" / "settled", ignore_errors=True)
+        self.ledger.write("done", promotion)
+        self.done.append(promotion)
+
+
+@contextlib.contextmanager
+def desk(root: Path, ledger: Ledger | None) -> Iterator[Desk]:
+    """Hold the ledger (this machine's when none is given), with what a crash cut off brought to its end first.
+
+    What is done meanwhile is told to the hooks once the ledger is free: a slow one holds up nobody.
+
+    Raises:
+        StoreUnavailable: the store is away.
+        LedgerHeld: another promotion does not come to its end.
+    """
+    client, _ = store.connect(root)
+    opened = Desk(root, client, ledger or FileLedger(root))
+    try:
+        with opened.ledger.held(), store.answering(root):
+            opened.recover()
+            yield opened
+    finally:
+        for promotion in opened.done:
+            hooks.tell(promotion)
+
+
+def fetch(client: Any, model: str, version: str) -> Any:
+    """A version of a model.
+
+    Raises:
+        GateError: there is none.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version(model, version)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise GateError(f"{model} has no version {version}") from None
+
+
+def compare(model: str, now: str | None, expected: str | int | None) -> None:
+    """The comparison of compare-and-set.
+
+    Raises:
+        GateError: the champion is not the one that the caller means to replace.
+    """
+    expected = None if expected is None else str(expected)
+    if now != expected:
+        raise GateError(
+            f"{model}: the champion is {f'version {now}' if now else 'nobody'}, not "
+            f"{f'version {expected}' if expected else 'nobody'} as expected: somebody was quicker. "
+            "Nothing was changed; look at the new champion and ask again."
+        )
+
+
+def refusal(entry: Any, champion: str | None) -> str | None:
+    """Why a version may not become champion, in a line; None when it may."""
+    version, outcome = f"{entry.name} version {entry.version}", entry.tags.get(versions.GATE, "none")
+    if outcome != "passed":
+        return f"{version} cannot become champion: gate verdict {outcome}, needed: passed"
+    judged = entry.tags.get(versions.GATE_CHAMPION, "any")
+    if judged not in ("any", champion or "none") and champion != str(entry.version):
+        return (
+            f"{version} was judged against champion {judged}, and the champion is {champion or 'nobody'} now: "
+            "`sluice promote` asks its gate again, and so does a run of its stage"
+        )
+    return None
+
+
+def _point(client: Any, model: str, alias: str, version: str | None) -> None:
+    """Set an alias, or take it away; nothing happens where it is right already."""
+    held = versions.alias(client, model, alias)
+    if version is None and held is not None:
+        client.delete_registered_model_alias(model, alias)
+    elif version is not None and held != version:
+        client.set_registered_model_alias(model, alias, version)
+
+
+def _exists(client: Any, model: str, version: str) -> bool:
+    try:
+        fetch(client, model, version)
+    except GateError:
+        return False
+    return True

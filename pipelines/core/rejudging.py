@@ -1,0 +1,141 @@
+"""A gate asked again: of a registered version, wherever its files are, because the champion is another one now.
+
+A version whose content stands in `artifacts/` is judged as its stage's output is (`registry.settle`). For an older one
+every rule is asked of what the store keeps of it: its metrics, its rows, and for `champion` both versions' rows on the
+same examples. Where the two were measured on different examples, both are measured again on today's: numbers from
+different data are never compared.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.core import gates, moves, policy, references, registry, release, store, verdicts, versions
+from pipelines.core.errors import GateError
+from pipelines.core.gates import Verdict
+from pipelines.core.policy import ModelPolicy
+from pipelines.core.verdicts import EVALUATION, Measure
+
+STAGE = "sluice.stage"
+
+
+def stale(entry: Any, champion: str | None) -> bool:
+    """Whether a version's gate has to be asked again before it may replace this champion."""
+    judged = entry.tags.get(versions.GATE_CHAMPION)
+    return champion != str(entry.version) and judged not in ("any", champion or "none")
+
+
+def ask(root: Path, client: Any, entry: Any, measure: Measure | None) -> Verdict:
+    """Ask the gate of a version, with today's champion and today's rules, and keep the verdict with it.
+
+    Args:
+        measure: of its stage, see `runner.measure_for`.
+
+    Raises:
+        GateError: no stage made it, no gate is declared for it, or a rule cannot be asked any more.
+        StoreUnavailable: the store is away.
+    """
+    found, stage = release.entry_of(policy.load(root), entry.name), entry.tags.get(STAGE)
+    if found is None or stage is None:
+        raise GateError(f"{references.shown(entry)} has no gate: {policy.FILE} declares no {entry.name}")
+    for one in verdicts.candidates(root, stage):
+        if one.name == entry.name and one.content == references.content(entry):
+            settled = registry.settle(root, stage, measure)
+            return next(each.verdict for each in settled if each.name == entry.name)
+    with store.locked(root, "registry"), store.answering(root):
+        return _ask_kept(root, client, entry, found, measure)
+
+
+def rows(
+    root: Path, entries: tuple[Any, Any], found: ModelPolicy, measure: Measure | None, place: Path
+) -> tuple[Path, Path]:
+    """Per-example rows of two versions of a model on the same examples, in files below `place`.
+
+    Raises:
+        GateError: they were measured on different examples, and cannot be measured again here.
+    """
+    hashes = {one.tags.get(versions.ROWS) for one in entries}
+    same = len(hashes) == 1 and None not in hashes
+    made = []
+    for number, one in enumerate(entries):
+        folder = place / str(number)
+        folder.mkdir(parents=True)
+        if same:
+            made.append(_kept(root, one, EVALUATION, folder))
+        elif measure is not None:
+            made.append(folder / EVALUATION)
+            measure(_kept(root, one, Path(found.model).name, folder), made[-1])
+        else:
+            told = " and ".join(map(references.shown, entries))
+            raise GateError(f"{told} were measured on different examples, and stage {found.stage} cannot measure again")
+    return made[0], made[1]
+
+
+def _ask_kept(root: Path, client: Any, entry: Any, found: ModelPolicy, measure: Measure | None) -> Verdict:
+    """Every rule in turn, on what it needs."""
+    champion = versions.alias(client, entry.name, policy.CHAMPION)
+    metrics = client.get_run(entry.run_id).data.metrics
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        own, pair = None, None
+        judged: list[gates.Row] = []
+        for rule in found.gate:
+            baselines, evaluation = {}, None
+            if isinstance(rule, policy.Comparison):
+                if rule.baseline.startswith(policy.STAGE):
+                    raise GateError(
+                        f"{references.shown(entry)}: its gate compares with {rule.baseline}, which can only be asked "
+                        f"where the output of both stages stands: `sluice run {found.stage}` with its params and data"
+                    )
+                against = rule.baseline == policy.CHAMPION and champion not in (None, str(entry.version))
+                if against and pair is None:
+                    entries = (entry, moves.fetch(client, entry.name, str(champion)))
+                    pair = rows(root, entries, found, measure, place / "pair")
+                if not against and own is None:
+                    own = _kept(root, entry, EVALUATION, place / "own")
+                evaluation = pair[0] if against and pair else own
+                baselines = {policy.CHAMPION: _champion(entry, champion, pair[1] if against and pair else None)}
+            one = found.model_copy(update={"gate": [rule]})
+            judged += gates.evaluate(entry.name, one, metrics, evaluation, baselines).rows
+    verdict = Verdict(found.stage, entry.name, tuple(judged), gate=gates.gate_hash(found))
+    verdict = replace(verdict, content_hash=references.content(entry), version=str(entry.version))
+    return _keep(client, entry, replace(verdict, run_id=entry.run_id, champion=champion), found)
+
+
+def _champion(entry: Any, champion: str | None, theirs: Path | None) -> gates.Baseline:
+    if champion == str(entry.version):
+        return gates.Baseline(policy.CHAMPION, None, "this version is the champion", passed=True)
+    return gates.NO_CHAMPION if theirs is None else gates.Baseline(f"champion v{champion}", theirs)
+
+
+def _keep(client: Any, entry: Any, verdict: Verdict, found: ModelPolicy) -> Verdict:
+    """Log a verdict with the version and its run, as `verdicts.judge` does."""
+    folder = f"{entry.name}/" if Path(found.model).parts[1:] else ""
+    client.log_text(entry.run_id, json.dumps(verdict.to_json(), indent=2), f"{folder}verdict.json")
+    client.log_text(entry.run_id, verdict.table() + "\n", f"{folder}verdict.txt")
+    named = policy.CHAMPION in {rule.baseline for rule in found.comparisons}
+    compared = (verdict.champion or "none") if named else "any"
+    client.set_model_version_tag(entry.name, str(entry.version), versions.GATE_CHAMPION, compared)
+    outcome = "passed" if verdict.passed else "failed"
+    client.set_model_version_tag(entry.name, str(entry.version), versions.GATE, outcome)
+    return verdict
+
+
+def _kept(root: Path, entry: Any, part: str, place: Path) -> Path:
+    """A copy of a part of a registered version: its rows, or the directory of its model."""
+    import mlflow
+
+    place.mkdir(parents=True, exist_ok=True)
+    uri = f"models:/{entry.name}/{entry.version}/artifacts/{part}"
+    try:
+        copied = mlflow.artifacts.download_artifacts(uri, dst_path=str(place), tracking_uri=store.address(root))
+    except (mlflow.exceptions.MlflowException, OSError) as error:
+        if "API request to" in str(error):  # the store is away, which `store.answering` tells
+            raise
+        first = str(error).splitlines()[0][:200]
+        raise GateError(f"{references.shown(entry)} has no {part} in the store: {first}") from None
+    return Path(copied)

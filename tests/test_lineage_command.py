@@ -1,0 +1,160 @@
+"""`sluice lineage`: everything that is recorded of a version, and commands that make the same bytes again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import own_environment
+from rich.console import Console
+from stores import repository, run_stage
+
+from flows import lineage_report
+from pipelines.core import artifacts, lineage, promotion, provenance, registry, store
+from pipelines.core.params import whole
+from pipelines.core.provenance import Origin
+
+__all__ = ["repository"]
+ROOT = Path(__file__).parents[1]
+WHO = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+
+
+def git(root: Path, *words: str) -> str:
+    done = subprocess.run(["git", *WHO, *words], cwd=root, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def told(root: Path, reference: str) -> str:
+    console = Console(width=200, color_system=None)
+    with console.capture() as said:
+        lineage_report.show(root, reference, console)
+    return said.get()
+
+
+def test_commit_data_parents_gate_and_approval(repository):
+    root, model = repository
+    (root / ".gitignore").write_text(".sluice\nartifacts\nmetrics\n")
+    git(root, "init", "-q")
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "start")
+    git(root, "remote", "add", "origin", "https://ada:hunter2@git.example.org/sluice.git")
+    run_stage(root, model, 2.5)
+    registry.settle(root, "pretrain")
+    run_stage(root, model, 2.4, stage="sft")
+    registry.settle(root, "sft")
+    promotion.promote(root, "sluice-sft", 1, who="ada", why="the pairs were better", expected_champion=None)
+    text = told(root, "sluice-sft@champion")
+    hashes = {name: artifacts.content_hash(root / "artifacts" / name) for name in ("data", "pretrain", "sft")}
+    assert text.startswith("sluice-sft version 1   aliases: champion\n")
+    assert f"content   {hashes['sft']}" in text and f"data      {hashes['data']}" in text
+    assert f"commit    {git(root, 'rev-parse', 'HEAD')}\n" in text
+    assert f"  pretrain    {hashes['pretrain']}  sluice-base 1" in text
+    assert text.index(hashes["data"] + "  not in the store") < text.index(hashes["pretrain"] + "  sluice-base")
+    assert "sluice-sft version 1: gate passed" in text and "stage:pretrain" in text
+    assert "promote by ada: the pairs were better" in text
+    assert "git clone https://git.example.org/sluice.git rebuilt" in text and "hunter2" not in text
+    assert "dvc repro sft" in text and hashes["sft"] in text.splitlines()[-1]
+    assert "by nobody: it was never promoted" in told(root, "sluice-base/1")
+
+
+def test_without_a_commit_nothing_can_be_made_again(repository):
+    root, model = repository
+    run_stage(root, model, 2.5)
+    registry.settle(root, "pretrain")
+    text = told(root, "sluice-base/1")
+    assert text.rstrip().endswith("made outside a git repository: no commit says what its code was")
+    assert "git clone" not in text
+
+
+@pytest.fixture
+def committed(tmp_path: Path) -> tuple[Path, str]:
+    """A repository with this one's params, and its commit."""
+    root = tmp_path / "params"
+    root.mkdir()
+    shutil.copy(ROOT / "params.yaml", root)
+    git(root, "init", "-q")
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "start")
+    return root, git(root, "rev-parse", "HEAD")
+
+
+def origins(root: Path, **changes: object) -> list[Origin]:
+    params = whole.load(root / "params.yaml").pretrain.model_dump(mode="json") | changes
+    tags = {"sluice.stage": "pretrain", "git.commit": "0" * 40, "git.dirty": "false", "sluice.threads": "3"}
+    return [Origin("sluice-base", "c" * 64, ("sluice-base 1",), tags, lineage.as_texts(params), True)]
+
+
+def test_only_params_that_differ_from_the_commit_are_written(committed):
+    root, commit = committed
+    found = provenance.changed_params(root, commit, origins(root, lr=0.25, base=None))
+    assert found == {"pretrain.lr": 0.25, "pretrain.base": None, "compute.threads": 3}
+    everything = provenance.changed_params(root, "f" * 40, origins(root))
+    assert set(everything) > {"pretrain.lr", "pretrain.tokens", "compute.threads"}, "that commit is not here"
+
+
+def test_the_here_document_writes_what_was_recorded(committed, tmp_path):
+    root, commit = committed
+    changes = {"pretrain.lr": 1e-05, "pretrain.base": "it's a \"dir\"\n'''END", "tuning.new.deep": [{"a": None}]}
+    script = provenance._script(changes)
+    subprocess.run(["bash", "-euc", script], cwd=root, check=True, env=os.environ)
+    written = yaml.safe_load((root / "params.yaml").read_text())
+    assert written["pretrain"]["lr"] == 1e-05 and written["pretrain"]["base"] == changes["pretrain.base"]
+    assert (
+        written["tuning"]["new"]["deep"] == [{"a": None}]
+        and written["sft"]["lr"] == whole.load(ROOT / "params.yaml").sft.lr
+    )
+
+
+def test_doubts_are_told(committed):
+    root, _ = committed
+    (one,) = origins(root)
+    assert provenance.doubts([one]) == []
+    dirty = Origin("data", "d" * 64, (), {"git.dirty": "true", "sluice.stage": "data"}, {}, True)
+    lost = Origin("tokenizer", "e" * 64, (), {}, {}, False)
+    old = Origin(one.name, one.content, one.versions, one.tags | {"package.torch": "1.0"}, {"x": "y" * 5000}, True)
+    lines = provenance.doubts([dirty, lost, old])
+    assert [line.split(":")[0] for line in lines[:3]] == ["data", "tokenizer eeeeeeeeeeee", "pretrain"]
+    assert "changes that were not committed" in lines[0] and "longer than what the store keeps" in lines[2]
+    assert lines[3].startswith("torch 1.0 made it, and here is ")
+
+
+@pytest.mark.slow
+def test_the_commands_make_the_same_bytes_in_a_clean_clone(make_workspace: Callable[[], Path], tmp_path, monkeypatch):
+    """Profile tiny until pretrain, with a param that was never committed; then the printed commands, typed as they are.
+
+    `make setup` is the one that is not: it stands for the environment that runs this test.
+    """
+    root = make_workspace()
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "with DVC")
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    params["pretrain"]["lr"] = 0.00025
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    subprocess.run(["dvc", "repro", "-q", "pretrain"], cwd=root, env=own_environment(), check=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/.sluice/mlflow/mlflow.db")
+    client, experiment = store.connect(root)
+    (entry,) = client.search_model_versions("name = 'sluice-base'")
+    found = provenance.trace(client, experiment, entry)
+    assert [one.stage for one in found] == ["data", "tokenizer", "pretrain"]
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin/make"
+    stand_in.write_text("#!/bin/sh\nmkdir -p .venv/bin && touch .venv/bin/activate\n")
+    stand_in.chmod(0o755)
+    env = own_environment() | {"PATH": f"{stand_in.parent}:{os.environ['PATH']}"}
+    script = "\n".join(provenance.commands(root, found))
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    done = subprocess.run(["bash", "-euc", script], cwd=clean, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, script + done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "the same bytes"
+    rebuilt = clean / "rebuilt"
+    assert whole.load(rebuilt / "params.yaml").pretrain.lr == 0.00025
+    for stage in ("data", "tokenizer", "pretrain"):
+        assert artifacts.content_hash(rebuilt / "artifacts" / stage) == artifacts.content_hash(
+            root / "artifacts" / stage
+        )
