@@ -25,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS)
 MLFLOW_PORT ?= 5000
 PREFECT_PORT ?= 4200
 
-.PHONY: run setup test test-slow test-all check status report ui doctor clean constraints help
+.PHONY: run setup test test-slow test-all check status report ui server stop doctor clean constraints help
 
 run: setup                      ## run every stage that something changed for
 	@sluice run $(if $(PROFILE),--profile $(PROFILE)) $(STAGES)
@@ -78,13 +78,21 @@ ui: setup                       ## MLflow's and Prefect's pages over this folder
 	  wait -n $$first $$second || true; stop; \
 	  echo "one of the two ended:"; tail -n 3 .sluice/logs/ui-mlflow.log .sluice/logs/ui-prefect.log; exit 1
 
+server: setup                   ## Prefect, MLflow and a worker in the background, with prefect.yaml's schedules
+	@sluice server start --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+
+stop: setup                     ## stop what `make server` started; runs write a checkpoint first
+	@sluice server stop
+
 constraints: setup              ## write constraints.txt from what is installed
 	@{ sed -n '/^#/p' constraints.txt; python -m pip freeze --exclude-editable --exclude sluice 2>/dev/null \
 	  | grep -E '^[A-Za-z0-9._-]+==' | sed 's/+cpu$$//'; } > constraints.txt.new && mv constraints.txt.new constraints.txt
 	@echo "constraints.txt: $$(grep -c == constraints.txt) packages"
 
 clean:                          ## remove what runs made; .venv, metrics and your files stay
+	@if [ -e .sluice ] && [ -e $(STAMP) ]; then sluice server stop > /dev/null; fi
 	@rm -rf .sluice .work artifacts reports .mypy_cache .pytest_cache .ruff_cache
+	@git worktree prune 2> /dev/null || true
 	@echo "removed .sluice, .work, artifacts, reports. Next: make run (DVC's cache in .dvc/cache still has the results)"
 
 help:                           ## this list

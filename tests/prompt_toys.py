@@ -13,8 +13,8 @@ from pipelines.tokenizer import CHAT_TEMPLATE
 
 DEFAULT: dict[str, Any] = {
     "seed": 3, "models": ("sft",), "tasks": (), "strategies": ("zero_shot",), "examples": 2, "pool": 16,
-    "eval_examples": 6, "test_examples": 8, "max_prompt_tokens": 480, "too_long": "refuse", "max_new_tokens": 4, "votes": 3,
-    "temperature": 1.0, "passages": 2, "search": {}, "samples": 1,
+    "eval_examples": 6, "test_examples": 8, "max_prompt_tokens": 480, "too_long": "refuse", "max_new_tokens": 4,
+    "votes": 3, "temperature": 1.0, "passages": 2, "search": {}, "samples": 1,
 }  # fmt: skip
 
 
