@@ -157,6 +157,7 @@ def sluice(repository, monkeypatch):
     run(root, model, 2.4)
     promotion.promote(root, NAME, 1, why="first", expected_champion=None)
     (root / "params.yaml").write_text("{}\n")
+    monkeypatch.setenv("COLUMNS", "200")  # a line a promotion
     monkeypatch.chdir(root)
     monkeypatch.setattr(environment, "prepare", lambda root: None)
     monkeypatch.setattr(messages.signal, "signal", lambda *_: None)

@@ -26,7 +26,5 @@ class RagParams(Section):
     tuning_share: Share = Field(description="of the groups of queries: what fusion and threshold are chosen by")
     kinds: tuple[str, ...] = Field(description="kinds of queries that retrieval is measured on; empty: all")
     pool: int | None = Field(ge=1, description="documents ranked: all targets, others by hash; null: only the whole")
-    threshold_queries: int = Field(
-        ge=2, description="of each sort for the threshold of relevance; as many judge it"
-    )
+    threshold_queries: int = Field(ge=2, description="of each sort for the threshold of relevance; as many judge it")
     samples: int = Field(ge=0, le=64)
