@@ -40,7 +40,8 @@ def _imports(root: Path, path: str) -> set[str]:
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "_ours":
             names |= {f"pipelines.core.{one.value}" for one in node.args if isinstance(one, ast.Constant)}
         elif isinstance(node, ast.JoinedStr) and ast.unparse(node).startswith("f'{__package__}."):
-            names |= {f"pipelines.core{one.value}" for one in node.values if isinstance(one, ast.Constant)}
+            parts = [one.value for one in node.values if isinstance(one, ast.Constant)]
+            names |= {f"pipelines.core{part}" for part in parts if part != "."}  # `_ours` itself names no file
     return {file for name in names if (file := _file(root, name)) is not None}
 
 

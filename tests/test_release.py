@@ -197,13 +197,13 @@ def race(root: Path, version: str, rounds: int, barrier: Any, results: Any) -> N
     client, _ = store.connect(root)
     for number in range(rounds):
         planned = release.plan(root, client, "sluice-policy", version)
-        barrier.wait(120)
+        barrier.wait(600)
         try:
             outcome = "moved" if release.promote(root, planned, why="race") else "in office"
         except GateError as error:
             outcome = str(error)
         results.put((number, version, outcome))
-        barrier.wait(120)
+        barrier.wait(600)
 
 
 def run_race(root: Path, racers: int, rounds: int) -> None:
@@ -215,7 +215,7 @@ def run_race(root: Path, racers: int, rounds: int) -> None:
     processes = [context.Process(target=race, args=each) for each in asked]
     for process in processes:
         process.start()
-    found = [results.get(timeout=240) for _ in range(racers * rounds)]
+    found = [results.get(timeout=600) for _ in range(racers * rounds)]
     for process in processes:
         process.join(60)
     winner = ""
