@@ -248,7 +248,7 @@ def test_output_without_a_model_is_refused(repository):
     root, model = repository
     run_stage(root, model, 2.5)
     (root / "artifacts/pretrain/model/config.json").unlink()
-    with pytest.raises(ArtifactError, match="artifacts/pretrain/model is no Hugging Face model"):
+    with pytest.raises(ArtifactError, match="artifacts/pretrain/model is nothing that can be served"):
         registry.settle(root, "pretrain")
 
 

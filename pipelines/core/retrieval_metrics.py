@@ -53,6 +53,9 @@ def figures(scores: dict[str, Array], groups: Sequence[str], prefix: str = "") -
     return found
 
 
+REFUSALS = 0.05  # of the queries that have an answer: an assistant that often says it does not know is not asked again
+
+
 class Threshold(NamedTuple):
     """The least relevance at which a query is answered, and how often that is wrong on other queries."""
 
@@ -62,9 +65,11 @@ class Threshold(NamedTuple):
 
 
 def calibrate(answerable: Array, unanswerable: Array) -> float:
-    """The threshold with the smallest sum of both shares of mistakes (Youden's index, *Cancer* 1950).
+    """Of the thresholds that refuse at most `REFUSALS` of what has an answer, the one with the fewest mistakes.
 
-    Of equally good ones the lowest; each lies halfway between two relevances that were seen.
+    Mistakes are the sum of both shares (Youden's index, *Cancer* 1950). Without the bound, unanswerable queries about
+    neighbours of what is known would have a third of the answerable ones refused. Of equally good ones the lowest; each
+    lies halfway between two relevances that were seen.
 
     Args:
         answerable: relevance of the best passage found for each query that has an answer. [queries]
@@ -80,7 +85,7 @@ def calibrate(answerable: Array, unanswerable: Array) -> float:
     cuts = np.concatenate([[seen[0] - 1e-6], (seen[1:] + seen[:-1]) / 2, [seen[-1] + 1e-6]])
     refused = np.searchsorted(np.sort(answerable), cuts, side="left") / answerable.size
     answered = 1.0 - np.searchsorted(np.sort(unanswerable), cuts, side="left") / unanswerable.size
-    return float(cuts[int(np.argmin(refused + answered))])
+    return float(cuts[int(np.argmin(np.where(refused <= REFUSALS, refused + answered, np.inf)))])
 
 
 def mistakes(threshold: float, answerable: Array, unanswerable: Array) -> Threshold:
