@@ -52,7 +52,7 @@ test: setup                     ## the fast tests
 	@echo "the fast tests pass. Next: make run, make test-slow, make check"
 
 test-slow: setup                ## the tests that take minutes
-	@$(PYTEST) --dist worksteal -m slow
+	@$(PYTEST) --dist loadgroup -m slow
 
 test-all: test test-slow        ## every test
 

@@ -26,6 +26,7 @@ from flows import automations, servers
 from pipelines.core.errors import UserError
 
 MINUTES = 60.0
+pytestmark = pytest.mark.xdist_group("servers")  # one process runs them all, in order
 
 
 def test_servers_listen_on_the_loopback_address_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
