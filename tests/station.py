@@ -121,8 +121,15 @@ class Api:
             headers["Authorization"] = f"Basic {base64.b64encode(self.auth.encode()).decode()}"
         data = None if method == "GET" else json.dumps(body if body is not None else {}).encode()
         request = urllib.request.Request(f"{self.address}{path}", data, headers, method=method)
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            return json.load(reply)
+        for wait in (1.0, 2.0, 4.0, 8.0, None):  # as Prefect's own client does: SQLite is busy for a moment
+            try:
+                with urllib.request.urlopen(request, timeout=60) as reply:
+                    return json.load(reply)
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or wait is None:
+                    raise
+                time.sleep(wait)
+        raise AssertionError("the last try returns or raises")
 
     def runs(self, deployment: str, **more: Any) -> list[dict[str, Any]]:
         """Runs of a deployment that are not of the future, newest first."""
