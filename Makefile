@@ -25,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS)
 MLFLOW_PORT ?= 5000
 PREFECT_PORT ?= 4200
 
-.PHONY: run setup test test-slow test-all check status report ui server stop doctor clean constraints help
+.PHONY: run setup test test-slow test-live test-all check status report ui server stop doctor clean constraints help
 
 run: setup                      ## run every stage that something changed for
 	@sluice run $(if $(PROFILE),--profile $(PROFILE)) $(STAGES)
@@ -48,19 +48,22 @@ $(STAMP): pyproject.toml constraints.txt flows/environment.pth
 	@echo "$(VENV) is ready"
 
 test: setup                     ## the fast tests
-	@$(PYTEST) --dist loadfile -m "not slow"
+	@$(PYTEST) --dist loadfile -m "not slow and not live"
 	@echo "the fast tests pass. Next: make run, make test-slow, make check"
 
 test-slow: setup                ## the tests that take minutes
 	@$(PYTEST) --dist loadgroup -m slow
 
-test-all: test test-slow        ## every test
+test-live: setup                ## the tests with servers of their own, for ten quiet minutes
+	@python -m pytest -v -m live
+
+test-all: test test-slow        ## every test but those
 
 check: setup                    ## lint, format, types, fast tests
 	@ruff check .
 	@ruff format --check .
 	@mypy
-	@$(PYTEST) --dist loadfile -m "not slow"
+	@$(PYTEST) --dist loadfile -m "not slow and not live"
 	@echo "lint, format, types and fast tests are clean. Next: make test-slow"
 
 status report doctor: setup     ## stages and champions / the report / this machine

@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Candidate:
     @cached_property
     def content(self) -> str:
         """What a version is known by: hash of the stage's output, or of the model's directory where it has others."""
-        return artifacts.content_hash(self.registered) if self.shared else self.whole
+        return content_hash(self.registered) if self.shared else self.whole
 
     @property
     def registered(self) -> Path:
@@ -59,6 +59,19 @@ class Candidate:
         return path if path.exists() else None
 
 
+def content_hash(place: Path) -> str:
+    """`artifacts.content_hash`, once a process for files that have not changed: gigabytes, asked for thrice."""
+    files = (path for path in sorted(place.rglob("*")) if path.is_file())
+    return _hashed(
+        place, tuple((path, (known := path.stat()).st_ino, known.st_size, known.st_mtime_ns) for path in files)
+    )
+
+
+@cache
+def _hashed(place: Path, files: tuple[tuple[Path, int, int, int], ...]) -> str:
+    return artifacts.content_hash(place)
+
+
 def candidates(root: Path, stage: str) -> list[Candidate]:
     """The models that the stage's output holds now; none for a stage without models, or before it ran."""
     spec = graph.stage(root, stage)
@@ -66,7 +79,7 @@ def candidates(root: Path, stage: str) -> list[Candidate]:
     found = policy.load(root).of_stage(stage, output)
     if not found or not output.exists():
         return []
-    whole = artifacts.content_hash(output)
+    whole = content_hash(output)
     shared = any(policy.ANY in name for name, model in policy.load(root).models.items() if model.stage == stage)
     return [Candidate(root, stage, name, model, spec, whole, shared) for name, model in found]
 
