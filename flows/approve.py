@@ -89,7 +89,7 @@ def rollback(root: str = ".", model: str = "sluice-policy", who: str = "", why: 
     if release:
         step = releases.rollback(clone, releases.last(clone, FileLedger(clone)), who=who, why=why)
     else:
-        seen = registry.champions(clone).get(model)
+        seen = registry.champion(clone, model)
         step = promotion.rollback(clone, model, who=who, why=why, expected_champion=seen)
     moved = "; ".join(f"{move.model}: {move.source or 'nobody'} -> {move.target or 'nobody'}" for move in step.moves)
     message = f"rolled back by {who}: {moved} ({why})"

@@ -55,7 +55,7 @@ def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
         return None
     from pipelines.core import promotion, registry
 
-    champion = registry.champions(root).get(verdict.model)
+    champion = registry.champion(root, verdict.model)
     if champion is not None and (not fresh_output or champion == verdict.version):
         return None
     promotion.promote(

@@ -7,6 +7,7 @@ as data (`metrics/NAME.json`, `mlflow/registry.yaml`) is named by its path.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -36,7 +37,13 @@ def load(root: Path) -> dict[str, StageSpec]:
     path = root / "dvc.yaml"
     if not path.exists():
         raise UserError(f"dvc.yaml: no such file in {root}. Run from the repository's root.")
-    raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
+    return dict(_stages(path.read_text(encoding="utf-8")))
+
+
+@lru_cache
+def _stages(text: str) -> dict[str, StageSpec]:
+    """The stages of `dvc.yaml`'s text, read once a process: everybody asks, and its thousand lines take a while."""
+    raw: dict[str, Any] = yaml.safe_load(text)["stages"]
     made_by = {
         _path(item): name for name, stage in raw.items() for item in [*stage.get("outs", []), *stage.get("metrics", [])]
     }

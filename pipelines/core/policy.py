@@ -22,6 +22,7 @@ from __future__ import annotations
 import importlib
 import re
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -182,15 +183,19 @@ def load(root: Path) -> Policy:
         GateError: no such file, no YAML, or a key or value that is not accepted; one line for each mistake.
     """
     try:
-        raw = yaml.safe_load((root / FILE).read_text(encoding="utf-8"))
+        return _policy((root / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise GateError(f"{FILE}: no such file in {root}. Run from the repository's root.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise GateError(f"{FILE} is not valid YAML: {error}") from None
-    try:
-        return Policy.model_validate(raw)
     except ValidationError as error:
         raise GateError(explain(FILE, error, _KINDS, _known_keys)) from None
+
+
+@lru_cache
+def _policy(text: str) -> Policy:
+    """The policy of a text, read once a process."""
+    return Policy.model_validate(yaml.safe_load(text))
 
 
 def check(root: Path) -> None:

@@ -8,7 +8,7 @@ and leave the verdict in `.sluice/verdicts/<stage>.json`, with the version and w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,20 @@ def champions(root: Path) -> dict[str, str | None]:
         StoreUnavailable: the store is away.
     """
     declared, stages = policy.load(root), graph.load(root)
-    models = sorted(name for stage, spec in stages.items() for name, _ in declared.of_stage(stage, root / spec.output))
+    models = (name for stage, spec in stages.items() for name, _ in declared.of_stage(stage, root / spec.output))
+    return _champions(root, sorted(models))
+
+
+def champion(root: Path, model: str) -> str | None:
+    """The champion's version of one model.
+
+    Raises:
+        StoreUnavailable: the store is away.
+    """
+    return _champions(root, [model])[model]
+
+
+def _champions(root: Path, models: Sequence[str]) -> dict[str, str | None]:
     database = store.embedded(root)
     if database is not None and not database.exists():
         return dict.fromkeys(models)

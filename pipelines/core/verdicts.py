@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipelines.core.gates import Verdict
 
 Measure = Callable[[Path, Path], None]  # (directory of a model, Parquet file to write its evaluation to)
 EVALUATION = "evaluation.parquet"
+GRAIN = 2_000_000_000  # nanoseconds: the coarsest clock of a file system in use
 NOT_MEASURED = "measured on other rows, and it cannot be measured again here: run the stage again"
 
 
@@ -40,7 +42,7 @@ class Candidate:
     @cached_property
     def content(self) -> str:
         """What a version is known by: hash of the stage's output, or of the model's directory where it has others."""
-        return content_hash(self.registered) if self.shared else self.whole
+        return content_hash(self.root, self.registered) if self.shared else self.whole
 
     @property
     def registered(self) -> Path:
@@ -59,17 +61,25 @@ class Candidate:
         return path if path.exists() else None
 
 
-def content_hash(place: Path) -> str:
-    """`artifacts.content_hash`, once a process for files that have not changed: gigabytes, asked for thrice."""
-    files = (path for path in sorted(place.rglob("*")) if path.is_file())
-    return _hashed(
-        place, tuple((path, (known := path.stat()).st_ino, known.st_size, known.st_mtime_ns) for path in files)
-    )
+def content_hash(root: Path, place: Path) -> str:
+    """`artifacts.content_hash` of a directory below `root`, kept for as long as its files are the same.
 
-
-@cache
-def _hashed(place: Path, files: tuple[tuple[Path, int, int, int], ...]) -> str:
-    return artifacts.content_hash(place)
+    Gigabytes lie there, and every run asks several times. By DVC's rule a file is the same while inode, size and time
+    of change are; one that was changed just now is not kept, as it may change again within the clock's grain.
+    """
+    stats = {path.relative_to(place).as_posix(): path.stat() for path in sorted(place.rglob("*")) if path.is_file()}
+    files = {name: [known.st_ino, known.st_size, known.st_mtime_ns] for name, known in stats.items()}
+    memo = root / STATE / "hashes" / f"{place.relative_to(root).as_posix().replace('/', '--')}.json"
+    try:
+        known = json.loads(memo.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        known = {}
+    if known.get("files") == files:
+        return str(known["content"])
+    content = artifacts.content_hash(place)
+    if all(one.st_mtime_ns < time.time_ns() - GRAIN for one in stats.values()):
+        artifacts.write_json(memo, {"files": files, "content": content})
+    return content
 
 
 def candidates(root: Path, stage: str) -> list[Candidate]:
@@ -79,7 +89,7 @@ def candidates(root: Path, stage: str) -> list[Candidate]:
     found = policy.load(root).of_stage(stage, output)
     if not found or not output.exists():
         return []
-    whole = content_hash(output)
+    whole = content_hash(root, output)
     shared = any(policy.ANY in name for name, model in policy.load(root).models.items() if model.stage == stage)
     return [Candidate(root, stage, name, model, spec, whole, shared) for name, model in found]
 
