@@ -15,11 +15,12 @@ over processes; what it yields depends on the source files alone, not on the num
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.core.pydocs import rows, tasks
 from pipelines.core.pydocs.entries import Entry, collect
@@ -33,7 +34,16 @@ if TYPE_CHECKING:
 
 __all__ = ["build"]
 Parsed = list[Module | Skipped]
+_AHEAD = 2  # libraries
 _CHUNK = 24  # files a call: small enough to balance two workers, large enough to hide the cost of a call
+
+
+class Complete(NamedTuple):
+    """A library, read as far as its public names reach."""
+
+    modules: dict[str, Module]
+    names: Names
+    skipped: list[Skipped]
 
 
 def build(source: PydocsSource, workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -41,7 +51,7 @@ def build(source: PydocsSource, workers: int) -> Iterator[tuple[str, dict[str, A
 
     Tables are those of `source.tables`, plus `queries` (kind, query, target, answers, referrer) where `knowledge` is
     one of them, plus `skipped` (path, reason) for every file that could not be read as Python. Every other row has
-    `id`, unique within its table, and `group`, the key of the split. At most two libraries are held in memory.
+    `id`, unique within its table, and `group`, the key of the split. At most three libraries are held in memory.
 
     Raises:
         DataError: a package is not installed or has no Python source; a folder does not exist.
@@ -52,7 +62,7 @@ def build(source: PydocsSource, workers: int) -> Iterator[tuple[str, dict[str, A
 def _stream(source: PydocsSource, found: list[Library], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
     labels = sorted({library.label(file.module) for library in found for file in library.files})
     seen: set[str] = set()
-    for library, modules, names, skipped in _parsed(found, workers):
+    for library, (modules, names, skipped) in _parsed(found, workers):
         entries = collect(modules, names, library.label)
         entries = [entry for entry in entries if entry.name not in seen]  # a folder may hold an installed package
         seen.update(entry.name for entry in entries)
@@ -86,26 +96,27 @@ def _rows(
         yield from (("tasks", row) for row in tasks.similarities(found, entries))
 
 
-def _parsed(found: list[Library], workers: int) -> Iterator[tuple[Library, dict[str, Module], Names, list[Skipped]]]:
-    """Parse library by library; the workers are one library ahead, so that they never wait for the rows."""
+def _parsed(found: list[Library], workers: int) -> Iterator[tuple[Library, Complete]]:
+    """Parse library by library; the workers are ahead, so that neither they nor the rows wait for one another."""
     with ExitStack() as stack:
-        pool = None
+        pool = readers = None
         if workers > 1 and sum(len(library.files) for library in found) > _CHUNK:
             # Spawned, not forked: the caller may have threads (torch, pyarrow), and a fork copies locks in any state.
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
-        waiting: list[Callable[[], Parsed]] = []
+            readers = stack.enter_context(ThreadPoolExecutor(_AHEAD))  # they only wait for the workers
+        waiting: deque[Future[Complete]] = deque()
         for at, library in enumerate(found):
-            while len(waiting) < min(at + 2, len(found)):
-                waiting.append(_start(pool, found[len(waiting)].files, lazily=True))
-            parsed = waiting[at]()
-            waiting[at] = list  # let go of it
-            yield library, *_completed(pool, library, parsed)
+            if readers is None:
+                yield library, _complete(pool, library)
+                continue
+            while at + len(waiting) < min(at + 1 + _AHEAD, len(found)):
+                waiting.append(readers.submit(_complete, pool, found[at + len(waiting)]))
+            yield library, waiting.popleft().result()
 
 
-def _completed(
-    pool: ProcessPoolExecutor | None, library: Library, parsed: Parsed
-) -> tuple[dict[str, Module], Names, list[Skipped]]:
-    """Read what public names turn out to come from, round by round, until every one of them is resolved."""
+def _complete(pool: ProcessPoolExecutor | None, library: Library) -> Complete:
+    """Parse a library, then what its public names turn out to come from, round by round, until all are resolved."""
+    parsed = _parse(pool, library.files, lazily=True)
     modules: dict[str, Module] = {}
     skipped: list[Skipped] = []
     unread = {file.module: file for file in library.files}
@@ -116,14 +127,14 @@ def _completed(
         unread = {name: file for name, file in unread.items() if name not in modules and file.shown not in broken}
         names = Names(modules, unread.keys())
         if not names.missing:
-            return modules, names, skipped
-        parsed = _start(pool, [unread[name] for name in sorted(names.missing)], lazily=False)()
+            return Complete(modules, names, skipped)
+        parsed = _parse(pool, [unread[name] for name in sorted(names.missing)], lazily=False)
 
 
-def _start(pool: ProcessPoolExecutor | None, files: Sequence[SourceFile], lazily: bool) -> Callable[[], Parsed]:
-    """Begin to parse files in chunks; the call that is returned waits for all of them."""
+def _parse(pool: ProcessPoolExecutor | None, files: Sequence[SourceFile], lazily: bool) -> Parsed:
+    """Files in chunks, by the workers if there are any."""
     if pool is None:
-        return lambda: parse_files(files, lazily)
+        return parse_files(files, lazily)
     chunks = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
     started = [pool.submit(parse_files, chunk, lazily) for chunk in chunks]
-    return lambda: [item for future in started for item in future.result()]
+    return [item for future in started for item in future.result()]
