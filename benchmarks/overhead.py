@@ -1,7 +1,12 @@
-"""What the runner adds to a stage: a no-op stage through `dvc repro`, beside one that runs `true`.
+"""What Prefect, DVC and MLflow add to the stages.
 
-`python -m benchmarks.overhead [--runs N]`. Interleaved; minimum, median and maximum of each. The last line is one
-JSON document.
+    python -m benchmarks.overhead stage [--runs N]   a no-op stage through `dvc repro`, beside one that runs `true`
+    python -m benchmarks.overhead chain [--runs N]   `sluice run` over the whole graph, beside the recorded stages
+
+`stage` takes turns and prints minimum, median and maximum of each. `chain` runs the default profile in a copy of the
+repository whose stages copy what a real run left in `artifacts/`: what `sluice run` takes beyond the copying (hashing,
+DVC's cache, registration, verdicts, promotion, Prefect's own) is added to every real run, whose stages took what
+`metrics/` says. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -13,7 +18,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from benchmarks.workspace import environment, workspace
+from benchmarks.workspace import ROOT, environment, workspace
+from pipelines.core import graph
 
 NOOP = '''"""A stage that does nothing."""
 
@@ -43,6 +49,20 @@ GRAPH = """stages:
     metrics:
     - metrics/plain.json: {cache: false}
 """
+REPLAY = '''
+
+def run(params, inputs, outputs, context):  # noqa: F811
+    """Copy what a real run made."""
+    import json
+    import shutil
+    from fnmatch import fnmatchcase
+
+    shutil.copytree({made!r}, outputs, dirs_exist_ok=True)
+    with open({metrics!r}, encoding="utf-8") as file:
+        found = json.load(file)
+    known = METRICS | globals().get("OPTIONAL", frozenset())
+    return {{key: value for key, value in found.items() if any(fnmatchcase(key, one) for one in known)}}
+'''
 
 
 def seconds(place: Path, stage: str) -> float:
@@ -54,11 +74,8 @@ def seconds(place: Path, stage: str) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=5)
-    runs = parser.parse_args().runs
+def stages(runs: int) -> dict[str, list[float]]:
+    """Seconds of both stages, round by round; the first round also fills caches."""
     times: dict[str, list[float]] = {"report": [], "plain": []}
     with workspace() as place:
         # The no-op takes the place of a stage that has a section of params and no model.
@@ -73,7 +90,38 @@ def main() -> None:
         first, *warm = taken
         low, middle, high = min(warm), statistics.median(warm), max(warm)
         print(f"{told[stage]:<22} first {first:5.2f} s   then {low:5.2f} / {middle:5.2f} / {high:5.2f} s")
-    print(json.dumps({"seconds": times}))
+    return times
+
+
+def chain(runs: int) -> dict[str, list[float]]:
+    """Seconds of whole runs, of copying inside them, and of the real stages."""
+    specs = graph.load(ROOT)
+    real = sum(json.loads((ROOT / spec.metrics).read_text(encoding="utf-8"))["seconds"] for spec in specs.values())
+    times: dict[str, list[float]] = {"run": [], "copying": [], "stages": [real]}
+    for _ in range(runs):
+        with workspace("default") as place:
+            for name, spec in specs.items():
+                with (place / f"pipelines/{name}.py").open("a", encoding="utf-8") as file:
+                    file.write(REPLAY.format(made=str(ROOT / spec.output), metrics=str(ROOT / spec.metrics)))
+            start = time.perf_counter()
+            subprocess.run(["sluice", "run"], cwd=place, env=environment(), check=True, stdout=subprocess.DEVNULL)
+            times["run"].append(time.perf_counter() - start)
+            copied = [
+                json.loads((place / spec.metrics).read_text(encoding="utf-8"))["seconds"] for spec in specs.values()
+            ]
+            times["copying"].append(sum(copied))
+        added = times["run"][-1] - times["copying"][-1]
+        print(f"added {added:.1f} s to {real:.0f} s of stages: {100 * added / real:.1f} %")
+    return times
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["stage", "chain"])
+    parser.add_argument("--runs", type=int, default=3)
+    asked = parser.parse_args()
+    print(json.dumps({"seconds": (stages if asked.what == "stage" else chain)(asked.runs)}))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@
     python -m benchmarks.retrieval update    --knowledge ... --documents 2000
     python -m benchmarks.retrieval latency   --knowledge ... --chunks 100000     (1000000 takes ten minutes to build)
 
-`embedding` takes turns, and tells processor time beside wall time: where others compute, too, the former is the sounder
-ratio. `latency` mixes pairs of real vectors with noise, and real sentences; queries are real, and their embedding is
-part of what is timed.
+`embedding` takes turns, and tells processor time beside wall time: where others compute, too, the former is the
+sounder ratio. `latency` mixes pairs of real vectors with noise, and real sentences; queries are real, and their
+embedding is part of what is timed. Threads spin between two products, as those of `sluice ask` do.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipelines.core import embedding, indexing, lexical, nearest, retrieval
+from pipelines.core import embedding, indexing, lexical, nearest, retrieval, speed
 from pipelines.core.vector_cache import VectorCache, key
 
 EMBEDDER = "minilm-l6-v2"
@@ -161,4 +163,7 @@ def parts(index: retrieval.Index, rounds: int) -> None:
 
 
 if __name__ == "__main__":
+    if "GOMP_SPINCOUNT" not in os.environ:  # read when torch is loaded: before this line
+        again = [sys.executable, "-m", "benchmarks.retrieval", *sys.argv[1:]]
+        os.execve(sys.executable, again, {**os.environ, **speed.ENVIRONMENT})
     main()

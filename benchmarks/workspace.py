@@ -1,4 +1,4 @@
-"""A temporary copy of the repository to measure in: the tiny profile, its own stores, nothing shared."""
+"""A temporary copy of the repository to measure in: its own stores, nothing shared."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ OWN = ("MLFLOW_", "PREFECT_", "DVC_")
 
 
 @contextmanager
-def workspace() -> Iterator[Path]:
-    """A copy with git, DVC and the tiny profile; gone at the end."""
+def workspace(profile: str = "tiny") -> Iterator[Path]:
+    """A copy with git, DVC and a profile; gone at the end."""
     from flows import profiles
 
     with tempfile.TemporaryDirectory() as folder:
@@ -30,7 +30,7 @@ def workspace() -> Iterator[Path]:
         for name in COPIED:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, place / name)
-        profiles.apply(place, "tiny")
+        profiles.apply(place, profile)
         for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
             subprocess.run(command, cwd=place, check=True, env=environment())
         yield place

@@ -21,7 +21,7 @@ from pipelines.core import artifacts, chunking, embedding, lexical, near_chunks,
 from pipelines.core.errors import DataError, ParamsError
 from pipelines.core.vector_cache import SpanCache, VectorCache, key
 
-ROW_GROUP = 256  # chunks of a Parquet row group: what is read to show one
+ROW_GROUP = 64  # chunks of a Parquet row group: what is read to show one
 BATCH = 2048  # chunks embedded between two visits to the cache, and to whoever watches
 DOCUMENTS = 512  # read by the tokenizer at a time
 
@@ -37,7 +37,7 @@ class Settings:
     size: int = 200  # tokens of a chunk at most
     overlap: float = 0.15
     embedded_chunks: int | None = None  # of a document, from its beginning, that get vectors; None: all
-    exact_chunks: int = 100_000  # with more vectors than this those of the nearest cells are looked at
+    exact_chunks: int = 50_000  # with more vectors than this those of the nearest cells are looked at
     fusion_k: float = 10.0
     dense_weight: float = 1.5
 
@@ -243,7 +243,7 @@ def _write_chunks(chunks: Sequence[_Chunk], chosen: Sequence[int], near: NDArray
         for at, name in enumerate(_Chunk._fields)
     }
     table = pa.table({**columns, "near": pa.array(near, pa.int64()), "vector": pa.array(rows, pa.int64())})
-    pq.write_table(table, place, row_group_size=ROW_GROUP, compression="zstd", write_statistics=False)
+    pq.write_table(table, place, row_group_size=ROW_GROUP, compression="lz4", write_statistics=False)
 
 
 def _reranker(settings: Settings, target: Path) -> dict[str, str] | None:

@@ -278,11 +278,14 @@ class Index:
         rows = self._vector[found]
         cosines = np.full(len(found), np.nan, np.float32)
         cosines[rows >= 0] = self._vectors[rows[rows >= 0]].astype(np.float32) @ vector
+        size = int(self.manifest["row_group"])
+        groups = sorted({number // size for number in found.tolist()})
+        texts = self._texts.read_row_groups(groups, list(TEXT_COLUMNS), use_threads=False)["text"]
+        first = {group: place * size for place, group in enumerate(groups)}  # all but the file's last are full
         passages = []
         for number, row, score, cosine in zip(found.tolist(), self.chunks.take(found).to_pylist(), scores, cosines,
                                               strict=True):  # fmt: skip
-            group, place = divmod(number, int(self.manifest["row_group"]))
-            text = self._texts.read_row_group(group, list(TEXT_COLUMNS))["text"][place].as_py()
+            text = texts[first[number // size] + number % size].as_py()
             passages.append(
                 Passage(row["chunk"], row["document"], row["title"], text, row["url"], float(score), float(cosine),
                         row["start"], row["end"], row["line"])

@@ -19,7 +19,7 @@ class RagParams(Section):
     embedded_chunks: int | None = Field(
         ge=1, description="chunks of a document, from its beginning, that get vectors; null: all. BM25 reads all"
     )
-    exact_chunks: int = Field(ge=1, description="with more chunks than this an approximate index is searched")
+    exact_chunks: int = Field(ge=1, description="with more vectors than this an approximate index is searched")
     fusion_k: float = Field(gt=0.0, description="constant of reciprocal rank fusion")
     dense_weight: float = Field(gt=0.0, description="of the vectors' ranks beside BM25's, whose weight is 1")
     tune: bool = Field(description="choose both by queries instead, that nothing is judged by afterwards")
