@@ -37,12 +37,12 @@ KEY_METRICS: Mapping[str, tuple[str, ...]] = {
     ),
     "quantize": ("*/size_ratio", "*/loss", "*/agreement", "*/rank_agreement", "*/decode_tokens_per_second"),
     "rag": (
-        "documents", "chunks", "vectors", "mrr", "recall_at_10", "ndcg_at_10", "bm25_mrr", "bm25_recall_at_10", "dense_mrr",
-        "dense_recall_at_10", "query_ms_p50", "query_ms_p95", "index_seconds",
+        "documents", "chunks", "vectors", "mrr", "recall_at_10", "ndcg_at_10", "bm25_mrr", "bm25_recall_at_10",
+        "dense_mrr", "dense_recall_at_10", "query_ms_p50", "query_ms_p95", "index_seconds",
     ),
     "answers": (
-        "answer_score", "answer_score_closed_book", "answer_score_oracle", "gain_over_closed_book", "citation_precision",
-        "citation_recall", "groundedness", "false_answer_rate", "false_refusal_rate",
+        "answer_score", "answer_score_closed_book", "answer_score_oracle", "gain_over_closed_book",
+        "citation_precision", "citation_recall", "groundedness", "false_answer_rate", "false_refusal_rate",
     ),
     "prompts": ("score", "score_zero_shot", "*/chosen", "*/chosen_zero_shot", "questions"),
     "transfer": ("score", "*/score", "*/tfidf", "*/majority", "*/random"),
