@@ -11,7 +11,7 @@ import json
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,41 +233,44 @@ class Bm25:
         ids = np.array(sorted(known, key=lambda term: (-self.bounds[term], term)), np.int64)
         left = np.append(np.cumsum(self.bounds[ids][::-1])[::-1], 0) * np.float32(1 + 1e-5)  # rounding of sums
         scores = np.zeros(self.size, np.float32)
-        candidates: NDArray[np.int64] | None = None  # None: any document may still be among the best
+        seen: list[NDArray[np.int32]] = []  # documents with a score, each once: of a million, few have one
+        candidates: NDArray[np.int32] | None = None  # None: any document may still be among the best
         for place, term in enumerate(ids.tolist()):
             first, last = int(self.pointers[term]), int(self.pointers[term + 1])
             if candidates is None and place and last - first > LONG_LIST and len(ids) <= MANY_TERMS:
-                candidates = _promising(scores, left[place], count, allowed)
+                candidates = _promising(_allowed(seen, allowed), scores, left[place], count)
+            holders = self.indices[first:last]
             if candidates is None:
                 # A term has a document once, so plain indexing adds every one
-                scores[self.indices[first:last]] += self.data[first:last]
+                before = scores[holders]
+                seen.append(holders[before == 0])
+                scores[holders] = before + self.data[first:last]
                 continue
-            holders = self.indices[first:last]
             where = np.searchsorted(holders, candidates)
             where[where == len(holders)] = 0
             hit = holders[where] == candidates
             scores[candidates[hit]] += self.data[first:last][where[hit]]
-        found = candidates if candidates is not None else _seen(scores, allowed)
-        return best(found, scores[found], count)
+        found = candidates if candidates is not None else _allowed(seen, allowed)
+        return best(found.astype(np.int64), scores[found], count)
 
 
-def _seen(scores: NDArray[np.float32], allowed: NDArray[np.bool_] | None) -> NDArray[np.int64]:
-    """Documents that have a score and may be found, in ascending order."""
-    return np.flatnonzero(scores if allowed is None else np.where(allowed, scores, 0))
+def _allowed(seen: Sequence[NDArray[np.int32]], allowed: NDArray[np.bool_] | None) -> NDArray[np.int32]:
+    """Those of the documents seen that may be found."""
+    found: NDArray[np.int32] = np.concatenate([np.zeros(0, np.int32), *seen])
+    return found if allowed is None else found[allowed[found]]
 
 
 def _promising(
-    scores: NDArray[np.float32], left: np.float32, count: int, allowed: NDArray[np.bool_] | None
-) -> NDArray[np.int64] | None:
+    found: NDArray[np.int32], scores: NDArray[np.float32], left: np.float32, count: int
+) -> NDArray[np.int32] | None:
     """Documents that can still be among the best, or None while one without a score can."""
-    found = _seen(scores, allowed)
     if len(found) <= count:
         return None
-    reached = np.partition(scores[found], len(found) - count)[len(found) - count]
+    own = scores[found]
+    reached = np.partition(own, len(found) - count)[len(found) - count]
     if left >= reached:
         return None
-    kept: NDArray[np.int64] = found[scores[found] + left >= reached]
-    return kept
+    return found[own + left >= reached]
 
 
 def best(
