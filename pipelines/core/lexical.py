@@ -270,7 +270,8 @@ def _promising(
     reached = np.partition(own, len(found) - count)[len(found) - count]
     if left >= reached:
         return None
-    return found[own + left >= reached]
+    kept: NDArray[np.int32] = found[own + left >= reached]
+    return kept
 
 
 def best(

@@ -57,7 +57,7 @@ class Nearest:
         import faiss
 
         if self.cells is not None:
-            cells = faiss.read_index(str(self.cells), faiss.IO_FLAG_MMAP)
+            cells: Any = faiss.read_index(str(self.cells), faiss.IO_FLAG_MMAP)
             cells.parallel_mode = 1  # threads share the cells of a query; by default they share queries
             return cells
         kind, metric = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
