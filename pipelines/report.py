@@ -19,6 +19,7 @@ from pipelines.core import (
     report_gates,
     report_html,
     report_inputs,
+    report_knowledge,
     report_plots,
     report_policy,
     report_prompts,
@@ -62,13 +63,18 @@ def run(params: ReportParams, inputs: dict[str, Path], outputs: Path, context: S
     gates = report_gates.judge(stages, registry) if registry is not None else []
     kinds = (report_tasks, report_policy, report_compression, report_prompts, report_plots)
     plots = [plot for stage in stages for kind in kinds for plot in kind.of_stage(stage)]
+    tables = (
+        ("Retrieval", report_knowledge.retrieval),
+        ("Answers", report_knowledge.answers),
+        ("Prompts", report_prompts.text),
+    )
 
     # 2. What it says, the answer first.
     sections = [
         Section("Is the model better?", _answer(stages, changes)),
         Section("Stages", _stages(stages)),
         Section("Curves and scores", "" if plots else "No stage wrote a history or scores.", tuple(plots)),
-        *(Section("Prompts", text) for stage in stages if (text := report_prompts.text(stage))),
+        *(Section(title, text) for title, tell in tables for stage in stages if (text := tell(stage))),
         Section("Gates", _gates(gates)),
         Section("Samples", _samples(samples)),
         *(
