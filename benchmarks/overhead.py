@@ -61,7 +61,9 @@ def run(params, inputs, outputs, context):  # noqa: F811
     with open({metrics!r}, encoding="utf-8") as file:
         found = json.load(file)
     known = METRICS | globals().get("OPTIONAL", frozenset())
-    return {{key: value for key, value in found.items() if any(fnmatchcase(key, one) for one in known)}}
+    returned = {{key: value for key, value in found.items() if any(fnmatchcase(key, one) for one in known)}}
+    context.measure(**{{key: value for key, value in found.items() if key not in returned}})
+    return returned
 '''
 
 
