@@ -226,6 +226,15 @@ def test_what_passed_is_promoted_but_never_over_a_persons_rollback(
     assert outcome.promote(root, verdict(True), fresh_output) is None
 
 
+def test_the_way_to_a_run_holds_no_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    links: list[str] = []
+    monkeypatch.setattr(records, "create_table_artifact", lambda *_, **__: None)
+    monkeypatch.setattr(records, "create_link_artifact", lambda link, **_: links.append(link))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://bob:hunter2@mlflow.example.org/")
+    records.verdict(verdict(True))
+    assert links == ["https://mlflow.example.org/#/runs/r"]
+
+
 def test_one_flow_at_a_time(root: Path) -> None:
     with alone(root), pytest.raises(failures.LockTrouble, match=f"process {os.getpid()}"), alone(root):
         pass

@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
-from urllib.parse import urlsplit
 
 from pipelines.core import store
 from pipelines.core.environment import STATE
@@ -61,7 +60,7 @@ class Promotion:
     who: str
     why: str
     when: str  # ISO 8601, UTC
-    store: str  # see `place`
+    store: str  # see `store.place`
     release: str | None = None  # what a release is named after, such as `sluice-policy 5`
 
     @classmethod
@@ -70,7 +69,7 @@ class Promotion:
     ) -> Promotion:
         """One that is about to happen: now, by somebody (the logged-in user when empty), in the store in use."""
         name = who or getpass.getuser()
-        return cls(uuid.uuid4().hex, action, tuple(moves), name, why, now(), place(root), release)
+        return cls(uuid.uuid4().hex, action, tuple(moves), name, why, now(), store.place(root), release)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -87,7 +86,7 @@ class Promotion:
         values = {key: value for key, value in raw.items() if key != "state"}
         if "moves" not in values:
             values["moves"] = [{key: values.pop(key) for key in ("model", "source", "target", "previous")}]
-            values["store"] = _without_login(values["store"])
+            values["store"] = store.without_login(values["store"])
         return cls(**{**values, "moves": tuple(Move(**move) for move in values["moves"])})
 
 
@@ -159,16 +158,6 @@ class FileLedger:
 def now() -> str:
     """The time as promotions keep it: ISO 8601, UTC, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def place(root: Path) -> str:
-    """The store in use as the journal names it: an address may hold a password, and a journal may not."""
-    return _without_login(store.address(root))
-
-
-def _without_login(address: str) -> str:
-    parts = urlsplit(address)
-    return address.replace(f"{parts.netloc}", parts.netloc.rpartition("@")[2], 1) if "@" in parts.netloc else address
 
 
 def _locked(descriptor: int) -> bool:

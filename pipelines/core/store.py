@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import http.client
 import logging
 import os
 import re
@@ -26,6 +27,8 @@ from pipelines.core.errors import StoreUnavailable
 
 EXPERIMENT = "sluice"
 AWAY = (429, 502, 503, 504)  # answers of a proxy or server that is there and cannot work now
+# What stands before the host: `user:password@`, or, with a slash in the password, what cannot be a host and a port.
+LOGIN = re.compile(r"(?<=://)(?:[^/\s]*@|[^/\s:]*:(?!\d+(?:/|\s|$))\S*@)")
 
 
 @contextlib.contextmanager
@@ -42,6 +45,17 @@ def address(root: Path) -> str:
     """The tracking URI in use; that of a file without links, so that every worktree of a clone has the same one."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / STATE}/mlflow/mlflow.db"
     return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}" if uri.startswith("sqlite:///") else uri
+
+
+def place(root: Path) -> str:
+    """The store in use as files, tags and messages name it: its address may hold a password, and they may not."""
+    uri = address(root)
+    return uri if embedded(root) else without_login(uri).partition("?")[0]  # a database takes passwords there too
+
+
+def without_login(text: str) -> str:
+    """An address, or a message with addresses in it, with whoever logs in and the password left out."""
+    return LOGIN.sub("", text)
 
 
 def embedded(root: Path) -> Path | None:
@@ -61,6 +75,7 @@ def connect(root: Path) -> tuple[Any, str]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # a log-in in the address would be in the logs
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -98,15 +113,15 @@ def probe(root: Path) -> None:
         return
     if urlsplit(uri).scheme not in ("http", "https"):
         return
-    try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
+    try:  # without the log-in, which urllib would take for a part of the host; nobody is asked for one here
+        urllib.request.urlopen(f"{without_login(uri).rstrip('/')}/health", timeout=5).close()
     except urllib.error.HTTPError as error:
         if error.code in AWAY:
             raise unavailable(root, f"it answered {error.code}") from None
     except urllib.error.URLError as error:
         if not isinstance(error.reason, ssl.SSLError):  # whether to trust a certificate is MLflow's decision
             raise unavailable(root, str(error.reason)) from None
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # the last two: it is no address
         raise unavailable(root, str(error)) from None
 
 
@@ -132,9 +147,8 @@ def answering(root: Path) -> Iterator[None]:
 
 def unavailable(root: Path, why: str) -> StoreUnavailable:
     """The error that says which store is away, what is kept meanwhile and how it gets there later."""
-    shown = re.sub(r"//[^/@]*@", "//", address(root))  # no password on a terminal
     return StoreUnavailable(
-        f"the MLflow store {shown} does not answer ({why}). Nothing is lost: records wait in "
+        f"the MLflow store {place(root)} does not answer ({without_login(why)}). Nothing is lost: records wait in "
         f"{STATE}/spool, finished models in artifacts/; `sluice run` delivers and registers them once it is back."
     )
 
