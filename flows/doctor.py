@@ -137,9 +137,12 @@ def _stores(root: Path) -> Iterator[Finding]:
     from pipelines.core.errors import StoreUnavailable
 
     try:
-        store.probe(root)
+        if store.address(root).startswith("http"):
+            store.connect(root)  # seconds, for MLflow's import: nothing less tells whether a log-in is accepted
+        else:
+            store.probe(root)
     except StoreUnavailable as error:
-        yield Finding("fail", "mlflow", str(error), "start the server, or unset MLFLOW_TRACKING_URI")
+        yield Finding("fail", "mlflow", str(error), "start the server, log in, or unset MLFLOW_TRACKING_URI")
     else:
         yield Finding("ok", "mlflow", store.place(root))
     yield Finding("ok", "prefect", os.environ.get("PREFECT_API_URL", "a server of our own for each run"))

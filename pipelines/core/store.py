@@ -27,6 +27,8 @@ from pipelines.core.errors import StoreUnavailable
 
 EXPERIMENT = "sluice"
 AWAY = (429, 502, 503, 504)  # answers of a proxy or server that is there and cannot work now
+REFUSED = {401: "does not know this log-in", 403: "does not let this log-in do that"}
+LOGIN_VARIABLES = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 # What stands before the host: `user:password@`, or, with a slash in the password, what cannot be a host and a port.
 LOGIN = re.compile(r"(?<=://)(?:[^/\s]*@|[^/\s:]*:(?!\d+(?:/|\s|$))\S*@)")
 
@@ -127,7 +129,11 @@ def probe(root: Path) -> None:
 
 @contextlib.contextmanager
 def answering(root: Path) -> Iterator[None]:
-    """Turn what MLflow raises when its store is away into `StoreUnavailable`; let every other error pass."""
+    """Turn what MLflow raises when its store is away or refuses us into `StoreUnavailable`; let other errors pass.
+
+    MLflow's own errors are JSON. What it calls a failed API request is no answer of its own: nobody's, a proxy's, that
+    of another program behind a wrong address, or that of its log-in.
+    """
     from mlflow.exceptions import MlflowException
     from requests import RequestException
     from sqlalchemy.exc import OperationalError
@@ -135,21 +141,28 @@ def answering(root: Path) -> Iterator[None]:
     try:
         yield
     except (RequestException, OperationalError) as error:
-        raise unavailable(root, _first_line(error)) from error
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        raise unavailable(root, _first_line(error), status) from error
     except MlflowException as error:
         status = getattr(error, "get_http_status_code", lambda: 0)()
         text = str(error)
-        away = "API request to" in text and ("failed with exception" in text or status in AWAY)
-        if not (away or status in AWAY or "OperationalError" in text):
+        if not ("API request to" in text or status in (*AWAY, *REFUSED) or "OperationalError" in text):
             raise
-        raise unavailable(root, _first_line(error)) from error
+        raise unavailable(root, _first_line(error), status) from error
 
 
-def unavailable(root: Path, why: str) -> StoreUnavailable:
-    """The error that says which store is away, what is kept meanwhile and how it gets there later."""
+def unavailable(root: Path, why: str, status: int = 0) -> StoreUnavailable:
+    """The error that says which store is away, what is kept meanwhile and how it gets there later.
+
+    Args:
+        status: of HTTP, where there was an answer.
+    """
+    told, then = f"does not answer ({without_login(why)})", "is back"
+    if status in REFUSED:
+        told, then = f"{REFUSED[status]} ({status}): see {LOGIN_VARIABLES}", "lets us in"
     return StoreUnavailable(
-        f"the MLflow store {place(root)} does not answer ({without_login(why)}). Nothing is lost: records wait in "
-        f"{STATE}/spool, finished models in artifacts/; `sluice run` delivers and registers them once it is back."
+        f"the MLflow store {place(root)} {told}. Nothing is lost: records wait in {STATE}/spool, finished models in "
+        f"artifacts/; `sluice run` delivers and registers them once it {then}."
     )
 
 
