@@ -15,6 +15,7 @@ import getpass
 import json
 import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
 
 from pipelines.core import store
 from pipelines.core.environment import STATE
@@ -31,6 +32,7 @@ from pipelines.core.errors import UserError
 Action = Literal["promote", "rollback"]
 State = Literal["intent", "done", "aborted"]
 PATIENCE = 120.0  # seconds; a promotion holds the ledger for one or two on an idle machine
+QUIET = 3.0  # of them, before whoever waits is told what for
 POLL = 0.05
 
 
@@ -124,14 +126,17 @@ class FileLedger:
         """See `Ledger`. The kernel lets go of the lock of a process that dies."""
         self.lock.parent.mkdir(parents=True, exist_ok=True)
         with self.lock.open("a+", encoding="utf-8") as file:
-            deadline = time.monotonic() + self.patience
+            began, told = time.monotonic(), False
             while not _locked(file.fileno()):
-                if time.monotonic() > deadline:
-                    file.seek(0)
+                waited = time.monotonic() - began
+                if waited > self.patience:
                     raise LedgerHeld(
                         f"another promotion holds {self.lock} and has not let go for {self.patience:g} seconds: "
-                        f"{file.read().strip() or 'holder unknown'}. Nothing was changed; look at that process first."
+                        f"{_holder(file)}. Nothing was changed; look at that process first."
                     )
+                if waited > QUIET and not told:
+                    told = True
+                    print(f"waiting until another promotion ends: {_holder(file)}", file=sys.stderr, flush=True)
                 time.sleep(POLL)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {now()}\n")
@@ -158,6 +163,11 @@ class FileLedger:
 def now() -> str:
     """The time as promotions keep it: ISO 8601, UTC, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read().strip() or "holder unknown"
 
 
 def _locked(descriptor: int) -> bool:
