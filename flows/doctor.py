@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.text import Text
@@ -137,15 +136,15 @@ def _stores(root: Path) -> Iterator[Finding]:
     from pipelines.core import store
     from pipelines.core.errors import StoreUnavailable
 
-    uri = store.address(root)
-    parts = urlsplit(uri)
-    shown = parts._replace(netloc=parts.hostname or "").geturl() if parts.username else uri  # no password on a terminal
     try:
-        store.probe(root)
+        if store.address(root).startswith("http"):
+            store.connect(root)  # seconds, for MLflow's import: nothing less tells whether a log-in is accepted
+        else:
+            store.probe(root)
     except StoreUnavailable as error:
-        yield Finding("fail", "mlflow", str(error), "start the server, or unset MLFLOW_TRACKING_URI")
+        yield Finding("fail", "mlflow", str(error), "start the server, log in, or unset MLFLOW_TRACKING_URI")
     else:
-        yield Finding("ok", "mlflow", shown)
+        yield Finding("ok", "mlflow", store.place(root))
     yield Finding("ok", "prefect", os.environ.get("PREFECT_API_URL", "a server of our own for each run"))
 
 

@@ -15,11 +15,12 @@ from pipelines.core import graph, policy, verdicts
 from pipelines.core.gates import Verdict
 
 
-def judge(root: Path, stage: str) -> list[Verdict]:
+def judge(root: Path, stage: str, again: bool = False) -> list[Verdict]:
     """The verdicts on the models that stand now; none for a stage without models.
 
     DVC may have brought the output back from its cache, or a crash may have come between training and
-    registration: then the registry is asked to catch up first.
+    registration: then the registry is asked to catch up first. With `again` it always is, as a champion may have been
+    moved since a verdict was given.
 
     Raises:
         StoreUnavailable: the registry has to catch up and its store is away.
@@ -32,7 +33,7 @@ def judge(root: Path, stage: str) -> list[Verdict]:
         for verdict, one in zip(known, found, strict=True)
         if verdict is not None and verdict.content_hash == one.content
     ]
-    if len(current) == len(found):
+    if len(current) == len(found) and not again:
         return current
     from pipelines.core import registry, runner
 
@@ -47,11 +48,10 @@ def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
 
     Raises:
         StoreUnavailable: the registry's store is away.
+        LedgerHeld: another promotion does not come to its end.
         GateError: somebody else moved the champion in between.
     """
-    output = root / graph.stage(root, verdict.stage).output
-    found = dict(policy.load(root).of_stage(verdict.stage, output)).get(verdict.model)
-    if found is None or found.promote != "auto":
+    if not automatic(root, verdict):
         return None
     from pipelines.core import promotion, registry
 
@@ -67,6 +67,13 @@ def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
         expected_champion=verdict.champion,  # the one it was compared with: it must still be in office
     )
     return f"{verdict.model} {verdict.version} is the champion now" + (f", after {champion}" if champion else "")
+
+
+def automatic(root: Path, verdict: Verdict) -> bool:
+    """Whether `mlflow/registry.yaml` says to promote the model of a verdict by itself."""
+    output = root / graph.stage(root, verdict.stage).output
+    found = dict(policy.load(root).of_stage(verdict.stage, output)).get(verdict.model)
+    return found is not None and found.promote == "auto"
 
 
 def point_best(root: Path, stage: str) -> str | None:

@@ -14,6 +14,7 @@ from prefect.artifacts import (
 )
 
 from flows.outcome import cell
+from pipelines.core import store
 from pipelines.core.gates import Verdict
 
 MLFLOW_PAGES = "http://127.0.0.1:5000"  # where `make ui` serves the embedded store
@@ -43,7 +44,7 @@ def verdict(judged: Verdict) -> None:
         [asdict(row) for row in judged.rows], key=_key(judged.model, "verdict"), description=cell([judged])
     )
     if judged.run_id:
-        address = os.environ.get("MLFLOW_TRACKING_URI", "")
+        address = store.without_login(os.environ.get("MLFLOW_TRACKING_URI", ""))
         pages = address.rstrip("/") if address.startswith("http") else MLFLOW_PAGES
         create_link_artifact(
             f"{pages}/#/runs/{judged.run_id}",

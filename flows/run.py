@@ -12,6 +12,7 @@ from flows import outcome, profiles, sources, stages, view
 from flows.board import Board, Row
 from pipelines.core import graph, policy
 from pipelines.core.errors import GateError, StoreUnavailable
+from pipelines.core.ledger import LedgerHeld
 from pipelines.core.params import whole
 
 
@@ -51,26 +52,27 @@ def _catch_up(root: Path, state: stages.State, needed: list[str], console: Conso
 
     Raises:
         GateError: a model that stands did not pass.
-        StoreUnavailable: the registry's store is away.
+        StoreUnavailable, LedgerHeld: the registry's store is away; another promotion does not end.
     """
     from pipelines.core import registry, runner
 
     board = Board(root, {name: Row(name, "cached") for name in needed})
     stops = whole.load(root / "params.yaml").flow.failed_gate == "stop"
-    trouble: list[GateError | StoreUnavailable] = []
+    trouble: list[GateError | StoreUnavailable | LedgerHeld] = []
     for name, row in board.rows.items():
         row.metric = outcome.key_metric(root, name, state.shows.get(name))
         try:
             judged = outcome.judge(root, name)
             row.verdict = outcome.cell(judged)
+            if failed := "\n".join(one.table() for one in judged if not one.passed):
+                if stops:
+                    trouble.append(GateError(failed))
+                else:
+                    console.print(failed, markup=False, highlight=False, soft_wrap=True)
             for one in judged:
                 if one.passed and (done := outcome.promote(root, one, fresh_output=False)):
                     console.print(done)
-            if failed := "\n".join(one.table() for one in judged if not one.passed):
-                if stops:
-                    raise GateError(failed)
-                console.print(failed, markup=False, highlight=False, soft_wrap=True)
-        except (GateError, StoreUnavailable) as error:
+        except (GateError, StoreUnavailable, LedgerHeld) as error:
             trouble.append(error)
     try:
         registry.reconcile(root, lambda stage: runner.measure_for(root, stage))

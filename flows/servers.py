@@ -29,7 +29,7 @@ from typing import Any
 from flows.automations import HEARTBEAT_SECONDS, POOL
 from flows.server import START_SECONDS, answers
 from flows.supervise import Crew, child_environment
-from pipelines.core import artifacts
+from pipelines.core import artifacts, store
 from pipelines.core.environment import STATE
 from pipelines.core.errors import StoreUnavailable, UserError
 
@@ -161,7 +161,7 @@ def keep(root: Path, prefect_port: int, mlflow_port: int) -> None:
             log = _logs(root) / "set-up.log"
             if crew.run([sys.executable, "-m", "flows.automations"], root, log, env):
                 raise StoreUnavailable(f"Prefect could not be told of pool and deployments; see {log}")
-            mlflow = os.environ.get("MLFLOW_TRACKING_URI", "")
+            mlflow = store.without_login(os.environ.get("MLFLOW_TRACKING_URI", ""))
             mlflow = mlflow if mlflow.startswith("http") else f"http://{HOST}:{mlflow_port}"
             artifacts.write_json(place, {"prefect": api, "mlflow": mlflow, "pid": os.getpid()})
         _attend(crew, root, wanted, running, env, lambda: bool(stopping))

@@ -25,9 +25,10 @@ from rich.console import Console
 
 from flows import failures, outcome, records, run_locks, stages, view
 from flows.board import Board, Row, StageState
+from flows.gate import Gate
 from flows.supervise import Crew, child_environment
 from pipelines.core.environment import STATE
-from pipelines.core.errors import GateError, StoreUnavailable, UserError
+from pipelines.core.errors import UserError
 from pipelines.core.params import whole
 
 RETRY_SECONDS = (2.0, 10.0)
@@ -44,10 +45,8 @@ class Job:
     graph: stages.State
     crew: Crew
     seats: threading.Semaphore  # how many stages may compute at once
-    stops_at_gate: bool = True
-    store_trouble: list[StoreUnavailable] = field(default_factory=list)
+    gate: Gate
     progress: dict[str, UUID] = field(default_factory=dict)
-    registry: threading.Lock = field(default_factory=threading.Lock)
 
     def stage(self, name: str, suspect: bool) -> None:
         """Run one stage if DVC finds that it has to, then let its model through its gate.
@@ -63,7 +62,7 @@ class Job:
                 self.progress[name] = records.progress(name)
                 state: StageState = self._repro(row) if suspect else "cached"
                 row.metric = outcome.key_metric(self.root, name, self.graph.shows.get(name))
-                self._gate(row, fresh_output=state != "cached")
+                self.gate.ask(row, fresh_output=state != "cached")
             row.end(state)
         except UserError as error:
             row.error = error
@@ -95,29 +94,6 @@ class Job:
             return "run"
         return "cached" if "didn't change, skipping" in printed else "restored"
 
-    def _gate(self, row: Row, fresh_output: bool) -> None:
-        """Judge and promote, one stage at a time: both write the registry.
-
-        A store that is away stops nothing here: the spool keeps everything, and the flow says so at its end.
-        """
-        with self.registry:
-            try:
-                judged = outcome.judge(self.root, row.stage)
-                row.verdict = outcome.cell(judged)
-                for one in judged:
-                    records.verdict(one)
-                    if one.passed and (done := outcome.promote(self.root, one, fresh_output)):
-                        row.notes.append(done)
-                if done := outcome.point_best(self.root, row.stage):
-                    row.notes.append(done)
-                if failed := "\n".join(one.table() for one in judged if not one.passed):
-                    if self.stops_at_gate:
-                        raise GateError(f"what depends on stage {row.stage} does not run\n{failed}")
-                    row.notes.append(f"goes on (flow.failed_gate) although\n{failed}")
-            except StoreUnavailable as error:
-                row.verdict = row.verdict or "not judged: store away"
-                self.store_trouble.append(error)
-
 
 @flow(name="train", log_prints=False)
 def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False, only: bool = False) -> None:
@@ -135,13 +111,14 @@ def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False,
         logs = place / STATE / "logs" / str(flow_run.name)
         board = Board(place, {name: Row(name, log=logs / f"{name}.log") for name in needed})
         board.title = f"{flow_run.name}   output: {logs.relative_to(place)}/"
-        job = Job(place, board, graph, Crew(), threading.Semaphore(stages.side_by_side(place)))
-        job.stops_at_gate = whole.load(place / "params.yaml").flow.failed_gate == "stop"
+        gate = Gate(place, stops=whole.load(place / "params.yaml").flow.failed_gate == "stop")
+        job = Job(place, board, graph, Crew(), threading.Semaphore(stages.side_by_side(place)), gate)
         console = Console()
         try:
             futures = _submit(job, needed, suspects)
             with view.shown(board, console, plain) as update:
                 _watch(job, futures, update)
+                gate.promote_left()
         except BaseException:
             job.crew.stop()
             raise
@@ -189,13 +166,13 @@ def _watch(job: Job, futures: list[PrefectFuture[None]], update: Callable[[], No
 
 
 def _conclude(job: Job, needed: list[str]) -> None:
-    """Raise what there is to complain about: a failed stage first, then an absent store, then DVC's last word."""
+    """Raise what there is to complain about: a failed stage first, then a store or ledger, then DVC's last word."""
     if error := job.board.error():
         raise error
     if unfinished := [name for name, row in job.board.rows.items() if row.state in ("waiting", "running")]:
         raise failures.StageFailed(f"Prefect ended the flow before these stages: {', '.join(unfinished)}")
-    if job.store_trouble:
-        raise job.store_trouble[0]
+    if job.gate.trouble:
+        raise job.gate.trouble[0]
     left = stages.look(job.root).reasons
     if stale := [f"{name} ({', '.join(left[name])})" for name in needed if name in left]:
         raise failures.StageFailed(f"changed while the flow ran, run it again: {'; '.join(stale)}")

@@ -19,6 +19,7 @@ import pytest
 
 from flows import failures, outcome, overrides, records, stages
 from flows.board import Board, Row
+from flows.gate import Gate
 from flows.run_locks import alone
 from flows.supervise import Crew
 from flows.train import Job
@@ -50,7 +51,7 @@ def job(root: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.setattr(records, "progress", lambda _: uuid4())
     state = stages.look(root)
     board = Board(root, {name: Row(name, log=root / ".sluice" / f"{name}.log") for name in state.parents})
-    return Job(root, board, state, Crew(), threading.Semaphore(2))
+    return Job(root, board, state, Crew(), threading.Semaphore(2), Gate(root))
 
 
 def behave(root: Path, stage: str, words: str) -> None:
@@ -176,7 +177,7 @@ def test_a_failed_gate_fails_the_stage_with_its_table(job: Job, monkeypatch: pyt
 def test_a_failed_gate_only_notes_its_table_where_the_params_say_so(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outcome, "judge", lambda *_: [verdict(False)])
     monkeypatch.setattr(outcome, "promote", lambda *_: pytest.fail("promoted what did not pass"))
-    job.stops_at_gate = False
+    job.gate.stops = False
     job.stage("data", suspect=True)
     row = job.board.rows["data"]
     assert (row.state, row.verdict) == ("run", "sluice-base 2 FAILED")
@@ -202,7 +203,7 @@ def test_a_store_that_is_away_stops_no_stage(job: Job, monkeypatch: pytest.Monke
     monkeypatch.setattr(outcome, "judge", away)
     job.stage("data", suspect=True)
     assert job.board.rows["data"].state == "run"
-    assert [str(error) for error in job.store_trouble] == ["away"]
+    assert [str(error) for error in job.gate.trouble] == ["away"]
 
 
 @pytest.mark.parametrize(
@@ -224,6 +225,15 @@ def test_what_passed_is_promoted_but_never_over_a_persons_rollback(
     entry["promote"] = "manual"
     (root / "mlflow" / "registry.yaml").write_text(json.dumps({"models": {"sluice-base": entry}}))
     assert outcome.promote(root, verdict(True), fresh_output) is None
+
+
+def test_the_way_to_a_run_holds_no_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    links: list[str] = []
+    monkeypatch.setattr(records, "create_table_artifact", lambda *_, **__: None)
+    monkeypatch.setattr(records, "create_link_artifact", lambda link, **_: links.append(link))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://bob:hunter2@mlflow.example.org/")
+    records.verdict(verdict(True))
+    assert links == ["https://mlflow.example.org/#/runs/r"]
 
 
 def test_one_flow_at_a_time(root: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,15 +13,15 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from stores import repository, run_stage
+from stores import SOURCE, repository, run_stage
 
 from flows import compare, lineage_report
-from pipelines.core import hooks, promotion, registry, store, versions
+from pipelines.core import hooks, promotion, prompt_registry, registry, store, versions
 from pipelines.core.ledger import Move, Promotion
 
 __all__ = ["repository"]
 NAME = "sluice-base"
-SECRETS = ("correct-horse", "battery-staple", "tr0ub4dor")
+SECRETS = ("correct-horse", "battery-staple", "tr0ub4dor", "xkcd-936")
 
 
 class Receiver(HTTPServer):
@@ -108,17 +109,45 @@ def test_an_answer_that_refuses_is_told(done, receiver, monkeypatch, capsys):
     assert "WEBHOOK (127.0.0.1) answered 503" in capsys.readouterr().err
 
 
+def name_a_login(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `MLFLOW_TRACKING_URI` hold a log-in. Only how the database is dialled is not real: it is the embedded one."""
+    from mlflow.tracking._model_registry import utils as models
+    from mlflow.tracking._tracking_service import utils as runs
+
+    store.connect(root)  # the experiment, whose files go below the root
+    real = store.address(root)
+    for built, known in ((runs, runs._tracking_store_registry), (models, models._get_store_registry())):
+        monkeypatch.setitem(
+            known._registry,
+            "postgresql",
+            lambda store_uri, built=built, **rest: built._get_sqlalchemy_store(real, **rest),
+        )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://team:{SECRETS[3]}@db.example.org/mlflow")
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_secrets_of_the_environment_are_nowhere(repository, receiver, monkeypatch, capfd):
     """Planted in the environment; looked for in tags, params, cards, logs, the journal, every file and every page."""
     root, model = repository
+    name_a_login(root, monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRETS[1])
     monkeypatch.setenv(hooks.ADDRESS, receiver.url)
     monkeypatch.setenv(hooks.COMMAND, f"false --key {SECRETS[2]}")
     for bits, champion in ((2.5, None), (2.4, "1")):
         run_stage(root, model, bits)
+        with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
+            cut.setattr(versions, "_create", interrupted)
+            registry.settle(root, "pretrain")
+        (begun,) = [path.read_text() for path in (root / ".sluice/registry/intents").iterdir()]
         (registered,) = registry.settle(root, "pretrain")
         promotion.promote(root, NAME, registered.version, why="better", expected_champion=champion)
     promotion.rollback(root, NAME, why="bad", expected_champion="2")
+    (root / "mlflow/prompts").mkdir()
+    shutil.copy(f"{SOURCE}/mlflow/prompts/choice-plain.yaml", root / "mlflow/prompts")
+    assert prompt_registry.sync(root) and prompt_registry.sync(root) == []
     assert len(receiver.got) == 3, "also a rollback is told"
     console = Console(width=200)
     lineage_report.show(root, f"{NAME}@champion", console)
@@ -129,6 +158,7 @@ def test_secrets_of_the_environment_are_nowhere(repository, receiver, monkeypatc
     client, _ = store.connect(root)
     run = client.get_run(registered.run_id)
     said += str(run.data) + str(client.get_model_version(NAME, "2")) + compare.markdown(found) + str(receiver.got[0][1])
+    said += begun + str(store.unavailable(root, f"API request to {store.address(root)}/x failed"))
     assert versions.alias(client, NAME, "champion") == "1", "a hook that failed undoes nothing"
     files = [path for path in root.rglob("*") if path.is_file()]
     assert root / ".sluice/registry/promotions.jsonl" in files and root / ".sluice/mlflow/mlflow.db" in files

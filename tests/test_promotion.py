@@ -168,7 +168,7 @@ def test_lines_of_before_there_were_releases_are_read(models):
     journal = models / ".sluice/registry/promotions.jsonl"
     journal.parent.mkdir(parents=True)
     line = {"state": "intent", "id": "a", "action": "promote", "model": NAME, "source": None, "target": "1",
-            "previous": None, "who": "ada", "why": "old", "when": "2026", "store": ledger.place(models)}  # fmt: skip
+            "previous": None, "who": "ada", "why": "old", "when": "2026", "store": store.place(models)}  # fmt: skip
     journal.write_text(json.dumps(line) + "\n")
     store.connect(models)[0].set_registered_model_alias(NAME, "champion", "1")
     promotion.promote(models, NAME, 2, why="better", expected_champion=1)
@@ -214,10 +214,15 @@ def test_a_database_takes_the_place_of_the_files(models, tmp_path):
     ("address", "kept"),
     [
         ("https://bob:hunter2@mlflow.example.org:8080/x", "https://mlflow.example.org:8080/x"),
+        ("https://token@mlflow.example.org", "https://mlflow.example.org"),
+        ("https://bob:p/w?@mlflow.example.org/x", "https://mlflow.example.org/x"),
+        ("https://mlflow.example.org:8080/a@b", "https://mlflow.example.org:8080/a@b"),
+        ("https://mlflow.example.org/a@b", "https://mlflow.example.org/a@b"),
         ("postgresql://bob:p@ss@db/mlflow", "postgresql://db/mlflow"),
+        ("postgresql://db/mlflow?user=bob&password=hunter2", "postgresql://db/mlflow"),
         ("sqlite:////srv/a@b/mlflow.db", "sqlite:////srv/a@b/mlflow.db"),
     ],
 )
-def test_no_password_in_the_journal(tmp_path, monkeypatch, address, kept):
+def test_no_password_in_what_a_store_is_called(tmp_path, monkeypatch, address, kept):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    assert ledger.place(tmp_path) == kept
+    assert store.place(tmp_path) == kept

@@ -46,10 +46,10 @@ def _deliver(client: Any, experiment: str, spool: tracking.Spool) -> None:
     owned = spool.owned()  # asked before the events are read: who is dead now has written its last
     state = spool.state()
     if state["run_id"] is None or not _usable(client, state["run_id"]):
-        state = {"run_id": _run(client, experiment, spool), "offset": 0, "store": store.address(spool.root)}
+        state = {"run_id": _run(client, experiment, spool), "offset": 0, "store": store.place(spool.root)}
         _save(spool, state)
-    elif state.get("store") != store.address(spool.root):  # the folder was moved, and its store with it
-        state["store"] = store.address(spool.root)
+    elif state.get("store") != store.place(spool.root):  # the folder was moved, and its store with it
+        state["store"] = store.place(spool.root)
         _save(spool, state)
     run_id = state["run_id"]
     for events, offset in _batches(spool, state["offset"]):

@@ -15,6 +15,7 @@ import getpass
 import json
 import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,8 +23,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
-from urllib.parse import urlsplit
+from typing import IO, Any, Literal, Protocol
 
 from pipelines.core import store
 from pipelines.core.environment import STATE
@@ -32,6 +32,7 @@ from pipelines.core.errors import UserError
 Action = Literal["promote", "rollback"]
 State = Literal["intent", "done", "aborted"]
 PATIENCE = 120.0  # seconds; a promotion holds the ledger for one or two on an idle machine
+QUIET = 3.0  # of them, before whoever waits is told what for
 POLL = 0.05
 
 
@@ -61,7 +62,7 @@ class Promotion:
     who: str
     why: str
     when: str  # ISO 8601, UTC
-    store: str  # see `place`
+    store: str  # see `store.place`
     release: str | None = None  # what a release is named after, such as `sluice-policy 5`
 
     @classmethod
@@ -70,7 +71,7 @@ class Promotion:
     ) -> Promotion:
         """One that is about to happen: now, by somebody (the logged-in user when empty), in the store in use."""
         name = who or getpass.getuser()
-        return cls(uuid.uuid4().hex, action, tuple(moves), name, why, now(), place(root), release)
+        return cls(uuid.uuid4().hex, action, tuple(moves), name, why, now(), store.place(root), release)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -87,7 +88,7 @@ class Promotion:
         values = {key: value for key, value in raw.items() if key != "state"}
         if "moves" not in values:
             values["moves"] = [{key: values.pop(key) for key in ("model", "source", "target", "previous")}]
-            values["store"] = _without_login(values["store"])
+            values["store"] = store.without_login(values["store"])
         return cls(**{**values, "moves": tuple(Move(**move) for move in values["moves"])})
 
 
@@ -125,14 +126,17 @@ class FileLedger:
         """See `Ledger`. The kernel lets go of the lock of a process that dies."""
         self.lock.parent.mkdir(parents=True, exist_ok=True)
         with self.lock.open("a+", encoding="utf-8") as file:
-            deadline = time.monotonic() + self.patience
+            began, told = time.monotonic(), False
             while not _locked(file.fileno()):
-                if time.monotonic() > deadline:
-                    file.seek(0)
+                waited = time.monotonic() - began
+                if waited > self.patience:
                     raise LedgerHeld(
                         f"another promotion holds {self.lock} and has not let go for {self.patience:g} seconds: "
-                        f"{file.read().strip() or 'holder unknown'}. Nothing was changed; look at that process first."
+                        f"{_holder(file)}. Nothing was changed; look at that process first."
                     )
+                if waited > QUIET and not told:
+                    told = True
+                    print(f"waiting until another promotion ends: {_holder(file)}", file=sys.stderr, flush=True)
                 time.sleep(POLL)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {now()}\n")
@@ -161,14 +165,9 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def place(root: Path) -> str:
-    """The store in use as the journal names it: an address may hold a password, and a journal may not."""
-    return _without_login(store.address(root))
-
-
-def _without_login(address: str) -> str:
-    parts = urlsplit(address)
-    return address.replace(f"{parts.netloc}", parts.netloc.rpartition("@")[2], 1) if "@" in parts.netloc else address
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read().strip() or "holder unknown"
 
 
 def _locked(descriptor: int) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 from pipelines.core import hooks, store, versions
 from pipelines.core.environment import STATE
 from pipelines.core.errors import GateError
-from pipelines.core.ledger import FileLedger, Ledger, Promotion, place
+from pipelines.core.ledger import FileLedger, Ledger, Promotion
 from pipelines.core.policy import CHAMPION
 
 PREVIOUS = "previous"
@@ -55,7 +55,7 @@ class Desk:
             else:
                 begun.pop(promotion.id, None)
         for promotion in begun.values():
-            if promotion.store == place(self.root):
+            if promotion.store == store.place(self.root):
                 self._end(promotion)
 
     def _end(self, promotion: Promotion) -> None:

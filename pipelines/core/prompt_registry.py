@@ -39,7 +39,7 @@ def sync(root: Path) -> list[str]:
     files = prompt_files.load(root / FOLDER)
     chosen = _chosen(root)
     versions = {name: file.version for name, file in files.items()}
-    wanted = {"store": store.address(root), "files": versions, "chosen": chosen}
+    wanted = {"store": store.place(root), "files": versions, "chosen": chosen}
     known, database = root / STATE / "registry" / "prompts.json", store.embedded(root)
     there = known.exists() and (database is None or database.exists())
     if there and json.loads(known.read_text(encoding="utf-8")) == wanted:

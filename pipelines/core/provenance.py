@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import graph, lineage, policy, references, release
+from pipelines.core import graph, lineage, policy, references, release, store
 from pipelines.core.errors import ParamsError, UserError
 from pipelines.core.params import whole
 
@@ -171,12 +171,7 @@ def _value(text: str) -> Any:
 def _address(root: Path) -> str:
     """Where to clone from; a password in the address is left out."""
     found = subprocess.run(["git", "-C", str(root), "remote", "get-url", "origin"], capture_output=True, text=True)
-    address = found.stdout.strip() if found.returncode == 0 else str(root.resolve())
-    scheme, separator, rest = address.partition("://")
-    if not separator:
-        return address
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+    return store.without_login(found.stdout.strip()) if found.returncode == 0 else str(root.resolve())
 
 
 def _script(changes: dict[str, Any]) -> str:

@@ -163,7 +163,7 @@ def _register(candidate: Candidate, client: Any, experiment: str) -> Any:
         tags[versions.ROWS] = gates.rows_hash(candidate.evaluation, candidate.policy, scores)
     card = candidate.output / candidate.policy.model / "README.md"
     intent = versions.Intent(
-        store=store.address(root),
+        store=store.place(root),
         model=candidate.name,
         content_hash=candidate.content,
         run_id=run_id,
@@ -198,7 +198,7 @@ def _parents(candidate: Candidate, client: Any, inputs: dict[str, str]) -> dict[
 
 def _settled(candidate: Candidate) -> dict[str, str]:
     gate = gates.gate_hash(candidate.policy)
-    return {"store": store.address(candidate.root), "content_hash": candidate.content, "gate": gate}
+    return {"store": store.place(candidate.root), "content_hash": candidate.content, "gate": gate}
 
 
 def _is_settled(candidate: Candidate) -> bool:

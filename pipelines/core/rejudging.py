@@ -136,6 +136,6 @@ def _kept(root: Path, entry: Any, part: str, place: Path) -> Path:
     except (mlflow.exceptions.MlflowException, OSError) as error:
         if "API request to" in str(error):  # the store is away, which `store.answering` tells
             raise
-        first = str(error).splitlines()[0][:200]
+        first = store.without_login(str(error)).splitlines()[0][:200]
         raise GateError(f"{references.shown(entry)} has no {part} in the store: {first}") from None
     return Path(copied)

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import graph, lineage, moves, policy, promotion, references, versions
+from pipelines.core import graph, lineage, moves, policy, promotion, references, store, versions
 from pipelines.core.errors import GateError, UserError
-from pipelines.core.ledger import Ledger, Move, Promotion, place
+from pipelines.core.ledger import Ledger, Move, Promotion
 
 HEAD = "sluice-policy"  # what a release is named after where nobody says
 INPUT = "sluice.input."
@@ -140,7 +140,7 @@ def last(root: Path, ledger: Ledger) -> Promotion:
     """
     standing: list[Promotion] = []
     for state, entry in ledger.entries():
-        if state == "done" and entry.release is not None and entry.store == place(root):
+        if state == "done" and entry.release is not None and entry.store == store.place(root):
             standing = standing[:-1] if entry.action == "rollback" else [*standing, entry]
     if not standing:
         raise GateError("no release was promoted here, or all were rolled back: there is none to go back from")

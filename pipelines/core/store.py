@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import http.client
 import logging
 import os
 import re
@@ -26,6 +27,10 @@ from pipelines.core.errors import StoreUnavailable
 
 EXPERIMENT = "sluice"
 AWAY = (429, 502, 503, 504)  # answers of a proxy or server that is there and cannot work now
+REFUSED = {401: "does not know this log-in", 403: "does not let this log-in do that"}
+LOGIN_VARIABLES = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+# What stands before the host: `user:password@`, or, with a slash in the password, what cannot be a host and a port.
+LOGIN = re.compile(r"(?<=://)(?:[^/\s]*@|[^/\s:]*:(?!\d+(?:/|\s|$))\S*@)")
 
 
 @contextlib.contextmanager
@@ -42,6 +47,17 @@ def address(root: Path) -> str:
     """The tracking URI in use; that of a file without links, so that every worktree of a clone has the same one."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / STATE}/mlflow/mlflow.db"
     return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}" if uri.startswith("sqlite:///") else uri
+
+
+def place(root: Path) -> str:
+    """The store in use as files, tags and messages name it: its address may hold a password, and they may not."""
+    uri = address(root)
+    return uri if embedded(root) else without_login(uri).partition("?")[0]  # a database takes passwords there too
+
+
+def without_login(text: str) -> str:
+    """An address, or a message with addresses in it, with whoever logs in and the password left out."""
+    return LOGIN.sub("", text)
 
 
 def embedded(root: Path) -> Path | None:
@@ -61,6 +77,7 @@ def connect(root: Path) -> tuple[Any, str]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # a log-in in the address would be in the logs
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -98,21 +115,25 @@ def probe(root: Path) -> None:
         return
     if urlsplit(uri).scheme not in ("http", "https"):
         return
-    try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
+    try:  # without the log-in, which urllib would take for a part of the host; nobody is asked for one here
+        urllib.request.urlopen(f"{without_login(uri).rstrip('/')}/health", timeout=5).close()
     except urllib.error.HTTPError as error:
         if error.code in AWAY:
             raise unavailable(root, f"it answered {error.code}") from None
     except urllib.error.URLError as error:
         if not isinstance(error.reason, ssl.SSLError):  # whether to trust a certificate is MLflow's decision
             raise unavailable(root, str(error.reason)) from None
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # the last two: it is no address
         raise unavailable(root, str(error)) from None
 
 
 @contextlib.contextmanager
 def answering(root: Path) -> Iterator[None]:
-    """Turn what MLflow raises when its store is away into `StoreUnavailable`; let every other error pass."""
+    """Turn what MLflow raises when its store is away or refuses us into `StoreUnavailable`; let other errors pass.
+
+    MLflow's own errors are JSON. What it calls a failed API request is no answer of its own: nobody's, a proxy's, that
+    of another program behind a wrong address, or that of its log-in.
+    """
     from mlflow.exceptions import MlflowException
     from requests import RequestException
     from sqlalchemy.exc import OperationalError
@@ -120,22 +141,28 @@ def answering(root: Path) -> Iterator[None]:
     try:
         yield
     except (RequestException, OperationalError) as error:
-        raise unavailable(root, _first_line(error)) from error
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        raise unavailable(root, _first_line(error), status) from error
     except MlflowException as error:
         status = getattr(error, "get_http_status_code", lambda: 0)()
         text = str(error)
-        away = "API request to" in text and ("failed with exception" in text or status in AWAY)
-        if not (away or status in AWAY or "OperationalError" in text):
+        if not ("API request to" in text or status in (*AWAY, *REFUSED) or "OperationalError" in text):
             raise
-        raise unavailable(root, _first_line(error)) from error
+        raise unavailable(root, _first_line(error), status) from error
 
 
-def unavailable(root: Path, why: str) -> StoreUnavailable:
-    """The error that says which store is away, what is kept meanwhile and how it gets there later."""
-    shown = re.sub(r"//[^/@]*@", "//", address(root))  # no password on a terminal
+def unavailable(root: Path, why: str, status: int = 0) -> StoreUnavailable:
+    """The error that says which store is away, what is kept meanwhile and how it gets there later.
+
+    Args:
+        status: of HTTP, where there was an answer.
+    """
+    told, then = f"does not answer ({without_login(why)})", "is back"
+    if status in REFUSED:
+        told, then = f"{REFUSED[status]} ({status}): see {LOGIN_VARIABLES}", "lets us in"
     return StoreUnavailable(
-        f"the MLflow store {shown} does not answer ({why}). Nothing is lost: records wait in "
-        f"{STATE}/spool, finished models in artifacts/; `sluice run` delivers and registers them once it is back."
+        f"the MLflow store {place(root)} {told}. Nothing is lost: records wait in {STATE}/spool, finished models in "
+        f"artifacts/; `sluice run` delivers and registers them once it {then}."
     )
 
 

@@ -107,7 +107,7 @@ class Spool:
     def settled(self) -> bool:
         """Whether the store in use has everything, the end of the run included."""
         state = self.state()
-        here = state.get("store") == store.address(self.root) and state.get("ended") is True
+        here = state.get("store") == store.place(self.root) and state.get("ended") is True
         return here and state["offset"] == (self.place / "events.jsonl").stat().st_size
 
 

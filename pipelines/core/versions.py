@@ -33,7 +33,7 @@ GATE_CHAMPION = "gate_champion"  # version the gate compared with; "none" yet; "
 class Intent:
     """A version that shall exist."""
 
-    store: str
+    store: str  # see `store.place`
     model: str
     content_hash: str
     run_id: str
@@ -64,7 +64,7 @@ def recover(root: Path, client: Any, experiment: str) -> None:
     """Finish what was begun and cut off, and remove what cannot be finished."""
     for path in sorted(_journal(root, "").parent.glob("*.json")):
         intent = Intent(**json.loads(path.read_text(encoding="utf-8")))
-        if intent.store == store.address(root):
+        if store.without_login(intent.store) == store.place(root):
             _complete(root, client, experiment, intent)
 
 

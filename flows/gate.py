@@ -1,0 +1,109 @@
+"""What follows when a stage has ended well: its gate is asked and what passes is promoted, one stage at a time.
+
+Nothing here but a failed gate stops a stage. What depends on it needs its verdict, not a champion, so a store that is
+away and somebody else's promotion that does not end are waited for while the other stages run: what could not be
+promoted is tried again when all are over, and what then still cannot be is told, with the command for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flows import outcome, records
+from flows.board import Row
+from pipelines.core.errors import GateError, StoreUnavailable, UserError
+from pipelines.core.gates import Verdict
+from pipelines.core.ledger import LedgerHeld
+
+
+@dataclass(frozen=True)
+class Left:
+    """A stage that was judged and whose models could not be promoted."""
+
+    row: Row
+    judged: list[Verdict]
+    fresh_output: bool
+
+    def names(self, root: Path) -> list[str]:
+        """The versions that the next run would not promote by itself, since its output is not fresh any more."""
+        passed = [one for one in self.judged if one.passed and self.fresh_output and outcome.automatic(root, one)]
+        return [f"{one.model} {one.version}" for one in passed]
+
+
+@dataclass
+class Gate:
+    """The gate of a flow's stages."""
+
+    root: Path
+    stops: bool = True  # whether a model that does not pass fails its stage
+    left: list[Left] = field(default_factory=list)
+    trouble: list[UserError] = field(default_factory=list)  # what failed no stage, for the flow's end
+    registry: threading.Lock = field(default_factory=threading.Lock)  # judging and promoting both write it
+
+    def ask(self, row: Row, fresh_output: bool) -> None:
+        """Judge what a stage made and promote what passed.
+
+        Args:
+            fresh_output: whether it was made, or brought back, in this run.
+
+        Raises:
+            GateError: a model did not pass, or a rule cannot be asked.
+        """
+        with self.registry:
+            try:
+                judged = outcome.judge(self.root, row.stage)
+            except StoreUnavailable as error:
+                row.verdict = row.verdict or "not judged: store away"
+                self.trouble.append(error)
+                return
+            row.verdict = outcome.cell(judged)
+            for one in judged:
+                records.verdict(one)
+            try:
+                if self.left:  # what that one waits for would hold up every stage after it
+                    self.left.append(Left(row, judged, fresh_output))
+                else:
+                    judged = self._promote(row, judged, fresh_output)
+            except (StoreUnavailable, LedgerHeld) as error:
+                row.notes.append(f"promotes when the other stages are over, if that is possible then: {error}")
+                self.left.append(Left(row, judged, fresh_output))
+            self._enforce(row, judged)
+
+    def promote_left(self) -> None:
+        """Try again, when every stage is over, what could not be promoted before."""
+        for number, one in enumerate(self.left):
+            try:
+                self._enforce(one.row, self._promote(one.row, one.judged, one.fresh_output))
+            except (StoreUnavailable, LedgerHeld) as error:
+                names = [name for later in self.left[number:] for name in later.names(self.root)]
+                told = f"\npassed and not promoted: {', '.join(names)} (`sluice promote MODEL VERSION --why ...`)"
+                self.trouble.insert(0, type(error)(f"{error}{told if names else ''}"))
+                return
+            except GateError as error:
+                one.row.error = error
+                one.row.end("failed")
+
+    def _promote(self, row: Row, judged: list[Verdict], fresh_output: bool) -> list[Verdict]:
+        """Promote what passed. Returns the verdicts: new ones where somebody has moved a champion meanwhile."""
+        for last in (False, True):
+            try:
+                for one in judged:
+                    if one.passed and (done := outcome.promote(self.root, one, fresh_output)):
+                        row.notes.append(done)
+                break
+            except GateError:
+                if last:
+                    raise
+                judged = outcome.judge(self.root, row.stage, again=True)
+                row.verdict = outcome.cell(judged)
+        if done := outcome.point_best(self.root, row.stage):
+            row.notes.append(done)
+        return judged
+
+    def _enforce(self, row: Row, judged: list[Verdict]) -> None:
+        if failed := "\n".join(one.table() for one in judged if not one.passed):
+            if self.stops:
+                raise GateError(f"what depends on stage {row.stage} does not run\n{failed}")
+            row.notes.append(f"goes on (flow.failed_gate) although\n{failed}")
