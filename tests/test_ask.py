@@ -20,7 +20,7 @@ from rich.console import Console
 
 from flows import assistants
 from flows.ask import Options, ask
-from pipelines.core import retrieval, store
+from pipelines.core import retrieval, speed, store
 from pipelines.core.errors import ArtifactError, ParamsError, StoreUnavailable, UserError
 from pipelines.core.generate import Sampling
 
@@ -201,6 +201,7 @@ def test_threads_spin_unless_the_user_says_otherwise(root: Path, monkeypatch: py
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # set by `environment.prepare`
     assert assistants.prepare(root) == "fp32"
     assert os.environ["GOMP_SPINCOUNT"] == assistants.SPINNING and "OMP_WAIT_POLICY" not in os.environ
+    assert speed.ENVIRONMENT["GOMP_SPINCOUNT"] == assistants.SPINNING  # what the figures of speed were measured with
     monkeypatch.setenv("GOMP_SPINCOUNT", "5")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     assistants.prepare(root)
