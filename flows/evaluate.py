@@ -32,6 +32,7 @@ def evaluate(root: str = ".", revision: str = "HEAD", hours: float = 2.0) -> lis
         UserError: no such commit, or a model cannot be measured.
         StoreUnavailable: a store is away.
     """
+    news.begin()
     name = run_name(str(flow_run.name), str(flow_run.id))
     with workspace.opened(Path(root).resolve(), name, revision) as place:
         answers = place.place / STATE / "evaluate.json"

@@ -21,7 +21,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from flows import failures, overrides, stages, workspace
+from flows import failures, news, overrides, stages, workspace
 from flows.supervise import Crew
 from flows.workspace import Workspace
 from pipelines.core import artifacts, graph
@@ -59,6 +59,7 @@ def isolated_run(
         UserError: something in what was asked for is wrong, a stage failed or a model did not pass.
         StoreUnavailable: a store is away, and was still away at the last try.
     """
+    news.begin()
     clone = Path(root).resolve()
     name = run_name(str(flow_run.name), str(flow_run.id))
     with workspace.opened(clone, name, revision) as place:

@@ -161,21 +161,21 @@ def test_without_the_password_nothing_is_told(clone: Path, api: Api) -> None:
 def test_a_killed_engine_is_marked_crashed_somebody_hears_and_the_next_run_goes_ahead(
     clone: Path, api: Api, receiver: Receiver
 ) -> None:
-    until(lambda: not [one for one in api.runs("train") if one["state"]["type"] == "RUNNING"], 5 * MINUTES)
-    (clone / "behaviour" / "left").write_text("sleep 600")
-    bad = station.commit(clone, "a stage that takes long")
-    (clone / "behaviour" / "left").unlink()
-    (clone / "stage.py").write_text((clone / "stage.py").read_text() + "# another version\n")
-    station.commit(clone, "and one that does not")
-    run = api.run("isolated-run", "train", revision=bad)
+    def commit(message: str) -> None:  # with other code, or DVC brings the stages back from its cache
+        (clone / "stage.py").write_text((clone / "stage.py").read_text() + f"# {message}\n")
+        station.commit(clone, message)
 
-    def engine() -> psutil.Process | None:
-        nonlocal run
-        if api.state(run)[0] == "CANCELLED":  # one that the schedule started was quicker: one at a time
-            run = api.run("isolated-run", "train", revision=bad)
+    (clone / "behaviour" / "left").write_text("sleep 600")
+    commit("a stage that takes long")
+
+    def engine() -> psutil.Process | None:  # of a run that the schedule starts: one at a time, it has no rival
         return _flow_process(clone) if list((clone / ".sluice/worktrees").glob("*/left.pid")) else None
 
-    until(engine, 5 * MINUTES, "the stage never started").kill()
+    found = until(engine, 8 * MINUTES, "the stage never started")
+    (run,) = (one["id"] for one in api.runs("train") if one["state"]["type"] == "RUNNING")
+    (clone / "behaviour" / "left").unlink()
+    commit("and one that does not")
+    found.kill()
     killed = time.time()
     until(lambda: api.state(run)[0] == "CRASHED", 6 * MINUTES, str(api.state(run)))
     assert receiver.heard("Crashed") or until(lambda: receiver.heard("Crashed"), MINUTES, str(receiver.got))
