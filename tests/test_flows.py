@@ -217,7 +217,7 @@ def test_what_passed_is_promoted_but_never_over_a_persons_rollback(
     entry = {"stage": "data", "model": "model", "gate": [rule], "promote": "auto"}
     (root / "mlflow" / "registry.yaml").write_text(json.dumps({"models": {"sluice-base": entry}}))
     calls: list[Any] = []
-    monkeypatch.setattr(registry, "champions", lambda _: {"sluice-base": champion})
+    monkeypatch.setattr(registry, "champion", lambda _, model: champion if model == "sluice-base" else None)
     monkeypatch.setattr(promotion, "promote", lambda *args, **kwargs: calls.append(kwargs["expected_champion"]))
     judged = replace(verdict(True), champion="the one it was compared with")
     done = outcome.promote(root, judged, fresh_output)
