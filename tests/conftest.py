@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +68,7 @@ def prepared(make_workspace: Callable[[], Path]) -> Path:
     place = make_workspace()
     for stage in ("data", "tokenizer"):
         run_stage(place, stage)
+    at_rest(place)
     return place
 
 
@@ -81,6 +84,7 @@ def chain(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
                 run_stage(place, name)
             if name == stage:
                 break
+        at_rest(place)
         return place
 
     return until
@@ -93,6 +97,14 @@ def own_environment() -> dict[str, str]:
     """The environment without the addresses of stores, so that a child finds those of its own folder."""
     ours = {"MLFLOW_TRACKING_URI", "PREFECT_HOME", "PREFECT_API_URL", "DVC_SITE_CACHE_DIR", "DVC_GLOBAL_CONFIG_DIR"}
     return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+def at_rest(root: Path) -> None:
+    """Wait until nobody delivers what stages recorded: who copies the folder meanwhile meets files that come and go."""
+    for _ in range(3):  # a stage's own courier may wait for that of the stage before
+        with (root / environment.STATE / "locks" / "courier").open("a") as courier:
+            fcntl.flock(courier, fcntl.LOCK_EX)
+        time.sleep(0.2)
 
 
 def run_stage(root: Path, stage: str, check: bool = True) -> subprocess.CompletedProcess[str]:
