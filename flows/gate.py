@@ -8,6 +8,7 @@ promoted is tried again when all are over, and what then still cannot be is told
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from flows.board import Row
 from pipelines.core.errors import GateError, StoreUnavailable, UserError
 from pipelines.core.gates import Verdict
 from pipelines.core.ledger import LedgerHeld
+from pipelines.core.verdicts import Measure
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Gate:
 
     root: Path
     stops: bool = True  # whether a model that does not pass fails its stage
+    measure_for: Callable[[str], Measure] | None = None  # of a stage, see `registry.settle`; None: in this process
     left: list[Left] = field(default_factory=list)
     trouble: list[UserError] = field(default_factory=list)  # what failed no stage, for the flow's end
     registry: threading.Lock = field(default_factory=threading.Lock)  # judging and promoting both write it
@@ -53,12 +56,15 @@ class Gate:
         """
         with self.registry:
             try:
-                judged = outcome.judge(self.root, row.stage)
+                judged = self._judge(row)
             except StoreUnavailable as error:
                 row.verdict = row.verdict or "not judged: store away"
                 self.trouble.append(error)
                 return
             row.verdict = outcome.cell(judged)
+            if fresh_output and row.log is not None:
+                with row.log.open("a", encoding="utf-8") as log:
+                    log.writelines(f"{one.table()}\n" for one in judged)
             for one in judged:
                 records.verdict(one)
             try:
@@ -70,6 +76,10 @@ class Gate:
                 row.notes.append(f"promotes when the other stages are over, if that is possible then: {error}")
                 self.left.append(Left(row, judged, fresh_output))
             self._enforce(row, judged)
+
+    def _judge(self, row: Row, again: bool = False) -> list[Verdict]:
+        measure = self.measure_for(row.stage) if self.measure_for else None
+        return outcome.judge(self.root, row.stage, measure, again)
 
     def promote_left(self) -> None:
         """Try again, when every stage is over, what could not be promoted before."""
@@ -96,7 +106,7 @@ class Gate:
             except GateError:
                 if last:
                     raise
-                judged = outcome.judge(self.root, row.stage, again=True)
+                judged = self._judge(row, again=True)
                 row.verdict = outcome.cell(judged)
         if done := outcome.point_best(self.root, row.stage):
             row.notes.append(done)

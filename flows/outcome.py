@@ -13,14 +13,17 @@ from pathlib import Path
 
 from pipelines.core import graph, policy, verdicts
 from pipelines.core.gates import Verdict
+from pipelines.core.verdicts import Measure
 
 
-def judge(root: Path, stage: str, again: bool = False) -> list[Verdict]:
+def judge(root: Path, stage: str, measure: Measure | None = None, again: bool = False) -> list[Verdict]:
     """The verdicts on the models that stand now; none for a stage without models.
 
-    DVC may have brought the output back from its cache, or a crash may have come between training and
-    registration: then the registry is asked to catch up first. With `again` it always is, as a champion may have been
-    moved since a verdict was given.
+    The registry is asked to catch up first, unless it has judged these very bytes.
+
+    Args:
+        measure: see `registry.settle`; None: in this process.
+        again: ask it in any case, as a champion may have been moved since a verdict was given.
 
     Raises:
         StoreUnavailable: the registry has to catch up and its store is away.
@@ -37,7 +40,7 @@ def judge(root: Path, stage: str, again: bool = False) -> list[Verdict]:
         return current
     from pipelines.core import registry, runner
 
-    return [one.verdict for one in registry.settle(root, stage, runner.measure_for(root, stage))]
+    return [one.verdict for one in registry.settle(root, stage, measure or runner.measure_for(root, stage))]
 
 
 def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:

@@ -43,7 +43,7 @@ def measure(root: Path) -> Found:
     Raises:
         StoreUnavailable: the store is away.
     """
-    from pipelines.core import graph, references, runner, store, versions
+    from pipelines.core import graph, references, runner, store, verdicts, versions
     from pipelines.core.release import entry_of
 
     found, declared = Found(), policy.load(root)
@@ -55,13 +55,13 @@ def measure(root: Path) -> Found:
             if number is not None and rules is not None:
                 champions.append((references.resolve(client, f"{name}/{number}"), rules))
         for entry, rules in champions:
-            how = runner.measure_for(root, rules.stage)
-            if how is None:
-                found.notes.append(f"{references.shown(entry)}: stage {rules.stage} cannot measure a model again")
-            elif not any(rule.score for rule in rules.comparisons):
+            if not any(rule.score for rule in rules.comparisons):
                 found.notes.append(f"{references.shown(entry)}: its gate compares no scores")
-            else:
-                found.changes += _scores(root, entry, rules, how)
+                continue
+            try:
+                found.changes += _scores(root, entry, rules, runner.measure_for(root, rules.stage))
+            except verdicts.NotMeasurable:
+                found.notes.append(f"{references.shown(entry)}: stage {rules.stage} cannot measure a model again")
         sources = [root / spec.output for spec in graph.load(root).values() if not spec.parents]
         newest = max((entry for entry, _ in champions), key=lambda one: int(one.creation_timestamp), default=None)
         if newest is None:

@@ -107,10 +107,9 @@ def at_rest(root: Path) -> None:
         time.sleep(0.2)
 
 
-def run_stage(root: Path, stage: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run_stage(root: Path, stage: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
     """`python -m pipelines STAGE` in a workspace, as DVC calls it."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pipelines", stage], cwd=root, env=own_environment(), capture_output=True, text=True
-    )
+    env = {**own_environment(), **variables}
+    run = subprocess.run([sys.executable, "-m", "pipelines", stage], cwd=root, env=env, capture_output=True, text=True)
     assert not check or run.returncode == 0, run.stdout + run.stderr
     return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import fake_repository as fake
+import pandas as pd
 import pytest
+from conftest import own_environment
+from conftest import run_stage as run_real_stage
 from rich.console import Console
-from stores import repository, run_stage
+from stores import python, repository, run_stage
 
 import flows.run
 from flows import outcome, records, stages
 from flows.board import Row
 from flows.gate import Gate
-from pipelines.core import ledger, moves, promotion, registry, store, versions
+from flows.measure import NOT_MEASURABLE
+from pipelines.core import ledger, moves, promotion, registry, store, tracking, versions
 from pipelines.core.errors import GateError, StoreUnavailable
 from pipelines.core.gates import Row as Rule
 from pipelines.core.gates import Verdict
@@ -146,6 +151,21 @@ def test_whoever_waits_for_the_ledger_is_told_for_whom(tmp_path, monkeypatch, ca
         thread.join()
     said = capsys.readouterr().err
     assert said.startswith(f"waiting until another promotion ends: process {os.getpid()} on ") and said.count("\n") == 1
+
+
+def test_the_flow_registers_for_its_stages_and_measures_a_champion_in_a_process_of_its_own(prepared, tmp_path):
+    root = Path(shutil.copytree(prepared, tmp_path / "w", symlinks=True))
+    run_real_stage(root, "pretrain", **{tracking.ATTENDED: "1"})
+    assert tracking.backlog(root) and not (root / ".sluice/registry").exists()  # no courier was started either
+    code = "from flows import outcome\nprint([one.version for one in outcome.judge(root, 'pretrain')])\n"
+    process = python(root, code, MLFLOW_TRACKING_URI=f"sqlite:///{root}/.sluice/mlflow/mlflow.db")
+    assert process.communicate()[0].splitlines()[-1] == "['1']"
+    rows = tmp_path / "rows.parquet"
+    for stage, model, exit_code in (("pretrain", "artifacts/pretrain/model", 0), ("quantize", "none", NOT_MEASURABLE)):
+        command = [sys.executable, "-m", "flows.measure", stage, model, str(rows)]
+        assert subprocess.run(command, cwd=root, env=own_environment()).returncode == exit_code
+    made = pd.read_parquet(root / "artifacts/pretrain/evaluation.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(rows)[["id", "bits"]], made[["id", "bits"]])
 
 
 @pytest.mark.slow

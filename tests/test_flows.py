@@ -20,6 +20,7 @@ import pytest
 from flows import failures, outcome, overrides, records, stages
 from flows.board import Board, Row
 from flows.gate import Gate
+from flows.measure import NOT_MEASURABLE
 from flows.run_locks import alone
 from flows.supervise import Crew
 from flows.train import Job
@@ -27,6 +28,7 @@ from pipelines.core import promotion, registry
 from pipelines.core.errors import GateError, StoreUnavailable, UserError
 from pipelines.core.gates import Row as Rule
 from pipelines.core.gates import Verdict
+from pipelines.core.verdicts import NotMeasurable
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,25 @@ def test_a_stage_is_run_then_cached_then_restored(root: Path, job: Job) -> None:
     (root / "metrics" / "data.json").unlink()
     job.stage("data", suspect=True)
     assert (row.state, fake.ran(root)) == ("restored", [])
+
+
+def test_a_champion_is_measured_by_a_process_of_the_crew(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    codes = iter([0, NOT_MEASURABLE, 143])
+
+    def run(command: list[str], *_: Any) -> int:
+        asked.append(command[2:])
+        return next(codes)
+
+    monkeypatch.setattr(job.crew, "run", run)
+    assert job.gate.measure_for is not None
+    measure = job.gate.measure_for("left")
+    measure(Path("model"), Path("rows"))
+    assert asked == [["flows.measure", "left", "model", "rows"]]
+    with pytest.raises(NotMeasurable):
+        measure(Path("model"), Path("rows"))
+    with pytest.raises(failures.StageFailed, match=r"champion could not be measured again, see .*left\.log"):
+        measure(Path("model"), Path("rows"))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from stores import drain, fill, make_root, python, repository, run_stage
 
-from pipelines.core import courier, promotion, registry, store, tracking
+from pipelines.core import courier, environment, promotion, registry, store, tracking
 from pipelines.core.errors import StoreUnavailable
 from pipelines.core.tracking import Record, Recorder
 
@@ -271,6 +272,22 @@ def test_courier_delivers_while_the_stage_runs_and_closes_it_when_it_is_killed(r
     process.communicate()
     wait_for(lambda: runs(root)[0].info.status == "KILLED")
     wait_for(lambda: tracking.backlog(root) == [])
+
+
+def test_one_courier_delivers_for_all_stages_of_a_flow_and_goes_when_it_ends(repository):
+    root, _ = repository
+    (root / environment.STATE / "locks").mkdir(parents=True, exist_ok=True)
+    alone = (root / environment.STATE / "locks" / "courier").open("a")
+    with tracking.attended(root) as variables:
+        assert variables == {tracking.ATTENDED: "1"}
+        for stage in ("data", "pretrain"):
+            Recorder(root, stage, "f" * 16, courier=False).finish("FINISHED", Record())
+            wait_for(lambda: tracking.backlog(root) == [])
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        Recorder(root, "sft", "f" * 16, courier=False).finish("FINISHED", Record())
+    fcntl.flock(alone, fcntl.LOCK_EX)  # it ends by itself, when the last one is delivered
+    assert tracking.backlog(root) == [] and len(runs(root)) == 3
 
 
 @pytest.mark.slow

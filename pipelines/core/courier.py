@@ -1,5 +1,8 @@
 """Delivers spooled runs to MLflow: `python -m pipelines.core.courier ROOT`, started by every stage.
 
+A flow starts one for all its stages (`ROOT -`: until its standard input closes), since importing MLflow takes longer
+than many a stage.
+
 In: `.sluice/spool/` (see `pipelines.core.tracking`). Out: one MLflow run for each spool. Everything may be cut
 off and done again: a run is searched by its key before it is created, a metric point carries the time at which
 it was logged (MLflow drops an equal one), params, tags, inputs and files overwrite themselves, and the offset of
@@ -10,8 +13,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -170,15 +173,20 @@ def _save(spool: tracking.Spool, state: dict[str, Any]) -> None:
     artifacts.write_json(spool.place / "state.json", state)
 
 
-def main(root: Path) -> None:
-    """Deliver every two seconds until no stage runs and nothing waits, or until nobody can take it."""
+def main(root: Path, attend: bool = False) -> None:
+    """Deliver every two seconds until no stage runs and nothing waits, or until nobody can take it.
+
+    Args:
+        attend: whether more stages are to be expected for as long as somebody holds the other end of standard input.
+    """
     environment.prepare(root)
     os.nice(10)  # the stage has the cores
     (root / environment.STATE / "locks").mkdir(parents=True, exist_ok=True)
     with (root / environment.STATE / "locks" / "courier").open("a") as alone:
         fcntl.flock(alone, fcntl.LOCK_EX)  # one at a time; the next one waits here, having imported nothing
         while True:
-            running = any(spool.owned() for spool in tracking.spools(root))
+            attend = attend and not select.select([0], [], [], 0)[0]
+            running = attend or any(spool.owned() for spool in tracking.spools(root))
             try:
                 deliver(root)
             except StoreUnavailable as error:
@@ -187,8 +195,8 @@ def main(root: Path) -> None:
                     return
             if not running and not tracking.backlog(root):
                 return
-            time.sleep(TICK)
+            select.select([0] if attend else [], [], [], TICK)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:] == ["-"])

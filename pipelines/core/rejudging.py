@@ -18,7 +18,7 @@ from pipelines.core import gates, moves, policy, references, registry, release, 
 from pipelines.core.errors import GateError
 from pipelines.core.gates import Verdict
 from pipelines.core.policy import ModelPolicy
-from pipelines.core.verdicts import EVALUATION, Measure
+from pipelines.core.verdicts import EVALUATION, Measure, NotMeasurable
 
 STAGE = "sluice.stage"
 
@@ -61,17 +61,22 @@ def rows(
     hashes = {one.tags.get(versions.ROWS) for one in entries}
     same = len(hashes) == 1 and None not in hashes
     made = []
-    for number, one in enumerate(entries):
-        folder = place / str(number)
-        folder.mkdir(parents=True)
-        if same:
-            made.append(_kept(root, one, EVALUATION, folder))
-        elif measure is not None:
-            made.append(folder / EVALUATION)
-            measure(_kept(root, one, Path(found.model).name, folder), made[-1])
-        else:
-            told = " and ".join(map(references.shown, entries))
-            raise GateError(f"{told} were measured on different examples, and stage {found.stage} cannot measure again")
+    try:
+        for number, one in enumerate(entries):
+            folder = place / str(number)
+            folder.mkdir(parents=True)
+            if same:
+                made.append(_kept(root, one, EVALUATION, folder))
+            elif measure is None:
+                raise NotMeasurable
+            else:
+                made.append(folder / EVALUATION)
+                measure(_kept(root, one, Path(found.model).name, folder), made[-1])
+    except NotMeasurable:
+        told = " and ".join(map(references.shown, entries))
+        raise GateError(
+            f"{told} were measured on different examples, and stage {found.stage} cannot measure again"
+        ) from None
     return made[0], made[1]
 
 

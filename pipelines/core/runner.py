@@ -1,7 +1,8 @@
 """Runs one stage as `dvc.yaml` declares it: params and paths in, one directory and one metrics file out.
 
 The order is what makes a crash harmless: the output is filled beside its place and moved in whole, then come
-the metrics, then the registry, and only then are the checkpoints dropped.
+the metrics, then the registry, and only then are the checkpoints dropped. A flow, which has MLflow at hand, does the
+registry's part itself, when DVC has taken the output.
 """
 
 from __future__ import annotations
@@ -17,17 +18,21 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from pipelines.core import artifacts, context, distributed, environment, graph, hardware, language_models
 from pipelines.core.errors import ArtifactError, DataError, ParamsError, StoreUnavailable, UserError
 from pipelines.core.params import whole
 from pipelines.core.params.compute import ComputeParams
 from pipelines.core.params.section import Section
+
+if TYPE_CHECKING:
+    from pipelines.core.verdicts import Measure
 
 UNEXPECTED = 70  # EX_SOFTWARE: our mistake, not the user's
 
@@ -86,7 +91,8 @@ def execute(name: str, root: Path) -> dict[str, float]:
     run.catch_signals()
     if not world.leads:
         return _follow(module, section, inputs, run)
-    recorder = tracking.Recorder(root, name, fingerprint)
+    attended = tracking.ATTENDED in os.environ
+    recorder = tracking.Recorder(root, name, fingerprint, courier=not attended)
     run.curve = recorder.log
     start = time.perf_counter()
     try:
@@ -105,7 +111,8 @@ def execute(name: str, root: Path) -> dict[str, float]:
     figures = context.remember_measured(root, name, fingerprint, run.measured)
     artifacts.write_json(root / spec.metrics, metrics | figures)
     recorder.finish("FINISHED", lineage.record(root, spec, section, metrics | figures, run))
-    _settle(root, name)
+    if not attended:
+        _settle(root, name)
     shutil.rmtree(run.work, ignore_errors=True)
     run.live("done")
     return metrics | figures
@@ -142,16 +149,18 @@ def _follow(
     return {}
 
 
-def measure_for(root: Path, name: str) -> Callable[[Path, Path], None] | None:
-    """How to score another model of this stage on today's held-out examples, or None where the stage cannot.
+def measure_for(root: Path, name: str) -> Measure:
+    """How to score another model of this stage on today's held-out examples, in this process.
 
-    Returns a function of the model's directory and of the `evaluation.parquet` to write.
+    The stage is imported when it is asked to: torch takes seconds.
     """
-    module = importlib.import_module(f"pipelines.{name}")
-    if not hasattr(module, "measure"):
-        return None
+
+    from pipelines.core import verdicts
 
     def measure(model: Path, evaluation: Path) -> None:
+        module = importlib.import_module(f"pipelines.{name}")
+        if not hasattr(module, "measure"):
+            raise verdicts.NotMeasurable(name)
         spec, every = graph.stage(root, name), whole.load(root / "params.yaml")
         machine = hardware.choose(every.compute, root)
         run = context.StageContext(name, root, "champion", machine.device, machine.precision, machine.threads)

@@ -22,6 +22,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ from pipelines.core.environment import STATE
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 BUFFER_SECONDS = 1.0
+ATTENDED = "SLUICE_ATTENDED"  # set by a flow: it delivers, registers and judges for the stages it starts
 
 
 @dataclass(frozen=True)
@@ -193,16 +195,29 @@ def prune(root: Path) -> None:
             shutil.rmtree(spool.place)
 
 
-def start_courier(root: Path) -> None:
-    """Start the process that delivers. It has a session of its own, so it outlives a killed stage."""
+@contextmanager
+def attended(root: Path) -> Iterator[dict[str, str]]:
+    """Deliver for every stage that is started meanwhile with the variables that this gives."""
+    courier = start_courier(root, attend=True)
+    assert courier.stdin is not None
+    with courier.stdin:
+        yield {ATTENDED: "1"}
+
+
+def start_courier(root: Path, attend: bool = False) -> subprocess.Popen[bytes]:
+    """Start the process that delivers. It has a session of its own, so it outlives whoever starts it and is killed.
+
+    Args:
+        attend: stay until the process's standard input closes, whether a stage runs or not.
+    """
     log = root / STATE / "logs" / "courier.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     source = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     with log.open("ab") as output:
-        subprocess.Popen(
-            [sys.executable, "-m", "pipelines.core.courier", str(root.resolve())],
-            stdin=subprocess.DEVNULL,
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines.core.courier", str(root.resolve()), *(["-"] if attend else [])],
+            stdin=subprocess.PIPE if attend else subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             env={**os.environ, "PYTHONPATH": path},

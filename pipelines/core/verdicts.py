@@ -22,6 +22,12 @@ from pipelines.core.errors import GateError
 from pipelines.core.gates import Verdict
 
 Measure = Callable[[Path, Path], None]  # (directory of a model, Parquet file to write its evaluation to)
+
+
+class NotMeasurable(Exception):
+    """What a `Measure` raises when the stage cannot measure a model again."""
+
+
 EVALUATION = "evaluation.parquet"
 GRAIN = 2_000_000_000  # nanoseconds: the coarsest clock of a file system in use
 NOT_MEASURED = "measured on other rows, and it cannot be measured again here: run the stage again"
@@ -165,11 +171,14 @@ def _champion(
         draft = Path(temporary) / EVALUATION
         if tags.get(versions.ROWS) == today:
             _download(candidate.root, f"{source}/{EVALUATION}", Path(temporary) / "had").replace(draft)
-        elif measure is not None:
-            folder = Path(candidate.policy.model).name
-            measure(_download(candidate.root, f"{source}/{folder}", Path(temporary) / "had"), draft)
-        else:
+        elif measure is None:
             return gates.Baseline(name, None, NOT_MEASURED)
+        else:
+            folder = Path(candidate.policy.model).name
+            try:
+                measure(_download(candidate.root, f"{source}/{folder}", Path(temporary) / "had"), draft)
+            except NotMeasurable:
+                return gates.Baseline(name, None, NOT_MEASURED)
         if gates.rows_hash(draft, candidate.policy, scores) != today:
             raise GateError(f"{name} was measured on other examples than the candidate: nothing to compare")
         draft.replace(kept)
