@@ -209,4 +209,4 @@ def test_the_machine_is_measured_now_and_then(
 ) -> None:
     one = Phases(roles(places["llama"], "shared", context), PARAMS.model_copy(update={"iterations": 80}), {}, context)
     iterate(one, silent(external=True), 0, 80, clock)
-    assert len(one.rates) == 8
+    assert len(one.rates.found) == 8

@@ -70,6 +70,30 @@ def matmul_rate(device: str, precision: str, size: int = 2048, repeats: int = 8)
     return 2 * size**3 / best
 
 
+class Rates:
+    """The machine's matrix-product rate, sampled in turns with the steps of some work, as neighbours come and go."""
+
+    SAMPLES = 8  # in a run
+    SHARE = 0.1  # of the work's own time that sampling may take: less of a run of seconds
+
+    def __init__(self, device: str, precision: str, steps: int) -> None:
+        self.device, self.precision, self.every = device, precision, max(1, steps // self.SAMPLES)
+        self.found: list[float] = []  # FLOP/s
+        self._worked, self._took = 0.0, 0.0  # seconds, at the last sample
+
+    def sample(self, step: int, worked: float) -> None:
+        """Take a sample if it is time: before step `step`, after `worked` seconds of work."""
+        due = step % self.every == 0 and self._took <= self.SHARE * (worked - self._worked)
+        if due or not self.found:
+            start = time.perf_counter()
+            self.found.append(matmul_rate(self.device, self.precision, repeats=3))
+            self._worked, self._took = worked, time.perf_counter() - start
+
+    def mean(self) -> float | None:
+        """FLOP/s over the samples; None without one, as of a run that was resumed behind its last step."""
+        return sum(self.found) / len(self.found) if self.found else None
+
+
 def processor() -> str:
     """The processor's model name as the kernel tells it, or `unknown`."""
     place = Path("/proc/cpuinfo")

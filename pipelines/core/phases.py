@@ -15,7 +15,6 @@ from pipelines.core.episodes import Episodes
 from pipelines.core.params.ppo import PpoParams
 
 NAMES = ("generate", "score", "update")
-SAMPLES = 8  # of the machine's rate in a run: neighbours come and go
 
 
 class Phases:
@@ -43,7 +42,7 @@ class Phases:
         self.params, self.context, self.prefix = params, context, prefix
         self.spent = {name: list(spent.get(name, (0.0, 0.0))) for name in NAMES}
         self.last = dict.fromkeys(NAMES, 0.0)
-        self.rates: list[float] = []
+        self.rates = hardware.Rates(context.device, context.precision, params.iterations)
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
@@ -69,8 +68,7 @@ class Phases:
             self.spent[name][0] += self.last[name]
             self.spent[name][1] += work[name]
         self.context.curve(iteration + 1, {f"{self.prefix}{name}_seconds": told for name, told in self.last.items()})
-        if iteration % max(1, params.iterations // SAMPLES) == 0 or not self.rates:
-            self.rates.append(hardware.matmul_rate(self.context.device, self.context.precision, repeats=3))
+        self.rates.sample(iteration, sum(seconds for seconds, _ in self.spent.values()))
 
     def report(self) -> None:
         """Tell the context: seconds and share of each phase, episodes a second, memory."""
@@ -81,8 +79,8 @@ class Phases:
             peak_memory_mb=hardware.peak_memory_bytes() / 2**20,
             **{f"{name}_seconds": seconds for name, (seconds, _) in self.spent.items()},
         )
-        if self.rates:  # none when a run was resumed after its last iteration
-            rate = sum(self.rates) / len(self.rates)
+        rate = self.rates.mean()
+        if rate is not None:
             self.context.measure(
                 matmul_gflops=rate / 1e9,
                 **{f"{name}_matmul_share": work / seconds / rate for name, (seconds, work) in self.spent.items()},

@@ -1,14 +1,16 @@
 """How fast, and in how much memory, model directories answer on this machine: each in a process of its own, in turns.
 
-A process is forked from a server that has torch and transformers imported and has computed nothing, so that what a
-model adds to memory is the model's. All are loaded first; then they are asked in turns, since a neighbour's load comes
-and goes and would otherwise fall on one of them. Turns are short and many, and two models are compared turn by turn
-(`ratio`): 12 turns of half a second gave ratios of 1.52 to 1.94. One token at a time runs through `decoding.Decoder`
-where it supports the architecture, else through transformers' `generate`; the card says which.
+A process is forked from a server that has imported all that loading the models needs and has computed nothing, so that
+what a model adds to memory is the model's, and so is the time it takes to load. All are loaded first; then they are
+asked in turns, since a neighbour's load comes and goes and would otherwise fall on one of them. Turns are short and
+many, and two models are compared turn by turn (`ratio`): 12 turns of half a second gave ratios of 1.52 to 1.94. One
+token at a time runs through `decoding.Decoder` where it supports the architecture, else through transformers'
+`generate`; the card says which.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
@@ -23,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from pipelines.core import decoding, variants
 from pipelines.core.errors import ArtifactError
@@ -71,7 +74,7 @@ def measure(
         ArtifactError: a process has died; its model is named.
     """
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([__name__])
+    server.set_forkserver_preload([__name__, *_imported(models)])
     asked: dict[str, tuple[Any, Connection]] = {}
     loaded = {}
     with _server_environment():
@@ -106,6 +109,18 @@ def measure(
         seconds, quick = loaded[name]
         result[name] = Speed(tuple(decode for decode, _ in measured), prefill, seconds, ended[name], quick)
     return result
+
+
+def _imported(models: Mapping[str, tuple[Path, str]]) -> set[str]:
+    """Modules that are imported when these models are loaded: transformers imports an architecture when it is used."""
+    found = {"transformers.models.auto.modeling_auto"}
+    for place, kind in models.values():
+        found.update(variants.modules(kind))
+        if (place / "config.json").exists():
+            config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+            name = model_type_to_module_name(config["model_type"])
+            found.add(f"transformers.models.{name}.modeling_{name}")
+    return found
 
 
 def bandwidth(threads: int) -> float:

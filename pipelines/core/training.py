@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -87,10 +88,18 @@ def update(
 @contextmanager
 def computing_in(precision: str, device: str, model: Any) -> Iterator[None]:
     """bf16 arithmetic over weights of any type; peft must not turn activations into the adapters' fp32 first."""
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"), _as_given(model):
+        yield
+
+
+def _as_given(model: Any) -> AbstractContextManager[None]:
+    """No casts of inputs by peft, which is imported, in seconds and with bitsandbytes, where a model has adapters."""
+    if "peft" not in sys.modules:
+        return nullcontext()
     from peft.helpers import disable_input_dtype_casting
 
-    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"), disable_input_dtype_casting(model):
-        yield
+    casting: AbstractContextManager[None] = disable_input_dtype_casting(model)
+    return casting
 
 
 def language_model_loss(model: Any, batch: packing.Batch, context: StageContext) -> torch.Tensor:
@@ -208,19 +217,16 @@ def _below_what_is_trained(model: Any) -> set[int]:
 
 
 class Pace:
-    """How fast training goes, beside what this machine can do: both sampled in turns, as neighbours come and go."""
-
-    SAMPLES = 8  # of the machine's rate in a run
+    """How fast training goes, beside what this machine can do."""
 
     def __init__(self, context: StageContext, steps: int, seconds: float) -> None:
-        self.context, self.every, self.seconds = context, max(1, steps // self.SAMPLES), seconds
-        self.rates: list[float] = []
+        self.context, self.seconds = context, seconds
+        self.rates = hardware.Rates(context.device, context.precision, steps)
         self.started = 0.0
 
     def start(self, step: int) -> None:
         """A step begins."""
-        if step % self.every == 0 or not self.rates:
-            self.rates.append(hardware.matmul_rate(self.context.device, self.context.precision, repeats=3))
+        self.rates.sample(step, self.seconds)
         self.started = time.perf_counter()
 
     def stop(self) -> None:
@@ -231,8 +237,8 @@ class Pace:
         """Tell the context: tokens a second, and the share of the machine's matrix-product rate they come to."""
         speed = tokens / self.seconds
         self.context.measure(tokens_per_second=speed, peak_memory_mb=hardware.peak_memory_bytes() / 2**20)
-        if self.rates:  # none when a run was resumed after its last step
-            rate = sum(self.rates) / len(self.rates)
+        rate = self.rates.mean()
+        if rate is not None:
             self.context.measure(
                 matmul_gflops=rate / 1e9,
                 matmul_share=speed * flops.model / rate,

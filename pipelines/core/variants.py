@@ -42,6 +42,13 @@ def load(place: Path, kind: str, classifier: bool = False) -> Any:
     return auto.from_pretrained(place, dtype=torch.bfloat16).eval()
 
 
+def modules(kind: str) -> tuple[str, ...]:
+    """The modules that `load` imports for a form, beside transformers' own."""
+    if kind in PACKED:
+        return (f"pipelines.core.{kind}",)
+    return ("bitsandbytes",) if kind in BNB else ()
+
+
 def dense(model: Any, kind: str) -> Any:
     """A model whose packed layers of ours are made dense, in the model itself: what many rows at a time need."""
     return _packed(kind).dense(model) if kind in PACKED else model
