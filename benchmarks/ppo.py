@@ -42,10 +42,11 @@ RATES = {"lora": (1.2e-3, 1e-3), "full": (1.2e-4, 1e-4)}  # of policy and value 
 PARAMS: dict[str, Any] = {
     "lora_rank": 16, "rewards": (), "judge": "overlap", "minibatches": 2, "epochs": 1, "micro_tokens": 1024,
     "too_long": "drop", "temperature": 1.0, "kl_coefficient": 0.05, "kl_target": None, "kl_horizon": 10_000,
-    "clip": 0.2, "value_clip": 0.2, "discount": 1.0, "trace": 0.95, "missing_eos_score": None, "warmup_iterations": 1,
-    "weight_decay": 0.0, "clip_norm": 1.0, "ptx_coefficient": 0.0, "ptx_rows": 1, "ptx_length": 16,
-    "without_ptx": False, "kl_ceiling": 1e6, "entropy_floor": 0.0, "cap_share": 1.0, "eval_prompts": 1,
-    "eval_samples": 2, "eval_bytes": 1024, "checkpoint_steps": 10_000, "checkpoint_seconds": 1e9, "samples": 0,
+    "clip": 0.2, "value_clip": 0.2, "discount": 1.0, "trace": 0.95, "missing_eos_penalty": 0.0,
+    "group_baseline": False, "warmup_iterations": 1, "weight_decay": 0.0, "clip_norm": 1.0, "ptx_coefficient": 0.0,
+    "ptx_rows": 1, "ptx_length": 16, "without_ptx": False, "kl_ceiling": 1e6, "entropy_floor": 0.0,
+    "cap_share": 1.0, "eval_prompts": 1, "eval_samples": 2, "eval_bytes": 1024, "checkpoint_steps": 10_000,
+    "checkpoint_seconds": 1e9, "samples": 0,
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ appendix C.4. As there: a KL penalty on every token against the SFT model, no di
 reward model, clipping at 0.2, one inner epoch, Adam with betas (0.9, 0.95), a constant rate after a warm-up from a
 tenth, and the pre-training gradient accumulated to the policy's before each step. What the paper does not say is
 from its predecessors (Ziegler et al., 2019; Stiennon et al., 2020): GAE with lambda 0.95, advantages whitened over the
-whole batch, the value loss clipped, a fixed score for a response that does not end, Adam's epsilon 1e-5. Departures:
+whole batch, the value loss clipped, a lower score for a response that does not end, Adam's epsilon 1e-5. Departures:
 
 1. `method: lora`: one backbone carries policy, reference (no adapter), value and reward (`core/actors.py`); rates are
    ten times those of all weights, and follow the width.
@@ -20,7 +20,12 @@ whole batch, the value loss clipped, a fixed score for a response that does not 
 4. No moving average of the weights: it pays over thousands of steps, not over tens.
 5. The value model's scale and level are fitted to the first batch's returns, by least squares: the reward model is
    only trained to read whole responses.
-6. A second run without the pre-training gradient, from the same start (`without_ptx`), tells what it is good for.
+6. A response's score counts as what it is above the scores of the others to its prompt (`group_baseline`), and the
+   value model predicts that: it has learned too little in hundreds of episodes to tell easy prompts from hard ones,
+   which then are most of the gradient's noise.
+7. What a response without an end loses is taken off its score (`missing_eos_penalty`). A fixed score, as in Stiennon
+   et al., is a prize where the reward model likes no answer to a prompt.
+8. A second run without the pre-training gradient, from the same start (`without_ptx`), tells what it is good for.
 """
 
 from __future__ import annotations
@@ -194,8 +199,10 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
         found = _experience(arm, params, actors, task, iteration, phases, context)
 
         # 2. Advantages: the reward where a response ends, less each token's KL penalty, credited by GAE.
-        mask = found.rollout.mask
-        rewards = policy_gradient.token_rewards(found.log_ratios, found.scores, mask, coefficient)
+        mask, credited = found.rollout.mask, found.scores
+        if params.group_baseline:
+            credited = policy_gradient.leave_one_out(found.scores, params.samples_per_prompt)
+        rewards = policy_gradient.token_rewards(found.log_ratios, credited, mask, coefficient)
         if iteration == 0:
             found = episodes.fit_values(actors, found, rewards, params.discount)
         estimates = policy_gradient.gae(rewards, found.values, mask, params.discount, params.trace)
@@ -215,7 +222,7 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
 
         # 4. Tell, and stop before the policy is spoiled.
         told = {
-            **ppo_figures.figures(found, rewards, estimates.returns, params.judge),
+            **ppo_figures.figures(found, coefficient, estimates.returns, params.judge),
             **{name: sum(one[name] for one in seen) / len(seen) for name in seen[0]},
             "kl_coefficient": coefficient,
             "lr": learner.lr,
@@ -224,7 +231,7 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
         context.progress(iteration + 1, params.iterations, score=told["score"], kl=told["kl"])
         if iteration in (0, params.iterations - 1):
             title = f"Rollouts of {arm.name}iteration {iteration + 1}"
-            context.say(ppo_figures.page(found, rewards, params.samples, title))
+            context.say(ppo_figures.page(found, coefficient, params.samples, title))
         _guard(arm, params, context)
         if params.kl_target is not None:
             measured = (told["kl"], params.kl_target, params.kl_horizon, len(mask))

@@ -20,7 +20,14 @@ from pipelines.core.params.ppo import PpoParams
 METHODS = ("shared", "separate")
 PARAMS = PpoParams.model_validate(
     PLAIN
-    | {"batch_prompts": 6, "samples_per_prompt": 3, "max_new_tokens": 8, "micro_tokens": 64, "missing_eos_score": None}
+    | {
+        "batch_prompts": 6,
+        "samples_per_prompt": 3,
+        "max_new_tokens": 8,
+        "micro_tokens": 64,
+        "missing_eos_penalty": 0.0,
+        "group_baseline": False,
+    }
     | {"ptx_rows": 3, "ptx_length": 32}
 )
 COOL = PARAMS.model_copy(update={"temperature": 0.7})

@@ -200,13 +200,13 @@ def test_scores_are_those_of_each_text_alone(
     assert len({tuple(batch.numbers) for one in found.minibatches for batch in one}) > 2, "several forward passes"
 
 
-@pytest.mark.parametrize("instead", [None, -1.5])
+@pytest.mark.parametrize("penalty", [0.0, 1.5])
 @pytest.mark.parametrize("external", [True, False])
 def test_the_score_of_a_response_that_does_not_end(
-    places: dict[str, Path], context: StageContext, external: bool, instead: float | None
+    places: dict[str, Path], context: StageContext, external: bool, penalty: float
 ) -> None:
     made, known = roles(places["llama"], "shared", context, reward=not external), case()
-    params = PARAMS.model_copy(update={"missing_eos_score": instead})
+    params = PARAMS.model_copy(update={"missing_eos_penalty": penalty})
     asked: list[episodes.Rollout] = []
 
     def proxy(rollout: episodes.Rollout) -> list[float]:
@@ -218,8 +218,8 @@ def test_the_score_of_a_response_that_does_not_end(
     if external:
         assert found.proxy.tolist() == [number / 8 for number in range(18)]
     ended = [end for of_prompt in known.rollout.ended for end in of_prompt]
-    rule = [one if end or instead is None else instead for one, end in zip(found.proxy.tolist(), ended, strict=True)]
-    assert found.scores.tolist() == rule and 0 < sum(ended) < 18
+    rule = [one if end else one - penalty for one, end in zip(found.proxy.tolist(), ended, strict=True)]
+    assert found.scores.tolist() == pytest.approx(rule) and 0 < sum(ended) < 18
 
 
 def test_two_processes_share_the_scoring(

@@ -13,7 +13,7 @@ from models import tokenizer
 from rollouts import PARAMS, case, roles
 from test_reward_adapter import ARCHITECTURES, store
 
-from pipelines.core import hardware, phases, policy_gradient, ppo_figures
+from pipelines.core import hardware, phases, ppo_figures
 from pipelines.core.completions import Prompt
 from pipelines.core.context import StageContext
 from pipelines.core.episodes import Episodes, Rollout
@@ -42,8 +42,7 @@ def prompt(text: str = "say", reference: str | None = None) -> Prompt:
 
 def test_figures_by_hand() -> None:
     found = example([prompt(reference="a wide river")], [["a wide river", ""]])
-    rewards = policy_gradient.token_rewards(found.log_ratios, found.scores, found.rollout.mask, 0.5)
-    told = ppo_figures.figures(found, rewards, 2 * found.values, "overlap")
+    told = ppo_figures.figures(found, 0.5, 2 * found.values, "overlap")
     assert found.kl.tolist() == pytest.approx([1.0, -0.3])
     assert told == pytest.approx(
         {
@@ -68,7 +67,7 @@ def test_gold_is_of_prompts_that_can_be_judged() -> None:
     assert ppo_figures.golds(found, "slots") == [[0.5]], "the other asks for nothing"
     assert ppo_figures.golds(found, "overlap") == [], "nobody has answered"
     returns = found.values
-    assert "gold" not in ppo_figures.figures(found, torch.zeros(2, 3), returns, "overlap")
+    assert "gold" not in ppo_figures.figures(found, 0.0, returns, "overlap")
     answered = example([prompt(), prompt(reference="yes")], [["no"], ["yes"]])
     assert ppo_figures.golds(answered, "overlap") == [[1.0]]
 
@@ -76,12 +75,11 @@ def test_gold_is_of_prompts_that_can_be_judged() -> None:
 def test_a_page_of_rollouts() -> None:
     """Score, KL and total of each response, under its prompt."""
     found = example([prompt("say\nit"), prompt("again")], [["one"], ["t`wo"]])
-    rewards = policy_gradient.token_rewards(found.log_ratios, found.scores, found.rollout.mask, 0.5)
     one = "\n**Prompt:** `say⏎it`\n\n- score +0.250, KL 1.000, total -0.250: `one`"
     two = "\n**Prompt:** `again`\n\n- score -1.000, KL -0.300, total -0.850: `t'wo`"
-    assert ppo_figures.page(found, rewards, 8, "Rollouts") == f"# Rollouts\n{one}\n{two}"
-    assert ppo_figures.page(found, rewards, 1, "Rollouts") == f"# Rollouts\n{one}"
-    assert ppo_figures.page(found, rewards, 0, "Rollouts") == "# Rollouts"
+    assert ppo_figures.page(found, 0.5, 8, "Rollouts") == f"# Rollouts\n{one}\n{two}"
+    assert ppo_figures.page(found, 0.5, 1, "Rollouts") == f"# Rollouts\n{one}"
+    assert ppo_figures.page(found, 0.5, 0, "Rollouts") == "# Rollouts"
 
 
 def test_a_page_of_two_prompts_with_two_responses_each() -> None:
@@ -89,13 +87,12 @@ def test_a_page_of_two_prompts_with_two_responses_each() -> None:
     twice = both._replace(
         scores=torch.tensor([0.0, 1.0, 2.0, 3.0]), old=both.old.repeat(2, 1), reference=both.reference.repeat(2, 1)
     )
-    rewards = torch.tensor([[10.0, 1.0], [20.0, 2.0], [30.0, 3.0], [40.0, 4.0]])
-    lines = [line for line in ppo_figures.page(twice, rewards, 2, "").splitlines() if line.startswith("-")]
+    lines = [line for line in ppo_figures.page(twice, 10.0, 2, "").splitlines() if line.startswith("-")]
     assert lines == [
-        "- score +0.000, KL 1.000, total +11.000: `one`",
-        "- score +1.000, KL -0.300, total +22.000: `two`",
-        "- score +2.000, KL 1.000, total +33.000: `three`",
-        "- score +3.000, KL -0.300, total +44.000: `four`",
+        "- score +0.000, KL 1.000, total -10.000: `one`",
+        "- score +1.000, KL -0.300, total +4.000: `two`",
+        "- score +2.000, KL 1.000, total -8.000: `three`",
+        "- score +3.000, KL -0.300, total +6.000: `four`",
     ]
 
 

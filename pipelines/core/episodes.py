@@ -152,10 +152,8 @@ def score(
     if proxy is not None:
         given = distributed.from_leader(context.world, lambda: list(proxy(rollout)))
         rewards = torch.tensor(given, dtype=torch.float32)
-    scores = rewards
-    if params.missing_eos_score is not None:
-        ended = torch.tensor([end for of_prompt in rollout.ended for end in of_prompt])
-        scores = torch.where(ended, rewards, torch.tensor(params.missing_eos_score))
+    ended = torch.tensor([end for of_prompt in rollout.ended for end in of_prompt])
+    scores = torch.where(ended, rewards, rewards - params.missing_eos_penalty)
     return Episodes(rollout, minibatches, **tables, scores=scores, proxy=rewards, external=proxy is not None)
 
 

@@ -49,7 +49,7 @@ def check(guards: Guards, history: Sequence[Row]) -> str | None:
         return (
             f"{last['capped_share']:.0%} of the responses reach ppo.max_new_tokens without an end, more than "
             f"{guards.cap_share:.0%} (ppo.cap_share) and than at the start: the reward pays for length. Mend the "
-            "reward, set ppo.missing_eos_score, or raise ppo.max_new_tokens."
+            "reward, raise ppo.missing_eos_penalty, or raise ppo.max_new_tokens."
         )
     recent = history[-PATIENCE:]
     if len(recent) < PATIENCE:

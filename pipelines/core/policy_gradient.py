@@ -65,6 +65,21 @@ def token_rewards(
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
 
 
+def leave_one_out(scores: torch.Tensor, group: int) -> torch.Tensor:
+    """Each score less the mean of the others to the same prompt, (N,): a baseline that no action of its own moves.
+
+    Kool et al., "Buy 4 REINFORCE samples, get a baseline for free!" (2019); for language models Ahmadian et al., "Back
+    to basics" (2024). The policy's gradient stays unbiased, and how easy a prompt is no longer is noise in it.
+
+    Args:
+        scores: (N,), prompt after prompt.
+        group: responses of each prompt, at least 2.
+    """
+    of_prompts = scores.view(-1, group)
+    others = (of_prompts.sum(dim=1, keepdim=True) - of_prompts) / (group - 1)
+    return (of_prompts - others).flatten()
+
+
 def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, discount: float, trace: float) -> Estimates:
     """Advantages and returns; an episode ends with its last token, after which nothing is worth anything.
 

@@ -8,15 +8,15 @@ from pipelines.core import cards, judges, policy_gradient, slots
 from pipelines.core.episodes import Episodes
 
 
-def figures(found: Episodes, rewards: torch.Tensor, returns: torch.Tensor, judge: judges.Judge) -> dict[str, float]:
-    """Means over the episodes of an iteration, before its updates.
+def figures(found: Episodes, kl_coefficient: float, returns: torch.Tensor, judge: judges.Judge) -> dict[str, float]:
+    """Means over the episodes of an iteration, before its updates. `reward` is the score less the KL penalty.
 
     `gold` is what the judge says, which nothing is trained on; only of prompts it can judge, and absent without any.
     `kl` sums over a response's tokens and averages over responses; `kl_k3` is the same by the estimator that is
     never negative (Schulman, "Approximating KL divergence", 2020).
 
     Args:
-        rewards: (N, T), with the KL penalty; returns: (N, T).
+        returns: (N, T).
     """
     mask = found.rollout.mask
     tokens = mask.sum(dim=1).float()
@@ -24,7 +24,7 @@ def figures(found: Episodes, rewards: torch.Tensor, returns: torch.Tensor, judge
     gold = [value for of_prompt in golds(found, judge) for value in of_prompt]
     return {
         "score": float(found.proxy.mean()),
-        "reward": float(rewards.sum(dim=1).mean()),
+        "reward": float(totals(found, kl_coefficient).mean()),
         **({"gold": sum(gold) / len(gold)} if gold else {}),
         "kl": float(found.kl.mean()),
         "kl_k3": float(policy_gradient.k3(found.log_ratios).sum(dim=1).mean()),
@@ -45,15 +45,20 @@ def golds(found: Episodes, judge: judges.Judge) -> list[list[float]]:
     ]
 
 
-def page(found: Episodes, rewards: torch.Tensor, count: int, title: str) -> str:
+def totals(found: Episodes, kl_coefficient: float) -> torch.Tensor:
+    """Of each episode the score less the KL penalty: (N,)."""
+    return found.scores - kl_coefficient * found.kl
+
+
+def page(found: Episodes, kl_coefficient: float, count: int, title: str) -> str:
     """A few rollouts with score, KL and total (the score less the KL penalty), as Markdown."""
     lines = [f"# {title}"]
-    totals = rewards.sum(dim=1).tolist()
+    earned = totals(found, kl_coefficient).tolist()
     first = 0
     for prompt, responses in list(zip(found.rollout.prompts, found.rollout.responses, strict=True))[:count]:
         lines.append(f"\n**Prompt:** {cards.inline(prompt.text)}\n")
         for number, response in enumerate(responses, first):
-            told = f"score {found.scores[number]:+.3f}, KL {found.kl[number]:.3f}, total {totals[number]:+.3f}"
+            told = f"score {found.scores[number]:+.3f}, KL {found.kl[number]:.3f}, total {earned[number]:+.3f}"
             lines.append(f"- {told}: {cards.inline(response)}")
         first += len(responses)
     return "\n".join(lines)

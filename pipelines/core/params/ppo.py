@@ -61,9 +61,10 @@ class PpoParams(Tuning):
     value_clip: float = Field(gt=0.0, allow_inf_nan=False, description="of the values, about those before the update")
     discount: float = Field(gt=0.0, le=1.0)
     trace: float = Field(ge=0.0, le=1.0, description="lambda of generalised advantage estimation")
-    missing_eos_score: float | None = Field(
-        allow_inf_nan=False, description="score of a response that did not end; null: what the reward says"
+    missing_eos_penalty: float = Field(
+        ge=0.0, allow_inf_nan=False, description="taken off the score of a response that did not end"
     )
+    group_baseline: bool = Field(description="scores count as what they are above the prompt's other responses")
     lr: float | None = Field(gt=0.0, lt=1.0, description="peak, of the policy; null: from the width")
     value_lr: float | None = Field(gt=0.0, lt=1.0, description="peak, of the value model; null: from the width")
     warmup_iterations: int = Field(ge=0, description="from a tenth of the peak to all of it")
@@ -122,6 +123,11 @@ class PpoParams(Tuning):
             raise ValueError(
                 "batch_prompts * samples_per_prompt is 1: an advantage is what one episode has over others of its "
                 "batch; accepted: at least 2"
+            )
+        if self.group_baseline and self.samples_per_prompt < 2:
+            raise ValueError(
+                "group_baseline: true compares the responses to a prompt, and samples_per_prompt is 1; accepted: at "
+                "least 2, or group_baseline: false"
             )
         if self.warmup_iterations >= self.iterations:
             raise ValueError(
