@@ -20,11 +20,10 @@ whole batch, the value loss clipped, a lower score for a response that does not 
 4. No moving average of the weights: it pays over thousands of steps, not over tens.
 5. The value model's scale and level are fitted to the first batch's returns, by least squares: the reward model is
    only trained to read whole responses.
-6. A response's score counts as what it is above the scores of the others to its prompt (`group_baseline`), and the
-   value model predicts that: it has learned too little in hundreds of episodes to tell easy prompts from hard ones,
-   which then are most of the gradient's noise.
-7. What a response without an end loses is taken off its score (`missing_eos_penalty`). A fixed score, as in Stiennon
-   et al., is a prize where the reward model likes no answer to a prompt.
+6. A response's score counts as what it is above those of the others to its prompt (`group_baseline`): a value model of
+   hundreds of episodes cannot tell easy prompts from hard ones, and that would be most of the gradient's noise.
+7. A response without an end loses `missing_eos_penalty`. A fixed score, as in Stiennon et al., is a prize where the
+   reward model likes no answer to a prompt.
 8. A second run without the pre-training gradient, from the same start (`without_ptx`), tells what it is good for.
 """
 
@@ -36,13 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipelines.core import (
-    artifacts,
-    distributed,
-    guards,
-    language_models,
-    ppo_setup,
-)
+from pipelines.core import artifacts, distributed, guards, language_models, ppo_setup
 from pipelines.core.checkpoint import Checkpoints
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError, DataError
