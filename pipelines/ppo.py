@@ -192,9 +192,7 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
         found = _experience(arm, params, actors, task, iteration, phases, context)
 
         # 2. Advantages: the reward where a response ends, less each token's KL penalty, credited by GAE.
-        mask, credited = found.rollout.mask, found.scores
-        if params.group_baseline:
-            credited = policy_gradient.leave_one_out(found.scores, params.samples_per_prompt)
+        mask, credited = found.rollout.mask, episodes.credited(found, params)
         rewards = policy_gradient.token_rewards(found.log_ratios, credited, mask, coefficient)
         if iteration == 0:
             found = episodes.fit_values(actors, found, rewards, params.discount)

@@ -157,6 +157,12 @@ def score(
     return Episodes(rollout, minibatches, **tables, scores=scores, proxy=rewards, external=proxy is not None)
 
 
+def credited(found: Episodes, params: PpoParams) -> torch.Tensor:
+    """What each response is credited with, (N,): its score, or what that is above the others to its prompt."""
+    scores = found.scores
+    return policy_gradient.leave_one_out(scores, params.samples_per_prompt) if params.group_baseline else scores
+
+
 def fit_values(actors: Actors, found: Episodes, rewards: torch.Tensor, discount: float) -> Episodes:
     """Bring the value model to the scale of the returns, by least squares on these episodes.
 

@@ -80,8 +80,8 @@ def card(
         f"{majority}",
         f"Gain over zero-shot: {found['chosen_gain']:+.3f} ({found['chosen_gain_low']:+.3f} to "
         f"{found['chosen_gain_high']:+.3f}). The rule: of {len(entries)} cells measured on {len(task.validation)} "
-        f"validation questions, {judged.tied} are not worse than the best with 95 % confidence (paired bootstrap over "
-        "groups); of those the one with the fewest tokens of prompt and answer. The test questions were asked once.\n",
+        f"validation questions, {judged.tied} are within a standard error of the best (paired, by groups of "
+        "questions); of those the one with the fewest tokens. The test questions were asked once.\n",
     ]
     if task.classes and not strategy.reasons:
         lines.append(

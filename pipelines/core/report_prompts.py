@@ -98,8 +98,8 @@ def text(stage: Stage) -> str:
             known = [words(task), number(value["chosen"]), number(value["chosen_zero_shot"]), gain]
             judged.append(known)
     parts = [
-        "Validation side, on which the choice is made: the best cell, and of those that are not worse with 95 % "
-        "confidence the one with the fewest tokens. Scores are accuracy, of generations chrF.",
+        "Validation side, on which the choice is made: the best cell, and of those within a standard error of it "
+        "the one with the fewest tokens. Scores are accuracy, of generations chrF.",
         report_text.table(head, grid, right=(3, 5, 6)),
     ]
     if judged:

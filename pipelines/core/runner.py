@@ -23,16 +23,12 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
-from pipelines.core import artifacts, context, distributed, environment, graph, hardware, language_models
+from pipelines.core import artifacts, context, distributed, environment, graph, hardware, language_models, verdicts
 from pipelines.core.errors import ArtifactError, DataError, ParamsError, StoreUnavailable, UserError
 from pipelines.core.params import whole
 from pipelines.core.params.compute import ComputeParams
 from pipelines.core.params.section import Section
-
-if TYPE_CHECKING:
-    from pipelines.core.verdicts import Measure
 
 UNEXPECTED = 70  # EX_SOFTWARE: our mistake, not the user's
 
@@ -149,13 +145,11 @@ def _follow(
     return {}
 
 
-def measure_for(root: Path, name: str) -> Measure:
+def measure_for(root: Path, name: str) -> verdicts.Measure:
     """How to score another model of this stage on today's held-out examples, in this process.
 
     The stage is imported when it is asked to: torch takes seconds.
     """
-
-    from pipelines.core import verdicts
 
     def measure(model: Path, evaluation: Path) -> None:
         module = importlib.import_module(f"pipelines.{name}")
@@ -232,19 +226,13 @@ def _fingerprint(
     root: Path, spec: graph.StageSpec, section: Section, machine: hardware.Hardware, world: distributed.World
 ) -> str:
     """Hash of everything the output depends on: params, inputs, code, kind of machine, threads and processes."""
+    kind = (machine.device, machine.precision, machine.threads, hardware.processor())
     parts = {
         "stage": spec.name,
         "params": section.model_dump(mode="json"),
         "inputs": {name: artifacts.content_hash(root / path) for name, path in spec.inputs.items()},
         "code": {path: artifacts.content_hash(root / path) for path in spec.code},
-        "machine": [
-            machine.device,
-            machine.precision,
-            machine.threads,
-            hardware.processor(),
-            world.size,
-            world.sharding,
-        ],
+        "machine": [*kind, world.size, world.sharding],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
