@@ -300,7 +300,7 @@ def test_a_failed_gate_ends_the_flow_before_what_depends_on_it(root: Path) -> No
 from flows import outcome
 from pipelines.core.gates import Row, Verdict
 bad = Verdict("left", "sluice-base", (Row("loss at most 1", 1.5, None, None, 1.0, None, False),), version="7")
-outcome.judge = lambda root, stage: [bad] if stage == "left" else []
+outcome.judge = lambda root, stage, *_: [bad] if stage == "left" else []
 """
     done = sluice(root, "run", before=before)
     assert done.returncode == 3, done.stdout + done.stderr
