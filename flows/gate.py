@@ -7,17 +7,21 @@ promoted is tried again when all are over, and what then still cannot be is told
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from flows import outcome, records
 from flows.board import Row
+from flows.failures import StageFailed
+from flows.measure import NOT_MEASURABLE
+from flows.supervise import Crew, child_environment
 from pipelines.core.errors import GateError, StoreUnavailable, UserError
 from pipelines.core.gates import Verdict
 from pipelines.core.ledger import LedgerHeld
-from pipelines.core.verdicts import Measure
+from pipelines.core.verdicts import NotMeasurable
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Gate:
 
     root: Path
     stops: bool = True  # whether a model that does not pass fails its stage
-    measure_for: Callable[[str], Measure] | None = None  # of a stage, see `registry.settle`; None: in this process
+    crew: Crew = field(default_factory=Crew)  # of the flow: whose process measures a champion again
     left: list[Left] = field(default_factory=list)
     trouble: list[UserError] = field(default_factory=list)  # what failed no stage, for the flow's end
     registry: threading.Lock = field(default_factory=threading.Lock)  # judging and promoting both write it
@@ -78,8 +82,17 @@ class Gate:
             self._enforce(row, judged)
 
     def _judge(self, row: Row, again: bool = False) -> list[Verdict]:
-        measure = self.measure_for(row.stage) if self.measure_for else None
-        return outcome.judge(self.root, row.stage, measure, again)
+        return outcome.judge(self.root, row.stage, partial(self._measure, row), again)
+
+    def _measure(self, row: Row, model: Path, evaluation: Path) -> None:
+        """Measure a champion again, in a process as a stage is, so that no model is loaded into this one."""
+        assert row.log is not None
+        command = [sys.executable, "-m", "flows.measure", row.stage, str(model), str(evaluation)]
+        code = self.crew.run(command, self.root, row.log, child_environment(PYTHONUNBUFFERED="1"))
+        if code == NOT_MEASURABLE:
+            raise NotMeasurable(row.stage)
+        if code:
+            raise StageFailed(f"stage {row.stage}: its champion could not be measured again, see {row.log}")
 
     def promote_left(self) -> None:
         """Try again, when every stage is over, what could not be promoted before."""

@@ -26,13 +26,11 @@ from rich.console import Console
 from flows import failures, outcome, records, run_locks, stages, view
 from flows.board import Board, Row, StageState
 from flows.gate import Gate
-from flows.measure import NOT_MEASURABLE
 from flows.supervise import Crew, child_environment
 from pipelines.core import tracking
 from pipelines.core.environment import STATE
 from pipelines.core.errors import UserError
 from pipelines.core.params import whole
-from pipelines.core.verdicts import Measure, NotMeasurable
 
 RETRY_SECONDS = (2.0, 10.0)
 POLL_SECONDS = 0.25
@@ -51,9 +49,6 @@ class Job:
     gate: Gate
     environment: dict[str, str] = field(default_factory=dict)  # tells a stage that the flow registers for it
     progress: dict[str, UUID] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.gate.measure_for = self._measure_for
 
     def stage(self, name: str, suspect: bool) -> None:
         """Run one stage if DVC finds that it has to, then let its model through its gate.
@@ -101,21 +96,6 @@ class Job:
             return "run"
         return "cached" if "didn't change, skipping" in printed else "restored"
 
-    def _measure_for(self, stage: str) -> Measure:
-        """How to measure a champion again: a process, as a stage is, so that no model is loaded into this one."""
-
-        def measure(model: Path, evaluation: Path) -> None:
-            log = self.board.rows[stage].log
-            assert log is not None
-            command = [sys.executable, "-m", "flows.measure", stage, str(model), str(evaluation)]
-            code = self.crew.run(command, self.root, log, child_environment(PYTHONUNBUFFERED="1"))
-            if code == NOT_MEASURABLE:
-                raise NotMeasurable(stage)
-            if code:
-                raise failures.StageFailed(f"stage {stage}: its champion could not be measured again, see {log}")
-
-        return measure
-
 
 @flow(name="train", log_prints=False)
 def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False, only: bool = False) -> None:
@@ -133,11 +113,12 @@ def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False,
         logs = place / STATE / "logs" / str(flow_run.name)
         board = Board(place, {name: Row(name, log=logs / f"{name}.log") for name in needed})
         board.title = f"{flow_run.name}   output: {logs.relative_to(place)}/"
-        gate = Gate(place, stops=whole.load(place / "params.yaml").flow.failed_gate == "stop")
+        crew = Crew()
+        gate = Gate(place, whole.load(place / "params.yaml").flow.failed_gate == "stop", crew)
         seats = threading.Semaphore(stages.side_by_side(place))
         console = Console()
         with tracking.attended(place) as environment:
-            job = Job(place, board, graph, Crew(), seats, gate, environment)
+            job = Job(place, board, graph, crew, seats, gate, environment)
             try:
                 futures = _submit(job, needed, suspects)
                 with view.shown(board, console, plain) as update:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -124,9 +125,8 @@ def test_a_champion_is_measured_by_a_process_of_the_crew(job: Job, monkeypatch: 
         asked.append(command[2:])
         return next(codes)
 
-    monkeypatch.setattr(job.crew, "run", run)
-    assert job.gate.measure_for is not None
-    measure = job.gate.measure_for("left")
+    monkeypatch.setattr(job.gate.crew, "run", run)
+    measure = partial(job.gate._measure, job.board.rows["left"])
     measure(Path("model"), Path("rows"))
     assert asked == [["flows.measure", "left", "model", "rows"]]
     with pytest.raises(NotMeasurable):
