@@ -23,7 +23,7 @@ from statistics import median
 
 import torch
 
-from pipelines.core import gguf_export, speed, variants
+from pipelines.core import environment, gguf_export, speed, variants
 
 Run = Callable[[], float]  # tokens a second of one round
 PROMPT = "The history of the Python language begins with"
@@ -93,7 +93,7 @@ def llama(place: Path, kind: gguf_export.Kind, threads: int, folder: Path) -> Ru
     """llama.cpp on the same weights, in a process without torch, whose OpenMP would be its own too."""
     file = folder / f"{kind}.gguf"
     gguf_export.export(place, file, kind)
-    spinning = {**os.environ, "OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": speed.ENVIRONMENT["GOMP_SPINCOUNT"]}
+    spinning = {**os.environ, "GOMP_SPINCOUNT": environment.SPIN_ALONE}
 
     def run() -> float:
         command = [sys.executable, "-c", LLAMA, str(file), str(threads), str(TOKENS), PROMPT]

@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipelines.core import embedding, indexing, lexical, nearest, retrieval, speed
+from pipelines.core import embedding, environment, indexing, lexical, nearest, retrieval
 from pipelines.core.vector_cache import VectorCache, key
 
 EMBEDDER = "minilm-l6-v2"
@@ -163,7 +163,7 @@ def parts(index: retrieval.Index, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    if "GOMP_SPINCOUNT" not in os.environ:  # read when torch is loaded: before this line
+    if os.environ.get("GOMP_SPINCOUNT") != environment.SPIN_ALONE:  # read when torch is loaded: before this line
         again = [sys.executable, "-m", "benchmarks.retrieval", *sys.argv[1:]]
-        os.execve(sys.executable, again, {**os.environ, **speed.ENVIRONMENT})
+        os.execve(sys.executable, again, {**os.environ, "GOMP_SPINCOUNT": environment.SPIN_ALONE})
     main()

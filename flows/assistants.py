@@ -12,14 +12,13 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipelines.core import environment
 from pipelines.core.errors import ArtifactError, UserError
 
 STAGE, FOLDER = "answers", "assistant"  # the stage, and the directory in its output
 REGISTERED = "sluice-rag"
 CACHE = "models"  # in the state folder: registered versions that were fetched from a server
 ALONE_NEW_TOKENS = 256  # of an answer, where no assistant's settings say
-# Threads that sleep between two products take longer to wake than the product takes: they spin for that long instead.
-SPINNING = "100000"
 CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
@@ -52,9 +51,8 @@ def prepare(root: Path) -> str:
     from pipelines.core import hardware
     from pipelines.core.params import whole
 
-    os.environ.setdefault("GOMP_SPINCOUNT", SPINNING)
-    if os.environ.get("OMP_WAIT_POLICY") == "passive":  # ours, for stages; it would let them sleep at once
-        del os.environ["OMP_WAIT_POLICY"]
+    if os.environ.get("GOMP_SPINCOUNT", environment.SPIN) == environment.SPIN:  # ours, for stages
+        os.environ["GOMP_SPINCOUNT"] = environment.SPIN_ALONE
     return hardware.choose(whole.load(root / "params.yaml").compute, root).precision
 
 

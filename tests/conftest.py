@@ -24,7 +24,7 @@ COPIED = ("pipelines", "flows", "mlflow", "profiles", "dvc.yaml", "params.yaml",
 def _settings() -> None:
     """Telemetry off and no hub; stores that a test needs are made below its own folder."""
     os.environ.update(environment.TELEMETRY_OFF)
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", OMP_WAIT_POLICY="passive")
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 

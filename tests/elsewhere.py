@@ -55,7 +55,7 @@ def ask(
     )  # fmt: skip
     asked = {"rows": [dict(row) for row in rows], "wrong": [dict(row) for row in wrong], "params": dict(params or {})}
     (place / "asked.json").write_text(json.dumps(asked))
-    keep = {"PATH": os.environ["PATH"], "HOME": str(place), "OMP_WAIT_POLICY": "passive"}
+    keep = {"PATH": os.environ["PATH"], "HOME": str(place)}
     command = [sys.executable, "-W", "ignore", "-c", CODE]
     done = subprocess.run(command, cwd=place, env=keep, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from flows import assistants
 from flows.ask import Options, ask
-from pipelines.core import retrieval, speed, store
+from pipelines.core import environment, retrieval, store
 from pipelines.core.errors import ArtifactError, ParamsError, StoreUnavailable, UserError
 from pipelines.core.generate import Sampling
 
@@ -198,14 +198,14 @@ def test_threads_spin_unless_the_user_says_otherwise(root: Path, monkeypatch: py
     for name in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "1")
         monkeypatch.delenv(name)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # set by `environment.prepare`
     assert assistants.prepare(root) == "fp32"
-    assert os.environ["GOMP_SPINCOUNT"] == assistants.SPINNING and "OMP_WAIT_POLICY" not in os.environ
-    assert speed.ENVIRONMENT["GOMP_SPINCOUNT"] == assistants.SPINNING  # what the figures of speed were measured with
-    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert os.environ["GOMP_SPINCOUNT"] == environment.SPIN_ALONE  # what the figures of speed are measured with
+    monkeypatch.setenv("GOMP_SPINCOUNT", environment.SPIN)  # set by `environment.prepare`
     assistants.prepare(root)
-    assert (os.environ["GOMP_SPINCOUNT"], os.environ["OMP_WAIT_POLICY"]) == ("5", "active")
+    assert os.environ["GOMP_SPINCOUNT"] == environment.SPIN_ALONE
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    assistants.prepare(root)
+    assert os.environ["GOMP_SPINCOUNT"] == "5"
 
 
 def test_stop_strings_of_a_sampling_end_the_answer(root: Path, index: FakeIndex) -> None:

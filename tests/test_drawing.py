@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipelines.core.drawing import draw, room_to_draw
+from pipelines.core.drawing import LARGEST, draw, room_to_draw
 
 CPU = torch.device("cpu")
 
@@ -48,3 +48,15 @@ def test_the_ends_of_the_unit_interval_are_tokens() -> None:
     logits[:, :300] = logits[:, 255:260] = logits[:, -1] = float("-inf")
     tokens, log_probabilities = draw(logits, edge, 1.0, room_to_draw(500, 1000, CPU))
     assert (tokens[:, 0] == 300).all() and (tokens[:, 1] > 990).all() and log_probabilities.isfinite().all()
+
+
+def test_the_largest_beside_drawn_ones() -> None:
+    logits = torch.randn(6, 1000, generator=torch.Generator().manual_seed(2))
+    uniforms = torch.rand(6, 3, generator=torch.Generator().manual_seed(3))
+    alone, _ = draw(logits, uniforms, 1.0, room_to_draw(6, 1000, CPU))
+    uniforms[1:4, 2] = LARGEST
+    tokens, log_probabilities = draw(logits, uniforms, 1.0, room_to_draw(6, 1000, CPU))
+    assert torch.equal(tokens[1:4, 2], logits.argmax(dim=1)[1:4]) and not torch.equal(tokens, alone)
+    alone[1:4, 2] = tokens[1:4, 2]
+    assert torch.equal(tokens, alone)
+    torch.testing.assert_close(log_probabilities, torch.log_softmax(logits, dim=1).gather(1, tokens))

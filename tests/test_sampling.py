@@ -130,6 +130,20 @@ def test_each_token_is_drawn_with_a_random_number_of_its_own(known: Any) -> None
             assert (ends.gather(1, chosen) > numbers - 1e-4).all()
 
 
+def test_a_greedy_sample_beside_the_drawn_ones(known: Any) -> None:
+    """Both are what calls of their own give; the greedy one is each prompt's last."""
+    lm, prompts = wild(known), some_prompts([9, 2, 5])
+    both = sample(lm, prompts, count=3, tokens=12, seed=5, greedy=True)
+    drawn = sample(lm, prompts, count=3, tokens=12, seed=5)
+    largest = sample(lm, prompts, count=1, tokens=12, seed=5, temperature=0.0)
+    for number in range(len(prompts)):
+        assert both.ids[number] == drawn.ids[number] + largest.ids[number]
+        alone = drawn.log_probabilities[number] + largest.log_probabilities[number]
+        for one, other in zip(both.log_probabilities[number], alone, strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
+    assert len({tuple(ids) for ids in both.ids[0]}) == 4, "or nothing was drawn"
+
+
 def test_sampled_first_tokens_follow_the_model(known: Any) -> None:
     """The whole path: 3,000 samples of one prompt against the model's softmax, over the tokens likely enough."""
     lm = wild(known)

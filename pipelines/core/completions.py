@@ -22,7 +22,7 @@ from pipelines.core.labelers import drawn
 if TYPE_CHECKING:
     from pipelines.core.params.feedback import FeedbackParams
 
-BATCH_PROMPTS = 32  # sampled together, and what a killed run loses at most
+BATCH_PROMPTS = 64  # sampled together, and what a killed run loses at most
 CANDIDATES = 4  # for each prompt wanted, how many are looked at where some are too long
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 SEARCHED = 256  # entries of the vocabulary that are searched as one
+LARGEST = -1.0  # in place of a random number
 
 
 def draw(
@@ -17,8 +18,9 @@ def draw(
 
     Args:
         logits: (rows, vocabulary), any type; computed with in fp32.
-        uniforms: (rows, draws) fp32 in [0, 1); several draws from one row are independent if these are.
-        temperature: 0 takes the largest logit.
+        uniforms: (rows, draws) fp32 in [0, 1); several draws from one row are independent if these are. `LARGEST`
+            takes the largest logit.
+        temperature: 0 takes it everywhere.
         room: what `room_to_draw` gave for at least as many rows; overwritten.
 
     Returns:
@@ -40,7 +42,7 @@ def draw(
         return token, weights.gather(1, token).log() - total.log()
     # A product with the largest fp32 below 1 is less than the other factor: a search for it ends within the bounds,
     # at an entry above 0.
-    wanted = uniforms * total
+    wanted = uniforms.clamp(min=0) * total
     block = torch.searchsorted(ends, wanted, right=True)  # (rows, draws)
     starts = torch.nn.functional.pad(ends, (1, 0))
     before, after = starts.gather(1, block), ends.gather(1, block)
@@ -48,6 +50,9 @@ def draw(
     inside = blocks[torch.arange(len(weights), device=weights.device)[:, None], block].cumsum(dim=2)
     place = torch.searchsorted(inside, (share[:, :, None] * inside[:, :, -1:]), right=True)[:, :, 0]
     token = block * SEARCHED + place
+    if len(rows := (uniforms == LARGEST).any(dim=1).nonzero()[:, 0]):
+        largest = logits[rows].argmax(dim=1, keepdim=True)
+        token[rows] = torch.where(uniforms[rows] == LARGEST, largest, token[rows])
     return token, weights.gather(1, token).log() - total.log()
 
 

@@ -12,6 +12,11 @@ STATE = ".sluice"
 WORK = ".work"
 PREPARED = "SLUICE_STATE"  # the state folder that the variables below were last set for
 
+# How long OpenMP's threads look for work before they sleep (GOMP_SPINCOUNT; 100,000 are about a millisecond): waking
+# one takes as long as many a product. A stage's look for a moment: threads that spin starve whoever shares the cores.
+SPIN = "3000"
+SPIN_ALONE = "100000"  # where one token at a time is answered
+
 TELEMETRY_OFF = {
     "DO_NOT_TRACK": "true",  # MLflow takes only this spelling
     "DVC_NO_ANALYTICS": "1",
@@ -38,7 +43,7 @@ def prepare(root: Path) -> None:
         # Large tensors come and go at each step: keep their pages, in huge ones (a step is 10 % faster).
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:"
         "glibc.malloc.trim_threshold=17179869184",
-        "OMP_WAIT_POLICY": "passive",  # threads that spin starve whoever shares the cores
+        "GOMP_SPINCOUNT": SPIN,
         "PREFECT_HOME": f"{state}/prefect",
         "PREFECT_LOGGING_LEVEL": "WARNING",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",

@@ -1,6 +1,7 @@
 """What a policy says to held-out prompts: sampled at temperature 1 with no token left out, and greedily.
 
-Two models that are compared answer the same prompts with the same random numbers. Answers are kept batch by batch, so
+Two models that are compared answer the same prompts with the same random numbers; the greedy answer shares its
+prompt's encoding with the sampled ones. Answers are kept batch by batch, so
 a stage that is killed while it samples loses one batch at most.
 """
 
@@ -90,23 +91,21 @@ def ask(
     # By length in the tokens of the prompts, not in the model's own: any two models get the same batches.
     order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number].ids), number))
     speaker = cache(partial(_speaker, params, place, load, context))
-    said: dict[str, Answers] = {}
-    for name, count, temperature in (("sampled", params.eval_samples, 1.0), ("greedy", 1, 0.0)):
-        found: dict[int, tuple[Any, ...]] = {}
-        for first in range(0, len(order), completions.BATCH_PROMPTS):
-            batch = order[first : first + completions.BATCH_PROMPTS]
-            texts = [prompts[number].text for number in batch]
-            seed = int(drawn("evaluation", str(params.seed), str(first)) * 2**31)
+    found: dict[int, list[Any]] = {}  # of each prompt, the fields of `Answers`
+    for first in range(0, len(order), completions.BATCH_PROMPTS):
+        batch = order[first : first + completions.BATCH_PROMPTS]
+        texts = [prompts[number].text for number in batch]
+        seed = int(drawn("evaluation", str(params.seed), str(first)) * 2**31)
 
-            def tell(done: int, _: int, name: str = name, first: int = first) -> None:
-                context.progress(first + done, len(order), sampling=f"{name} answers of {what}")
+        def tell(done: int, _: int, first: int = first) -> None:
+            context.progress(first + done, len(order), sampling=f"answers of {what}")
 
-            make = partial(_answers, params, speaker, texts, count, temperature, seed, context, tell)
-            part = kept(context, f"{keep}-{name}-{first}", make) if keep else make()
-            found |= zip(batch, zip(*(part[field] for field in Answers._fields), strict=True), strict=True)
-            context.stop_if_asked()
-        said[name] = Answers(*map(list, zip(*(found[number] for number in range(len(order))), strict=True)))
-    return Said(**said)
+        make = partial(_answers, params, speaker, texts, seed, context, tell)
+        part = kept(context, f"{keep}-{first}", make) if keep else make()
+        found |= zip(batch, zip(*part, strict=True), strict=True)
+        context.stop_if_asked()
+    every = Answers(*map(list, zip(*(found[number] for number in range(len(order))), strict=True)))
+    return Said(*(Answers(*([one[part] for one in field] for field in every)) for part in (slice(-1), slice(-1, None))))
 
 
 def _speaker(params: Params, place: Path, load: Callable[[], Any] | None, context: StageContext) -> tuple[Any, Any]:
@@ -122,23 +121,21 @@ def _answers(
     params: Params,
     speaker: Callable[[], tuple[Any, Any]],
     prompts: list[str],
-    count: int,
-    temperature: float,
     seed: int,
     context: StageContext,
     tell: k_way.Tell,
-) -> dict[str, Any]:
-    """Fields of `Answers` to a batch of prompts."""
+) -> list[Any]:
+    """Fields of `Answers` to a batch of prompts, the greedy one being each prompt's last."""
     model, tokenizer = speaker()
     # With the model's own tokenizer and template: a champion may have others than today's.
     asked = [chats.encode_prompt(tokenizer, chats.messages_of(prompt)) for prompt in prompts]
     found = sampling.sample(
-        model, asked, count=count, tokens=params.max_new_tokens, stops=[tokenizer.eos_token_id],
-        pad=tokenizer.pad_token_id, temperature=temperature, seed=seed, precision=context.precision, tell=tell,
+        model, asked, count=params.eval_samples, tokens=params.max_new_tokens, stops=[tokenizer.eos_token_id],
+        pad=tokenizer.pad_token_id, temperature=1.0, seed=seed, precision=context.precision, tell=tell, greedy=True,
     )  # fmt: skip
     texts = [[chats.decode_response(tokenizer, ids) for ids in of_prompt] for of_prompt in found.ids]
     sums = [[sum(one) for one in of_prompt] for of_prompt in found.log_probabilities]
-    return Answers(texts, found.ids, sums, found.ended)._asdict()
+    return list(Answers(texts, found.ids, sums, found.ended))
 
 
 def log_probabilities(place: Path, prompts: Sequence[Prompt], answers: Answers, context: StageContext) -> Scores:

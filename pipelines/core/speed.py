@@ -27,14 +27,13 @@ import numpy as np
 import torch
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-from pipelines.core import decoding, variants
+from pipelines.core import decoding, environment, variants
 from pipelines.core.errors import ArtifactError
 
 ROUNDS = 16
 PREFILL_ROUNDS = 4  # of them: a prompt takes as long as many tokens
 PREFILL_TOKENS, DECODE_TOKENS = 128, 12
-# Threads that sleep between two products take longer to wake than the product takes: they spin for that long instead.
-ENVIRONMENT = {"GOMP_SPINCOUNT": "100000", "OMP_WAIT_POLICY": ""}
+SPINNING = "GOMP_SPINCOUNT"
 READ, GO_ON, END = "read", "go on", "end"  # what a process is asked
 READ_BYTES = 256 * 2**20  # of an array that is summed to measure memory's rate: more than any cache
 
@@ -201,15 +200,11 @@ def _receive(name: str, pipe: Connection) -> Any:
 @contextmanager
 def _server_environment() -> Any:
     """What the fork server, and so every process, starts with: OpenMP reads it when it is loaded."""
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    for name, value in ENVIRONMENT.items():
-        os.environ.pop(name, None)
-        if value:
-            os.environ[name] = value
+    before = os.environ.get(SPINNING)
+    os.environ[SPINNING] = environment.SPIN_ALONE
     try:
         yield
     finally:
-        for name, was in before.items():
-            os.environ.pop(name, None)
-            if was is not None:
-                os.environ[name] = was
+        os.environ.pop(SPINNING)
+        if before is not None:
+            os.environ[SPINNING] = before
