@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from pipelines.core.labelers import drawn
 if TYPE_CHECKING:
     from pipelines.core.params.feedback import FeedbackParams
 
-BATCH_PROMPTS = 64  # sampled together, and what a killed run loses at most
+BATCH_PROMPTS = 64  # at most, sampled together: what a killed run loses
 CANDIDATES = 4  # for each prompt wanted, how many are looked at where some are too long
 
 
@@ -92,8 +93,7 @@ def complete(params: FeedbackParams, prompts: Sequence[Prompt], place: Path, con
         ArtifactError: prompt and answer do not fit the model's context.
         Stopped: a signal came; the batches so far are written.
     """
-    order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number].ids), number))
-    batches = [order[first : first + BATCH_PROMPTS] for first in range(0, len(order), BATCH_PROMPTS)]
+    batches = in_batches(prompts, least=2)
     files = [context.work / "samples" / f"batch-{number}.json" for number in range(len(batches))]
     done = next((number for number, file in enumerate(files) if not file.exists()), len(files))
     if done:
@@ -105,6 +105,14 @@ def complete(params: FeedbackParams, prompts: Sequence[Prompt], place: Path, con
         answers = json.loads(file.read_text(encoding="utf-8"))
         found |= {number: Completed(prompts[number], **one) for number, one in zip(batch, answers, strict=True)}
     return [found[number] for number in range(len(prompts))]
+
+
+def in_batches(prompts: Sequence[Prompt], least: int = 1) -> list[list[int]]:
+    """Numbers of the prompts, by length, in batches of nearly equal size: as few as can be, and at least `least`."""
+    order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number].ids), number))
+    count = min(max(least, -(-len(order) // BATCH_PROMPTS)), len(order))
+    edges = [len(order) * number // count for number in range(count + 1)] if count else []
+    return [order[start:end] for start, end in pairwise(edges)]
 
 
 def _sample(

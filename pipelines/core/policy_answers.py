@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     Params = PpoParams | DpoParams | DistillParams | QuantizeParams
 
 Scores = list[list[float]]  # of each prompt, of each answer
+DRAWN, GREEDY = slice(-1), slice(-1, None)  # of a prompt's samples
 
 
 class Answers(NamedTuple):
@@ -88,24 +89,23 @@ def ask(
         ArtifactError: prompt and answer do not fit the model's context.
         Stopped: a signal came; the batches so far are kept.
     """
-    # By length in the tokens of the prompts, not in the model's own: any two models get the same batches.
-    order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number].ids), number))
     speaker = cache(partial(_speaker, params, place, load, context))
-    found: dict[int, list[Any]] = {}  # of each prompt, the fields of `Answers`
-    for first in range(0, len(order), completions.BATCH_PROMPTS):
-        batch = order[first : first + completions.BATCH_PROMPTS]
+    found: dict[int, tuple[Any, ...]] = {}  # of each prompt, the fields of `Answers`
+    # By length in the tokens of the prompts, not in the model's own: any two models get the same batches.
+    for batch in completions.in_batches(prompts):
+        first = len(found)
         texts = [prompts[number].text for number in batch]
         seed = int(drawn("evaluation", str(params.seed), str(first)) * 2**31)
 
         def tell(done: int, _: int, first: int = first) -> None:
-            context.progress(first + done, len(order), sampling=f"answers of {what}")
+            context.progress(first + done, len(prompts), sampling=f"answers of {what}")
 
         make = partial(_answers, params, speaker, texts, seed, context, tell)
         part = kept(context, f"{keep}-{first}", make) if keep else make()
         found |= zip(batch, zip(*part, strict=True), strict=True)
         context.stop_if_asked()
-    every = Answers(*map(list, zip(*(found[number] for number in range(len(order))), strict=True)))
-    return Said(*(Answers(*([one[part] for one in field] for field in every)) for part in (slice(-1), slice(-1, None))))
+    fields: list[tuple[Any, ...]] = list(zip(*(found[number] for number in range(len(prompts))), strict=True))
+    return Said(*(Answers(*([one[part] for one in field] for field in fields)) for part in (DRAWN, GREEDY)))
 
 
 def _speaker(params: Params, place: Path, load: Callable[[], Any] | None, context: StageContext) -> tuple[Any, Any]:
