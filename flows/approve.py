@@ -4,8 +4,9 @@
    side by side. It is computed in a worktree (flows/workspace.py), kept as a task's result and shown with the form.
 2. The flow is suspended: no process waits. The form has no field with a default, so a bare "resume" is refused by the
    server, and so is a blank name. A time-out fails the run. Either way the champion stays.
-3. What was approved is what was shown: the versions and the champions of the page. If one has changed meanwhile, the
-   promotion is refused (`pipelines.core.promotion` compares and sets).
+3. What was approved is what was shown: the versions and the champions of the page, those that a release retires among
+   them. If one has changed meanwhile, the promotion is refused (`pipelines.core.promotion` compares and sets).
+4. What waits is kept: its versions carry a tag with the end of the time-out, at which `sluice gc` looks.
 
 Prefect's own server knows no users: the name in the form is a signature, not a log-in. Who may open the form is decided
 by whoever guards the server.
@@ -13,6 +14,8 @@ by whoever guards the server.
 
 from __future__ import annotations
 
+import contextlib
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +27,16 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import news, workspace
+from flows import gc, news, workspace
 from flows.isolated import run_name
 from pipelines.core import policy
-from pipelines.core.errors import GateError
+from pipelines.core.errors import GateError, StoreUnavailable
 
 if TYPE_CHECKING:
     from pipelines.core.release import Release
 
 Offer = dict[str, Any]  # see `offer`: JSON, since it is stored between the page and the answer
+GRACE = 1.0  # hours; the time-out begins a little after the page is made
 
 
 class Approval(RunInput):
@@ -63,10 +67,11 @@ def promote(
         StoreUnavailable: the store is away.
     """
     clone = Path(root).resolve()
-    shown = _shown(clone, model, version, release)
+    shown = _shown(clone, model, version, release, approval_hours)
     form = Approval.with_initial_data(description=shown["page"])
     answer = suspend_flow_run(wait_for_input=form, timeout=round(approval_hours * 3600), key="approval")
     message, done = decide(clone, shown, answer, str(flow_run.name))
+    let_go(clone, shown, str(flow_run.id))
     news.tell("promoted" if done else "refused", model, message)
     return Completed(name="Promoted" if done else "Refused", message=message)
 
@@ -98,10 +103,11 @@ def rollback(root: str = ".", model: str = "sluice-policy", who: str = "", why: 
 
 
 @task(name="what is on offer", persist_result=True)
-def _shown(clone: Path, model: str, version: str | None, whole: bool) -> Offer:
+def _shown(clone: Path, model: str, version: str | None, whole: bool, hours: float) -> Offer:
     """`offer` in a worktree, as an artifact and as news. A run that is resumed gets it from its storage."""
     with workspace.opened(clone, run_name(str(flow_run.name), str(flow_run.id))) as place:
         found = offer(place.place, model, version, whole)
+        hold(clone, found, str(flow_run.id), hours + GRACE)  # while nothing is collected
     create_markdown_artifact(found["page"], key="promotion", description=f"{found['name']} waits for approval")
     news.tell("approval", model, f"{found['name']} waits for approval (flow run {flow_run.name})")
     return found
@@ -109,6 +115,8 @@ def _shown(clone: Path, model: str, version: str | None, whole: bool) -> Offer:
 
 def offer(root: Path, model: str, version: str | None, whole: bool) -> Offer:
     """What a person is asked to approve: `name`, `members` (model, version, champion) and the `page`, Markdown.
+
+    Of a release `retired` too: models that were dropped, and their champion, which they have no more afterwards.
 
     Raises:
         UserError: no such model or version.
@@ -119,10 +127,11 @@ def offer(root: Path, model: str, version: str | None, whole: bool) -> Offer:
     from pipelines.core import references, rejudging, runner, store, versions
 
     client, _ = store.connect(root)
+    retired: dict[str, str] = {}
     with store.answering(root):
         if whole:
             planned = _plan(root, model, version)
-            entries = [one.entry for one in planned.members]
+            entries, retired = [one.entry for one in planned.members], planned.retired
             name = f"release {planned.name}"
         else:
             entry = references.resolve(client, f"{model}/{version}") if version else references.newest(client, model)
@@ -144,7 +153,39 @@ def offer(root: Path, model: str, version: str | None, whole: bool) -> Offer:
                 parts.append(compare.markdown(both))
     if failed:
         raise GateError("\n".join(failed))
-    return {"name": name, "model": model, "members": members, "release": whole, "page": "\n\n".join(parts)}
+    for gone, champion in retired.items():
+        parts += [f"## {gone} {champion}", "It was not made this time: the model has no champion then."]
+    found = {"name": name, "model": model, "members": members, "retired": retired, "release": whole}
+    return {**found, "page": "\n\n".join(parts)}
+
+
+def hold(root: Path, shown: Offer, run: str, hours: float) -> None:
+    """Keep the versions on offer from `sluice gc` for so long.
+
+    Args:
+        run: id of the flow run that asks; several may ask about one version.
+
+    Raises:
+        StoreUnavailable: the store is away.
+    """
+    from pipelines.core import store
+
+    client, _ = store.connect(root)
+    until = (datetime.now(UTC) + timedelta(hours=hours)).isoformat(timespec="seconds")
+    with store.answering(root):
+        for model, version, _ in shown["members"]:
+            client.set_model_version_tag(model, version, gc.OFFERED + run, until)
+
+
+def let_go(root: Path, shown: Offer, run: str) -> None:
+    """The inverse of `hold`, once it is decided. Where the store is away, it ends when its time is over."""
+    from pipelines.core import store
+
+    with contextlib.suppress(StoreUnavailable):
+        client, _ = store.connect(root)
+        with store.answering(root):
+            for model, version, _ in shown["members"]:
+                client.delete_model_version_tag(model, version, gc.OFFERED + run)
 
 
 def decide(root: Path, shown: Offer, answer: Approval, run: str) -> tuple[str, bool]:
@@ -164,8 +205,12 @@ def decide(root: Path, shown: Offer, answer: Approval, run: str) -> tuple[str, b
         _, version, _ = next(one for one in shown["members"] if one[0] == shown["model"])
         planned = _plan(root, shown["model"], version)
         members = [[one.model, one.version, one.champion] for one in planned.members]
-        if sorted(members) != sorted(shown["members"]):
-            raise GateError(f"{shown['name']} is not what was approved any more: {shown['members']}, now {members}")
+        before, now = (sorted(shown["members"]), shown.get("retired", {})), (sorted(members), planned.retired)
+        if before != now:
+            raise GateError(
+                f"{shown['name']} is not what was approved any more: {before[0]}, retired {before[1]}; "
+                f"now {now[0]}, retired {now[1]}"
+            )
         done = releases.promote(root, planned, who=who, why=why)
     else:
         model, version, champion = shown["members"][0]

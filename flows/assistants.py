@@ -194,17 +194,20 @@ def _default(root: Path) -> tuple[Path, str]:
 
 
 def _fetched(root: Path, client: Any, entry: Any) -> Path:
-    """The folder of a registered version's model: in a local store its own, else a copy that is fetched once."""
+    """The folder of a registered version's model: in a local store its own, else a copy that is fetched once.
+
+    A copy is named after its content too, as another store has another model under the same number.
+    """
     import mlflow
     import yaml
 
-    from pipelines.core import artifacts, store
+    from pipelines.core import artifacts, store, verdicts
     from pipelines.core.environment import STATE
 
     uri = client.get_model_version_download_uri(entry.name, entry.version)
     place = Path(uri.removeprefix("file://"))
     if not (uri.startswith("file://") and place.is_dir()):
-        place = root / STATE / CACHE / f"{entry.name}-{entry.version}"
+        place = root / STATE / CACHE / verdicts.file_name(entry)
         if not place.is_dir():
             with artifacts.published(place) as draft:
                 mlflow.artifacts.download_artifacts(uri, dst_path=str(draft), tracking_uri=store.address(root))

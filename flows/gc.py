@@ -1,10 +1,13 @@
 """`sluice gc`: what takes room and nobody needs. Shown first; removed with `--yes`, and never while a run is going on.
 
 1. Worktrees of runs that were killed, and checkpoints that no run has taken up.
-2. Objects of DVC's cache that no branch (`runs/*` among them), no tag, no worktree and no aliased version refers to.
-   A version refers to the commit it was made at and to the next one that changed `dvc.lock`, which recorded it.
+2. Objects of DVC's cache that no branch (`runs/*` among them), no tag, no worktree and no version that has an alias or
+   is on offer refers to. A version refers to the commit it was made at and to the next one that changed `dvc.lock`,
+   which recorded it.
 3. Versions of registered models, of an embedded store. Kept are: what has an alias; what a rollback, however often,
-   would go back to; parents of what is kept; the newest of each model, which may be waiting for its approval.
+   would go back to; what is on offer; parents of what is kept; the newest of each model, which may be offered next.
+
+On offer is a version that a person is asked to approve (flows/approve.py), until it is decided or its time is over.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from pipelines.core.errors import UserError
 
 PARENT = "sluice.parent."
 COMMIT = "git.commit"
+OFFERED = "sluice.offered."  # and the id of the flow run that asks -> when it asks no more, ISO 8601 (flows/approve.py)
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ def needed(versions_of: dict[str, list[Any]], aliases: dict[str, dict[str, str]]
 
     by_number = {(model, str(one.version)): one for model, every in versions_of.items() for one in every}
     waiting = [(model, str(version)) for model, held in aliases.items() for version in held.values()]
+    waiting += [key for key, one in by_number.items() if _offered(one)]
     waiting += [(model, str(max(int(one.version) for one in every))) for model, every in versions_of.items() if every]
     keep: set[tuple[str, str]] = set()
     while waiting:
@@ -86,6 +92,12 @@ def needed(versions_of: dict[str, list[Any]], aliases: dict[str, dict[str, str]]
         waiting.append((model, tags.get(FROM, "")))
         waiting += [(key.removeprefix(PARENT), value) for key, value in tags.items() if key.startswith(PARENT)]
     return keep
+
+
+def _offered(entry: Any) -> bool:
+    """Whether somebody is asked to approve a version."""
+    ends = (value for key, value in entry.tags.items() if key.startswith(OFFERED))
+    return any(datetime.fromisoformat(end) > datetime.now(UTC) for end in ends)
 
 
 def _worktrees(root: Path) -> Iterator[Waste]:
@@ -135,14 +147,14 @@ def _cache(root: Path, client: Any | None) -> Iterator[Waste]:
 
 
 def _revisions(root: Path, client: Any) -> Iterator[str]:
-    """Commits that aliased versions were made at, and those that recorded what was made."""
+    """Commits that versions with an alias, or on offer, were made at, and those that recorded what was made."""
     from pipelines.core import references
 
     for model in references.names(client):
         aliased = {str(version) for version in client.get_registered_model(model).aliases.values()}
         for entry in references.every(client, model):
             commit = entry.tags.get(COMMIT, "none")
-            if str(entry.version) in aliased and commit != "none":
+            if (str(entry.version) in aliased or _offered(entry)) and commit != "none":
                 try:
                     yield workspace.resolve(root, commit)
                 except UserError:  # made in another clone
@@ -163,7 +175,7 @@ def _versions(root: Path, client: Any | None) -> Iterator[Waste]:
         for entry in entries:
             if (model, str(entry.version)) not in keep:
                 place = _files(root, client, entry)
-                why = "no alias, no rollback and no kept version needs it"
+                why = "no alias, no rollback, no approval and no kept version needs it"
                 size = _bytes(place) if place else 0
                 yield Waste("version", references.shown(entry), size, why, _forget(root, client, entry, place))
 
@@ -173,8 +185,9 @@ def _forget(root: Path, client: Any, entry: Any, place: Path | None) -> Callable
         from pipelines.core import moves, store
 
         with store.locked(root, "registry"), moves.desk(root, None) as desk:
-            if desk.client.get_model_version(entry.name, entry.version).aliases:
-                return  # it was promoted just now
+            now = desk.client.get_model_version(entry.name, entry.version)
+            if now.aliases or _offered(now):
+                return  # it was promoted or offered just now
             client.delete_model_version(entry.name, str(entry.version))
             if (logged := _logged(entry)) is not None:
                 client.delete_logged_model(logged)

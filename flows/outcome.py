@@ -80,7 +80,7 @@ def automatic(root: Path, verdict: Verdict) -> bool:
 
 
 def point_best(root: Path, stage: str) -> str | None:
-    """Give the alias of the best model of a stage to the one that has earned it; see `promotion.point_best`."""
+    """Give the alias of the best champion of a stage to the one that has earned it; see `promotion.point_best`."""
     if all(model.best is None for model in policy.load(root).models.values() if model.stage == stage):
         return None
     from pipelines.core import promotion

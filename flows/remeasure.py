@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.core import artifacts, drift, policy
+from pipelines.core import artifacts, drift, environment, policy
+from pipelines.core.errors import StoreUnavailable, UserError
 
 if TYPE_CHECKING:
     from pipelines.core.verdicts import Measure
@@ -40,9 +41,13 @@ class Found:
 def measure(root: Path) -> Found:
     """Ask everything of the champions of the store and of the data in `root/artifacts`.
 
+    A champion that cannot be measured, such as one of a task that is none of today's, is a note.
+
     Raises:
         StoreUnavailable: the store is away.
     """
+    from requests import RequestException
+
     from pipelines.core import graph, references, runner, store, verdicts, versions
     from pipelines.core.release import entry_of
 
@@ -59,9 +64,16 @@ def measure(root: Path) -> Found:
                 found.notes.append(f"{references.shown(entry)}: its gate compares no scores")
                 continue
             try:
-                found.changes += _scores(root, entry, rules, runner.measure_for(root, rules.stage))
+                found.changes += list(_scores(root, entry, rules, runner.measure_for(root, rules.stage)))
             except verdicts.NotMeasurable:
                 found.notes.append(f"{references.shown(entry)}: stage {rules.stage} cannot measure a model again")
+            except StoreUnavailable:
+                raise
+            except (UserError, OSError, KeyError, ValueError) as error:  # the last two: see `drift.score`
+                if isinstance(error, RequestException):  # the store is away
+                    raise
+                told = f"{type(error).__name__}: {store.without_login(str(error))}"
+                found.notes.append(f"{references.shown(entry)} could not be measured: {told}")
         sources = [root / spec.output for spec in graph.load(root).values() if not spec.parents]
         newest = max((entry for entry, _ in champions), key=lambda one: int(one.creation_timestamp), default=None)
         if newest is None:
@@ -75,12 +87,12 @@ def _scores(root: Path, entry: Any, rules: policy.ModelPolicy, how: Measure) -> 
     """Every score that the gate of a version compares, as accepted and as of now."""
     import pandas as pd
 
-    from pipelines.core import references, store, verdicts
+    from pipelines.core import references, verdicts
 
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        kept = _download(entry, verdicts.EVALUATION, place, store.address(root))
-        how(_download(entry, Path(rules.model).name, place, store.address(root)), place / "now.parquet")
+        kept = verdicts.copied(root, entry, verdicts.EVALUATION, place)
+        how(verdicts.copied(root, entry, Path(rules.model).name, place), place / "now.parquet")
         before, now = pd.read_parquet(kept), pd.read_parquet(place / "now.parquet")
     asked: dict[tuple[str, str | None, bool], float] = {}
     for rule in rules.comparisons:
@@ -89,13 +101,6 @@ def _scores(root: Path, entry: Any, rules: policy.ModelPolicy, how: Measure) -> 
     for (name, per, lower), margin in asked.items():
         if per is None or (bool(before[per].any()) and bool(now[per].any())):
             yield drift.score(f"{references.shown(entry)} {name}", before, now, name, per, lower, margin)
-
-
-def _download(entry: Any, part: str, place: Path, address: str) -> Path:
-    import mlflow
-
-    uri = f"models:/{entry.name}/{entry.version}/artifacts/{part}"
-    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(place), tracking_uri=address))
 
 
 def _data(root: Path, entry: Any, today: Path, found: Found) -> None:
@@ -139,9 +144,17 @@ def _accepted(root: Path, wanted: str | None, output: Path, place: Path) -> Path
     return None
 
 
-if __name__ == "__main__":
-    from pipelines.core import environment
+def main(root: Path, answers: Path) -> int:
+    """Measure; returns the exit code."""
+    environment.prepare(root)
+    try:
+        found = measure(root)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    artifacts.write_json(answers, {"rows": found.rows(), "notes": found.notes})
+    return 0
 
-    environment.prepare(Path.cwd())
-    result = measure(Path.cwd())
-    artifacts.write_json(Path(sys.argv[1]), {"rows": result.rows(), "notes": result.notes})
+
+if __name__ == "__main__":
+    sys.exit(main(Path.cwd(), Path(sys.argv[1])))

@@ -38,7 +38,8 @@ def keep(root: Path) -> list[str]:
 
     params = whole.load(root / "params.yaml")
     # Rankings need not be there yet: the first run of the stage writes what is to be ranked.
-    rankings = [root / path for path in [params.feedback.rankings] if path and (root / path).exists()]
+    people = params.feedback.rankings_in(root)
+    rankings = [people] if people and people.exists() else []
     rewards = reward_functions.local_paths(params.ppo.rewards, root)
     named = {"data": local_paths(params.data, root), "feedback": rankings, "ppo": rewards}
     named |= {stage: language_models.local_paths(whole.models(params, stage), root) for stage in whole.NAME_MODELS}

@@ -27,7 +27,7 @@ from flows import failures, outcome, records, run_locks, stages, view
 from flows.board import Board, Row, StageState
 from flows.gate import Gate
 from flows.supervise import Crew, child_environment
-from pipelines.core import tracking
+from pipelines.core import store, tracking
 from pipelines.core.environment import STATE
 from pipelines.core.errors import UserError
 from pipelines.core.params import whole
@@ -55,6 +55,7 @@ class Job:
 
         Raises:
             UserError: the stage failed, or its model did not pass; `exit_code` says which.
+            Exception: nobody foresaw it; the row has it as a `StageFailed`.
         """
         row = self.board.rows[name]
         row.error = None
@@ -68,6 +69,10 @@ class Job:
             row.end(state)
         except UserError as error:
             row.error = error
+            row.end("failed")
+            raise
+        except Exception as error:
+            row.error = failures.StageFailed(f"stage {name}: {type(error).__name__}: {store.without_login(str(error))}")
             row.end("failed")
             raise
         records.metrics(name, outcome.metrics(self.root, name))

@@ -69,9 +69,9 @@ def run(params: DistillParams, inputs: dict[str, Path], outputs: Path, context: 
     )
 
     # 1. Teacher, data and student, all checked before anything is trained.
-    place = inputs["ppo"] / "model" if params.teacher is None else Path(params.teacher)
+    place = inputs["ppo"] / "model" if params.teacher is None else language_models.fetched(params.teacher)
     tokenizer = language_models.load_tokenizer(str(place))
-    prompts = policy_answers.held_out(params, inputs["data"], tokenizer, "distill")
+    prompts = policy_answers.held_out(params, inputs["data"], tokenizer, context)
     people = distill_data.of_people(params, inputs["data"], tokenizer)
     teacher = _load(params, str(place), context.dtype, context).eval()
     student_checks.check_finite(teacher, place)
@@ -160,8 +160,9 @@ def _student(
         torch.manual_seed(params.seed)
         model = students.random(teacher.config, params.depth, attention=teacher.config._attn_implementation)
     else:
-        student_checks.check_same_tokenizer(place, Path(params.student))
-        model = students.from_directory(Path(params.student), attention=teacher.config._attn_implementation)
+        own = language_models.fetched(params.student)
+        student_checks.check_same_tokenizer(place, own)
+        model = students.from_directory(own, attention=teacher.config._attn_implementation)
         student_checks.check_finite(model, params.student)
     model = model.float().to(context.device)
     student_checks.check_smaller(teacher, model)

@@ -97,7 +97,7 @@ def run(params: DpoParams, inputs: dict[str, Path], outputs: Path, context: Stag
     tokenizer = language_models.load_tokenizer(str(inputs["sft"] / "model"))
     examples = reward_examples.gather(params, 0, inputs["feedback"], tokenizer, context)
     train, held_out = examples.train, examples.held_out
-    prompts = policy_answers.held_out(params, inputs["data"], tokenizer, context.stage)
+    prompts = policy_answers.held_out(params, inputs["data"], tokenizer, context)
 
     # 2. Train and save.
     plan, parameters, reference = _learn(params, inputs["sft"] / "model", examples, tokenizer, outputs, context)

@@ -21,6 +21,8 @@ Departures:
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,11 +129,30 @@ def _sample(params: FeedbackParams, inputs: dict[str, Path], context: StageConte
                 f"prompts/{split} has no prompt with a reference, which judge: overlap needs: give data.sources with "
                 "table: prompts a column reference, or set feedback.labeler: file"
             )
+        completions.tell_dropped(too_long, len(found), limits, split, context)
         prompts, dropped = prompts + found, dropped + too_long
-    if dropped:
-        context.say(f"{dropped} prompts were longer than max_prompt_tokens ({params.max_prompt_tokens}) and left out")
-    answers = completions.complete(params, prompts, inputs["sft"] / "model", context)
+    sample = _once if params.labeler == "file" else completions.complete
+    answers = sample(params, prompts, inputs["sft"] / "model", context)
     return [judged.of(completed, params.judge) for completed in answers], dropped
+
+
+def _once(
+    params: FeedbackParams, prompts: list[completions.Prompt], place: Path, context: StageContext
+) -> list[completions.Completed]:
+    """As `completions.complete`, and kept for good: people rank these answers, and what was sampled again with other
+    code, on another machine or with other threads could be others.
+    """
+    dials = (params.completions, params.max_new_tokens, params.temperature, params.seed)
+    asked = [artifacts.content_hash(place), dials, [(prompt.id, prompt.text) for prompt in prompts]]
+    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    kept = context.documents / f"answers-{key}.json"
+    if kept.exists():
+        context.say(f"{len(prompts)} prompts: the answers that were sampled for the tasks")
+        answers = json.loads(kept.read_text(encoding="utf-8"))
+        return [completions.Completed(prompt, **one) for prompt, one in zip(prompts, answers, strict=True)]
+    found = completions.complete(params, prompts, place, context)
+    artifacts.write_json(kept, [{"responses": o.responses, "tokens": o.tokens, "ended": o.ended} for o in found])
+    return found
 
 
 def _simulated(params: FeedbackParams, sampled: list[Sampled]) -> Iterator[tuple[str, Comparison]]:
@@ -149,9 +170,10 @@ def _people(params: FeedbackParams, sampled: list[Sampled], context: StageContex
 
     Raises:
         DataError: there is no file yet: the tasks are written for people, and the message says where and what next;
-            or the file's rankings are not of these answers, or not whole; or a side has none.
+            or the file is not UTF-8, or its rankings are not of these answers, or not whole; or a side has none.
     """
-    place = context.root / Path(str(params.rankings)).expanduser()
+    place = params.rankings_in(context.root)
+    assert place is not None, "labeler: file has rankings"
     tasks = {one.task.id: one for one in sampled}
     if not place.is_file():
         _export(_tasks(sampled), params.completions, context.documents)
@@ -160,7 +182,12 @@ def _people(params: FeedbackParams, sampled: list[Sampled], context: StageContex
             "tasks.jsonl, label-studio.json (interface: label-studio.xml), argilla.json. Have them ranked, save the "
             "rankings as that file and run the stage again: the same model and params sample the same answers."
         )
-    text = place.read_text(encoding="utf-8")
+    try:
+        text = place.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        found_byte = f"byte 0x{error.object[error.start]:02x}"
+        raise DataError(f"{place}, line {line}: found {found_byte}; accepted: UTF-8. Save the file as UTF-8.") from None
     found = ranking_tasks.read(text, {key: one.task for key, one in tasks.items()}, str(place))
     counts = {
         split: sum(tasks[one.task].completed.prompt.split == split for one in found) for split in ("train", "test")

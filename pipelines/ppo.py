@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.core import artifacts, distributed, guards, language_models, ppo_setup
 from pipelines.core.checkpoint import Checkpoints
-from pipelines.core.context import StageContext
+from pipelines.core.context import StageContext, Stopped
 from pipelines.core.errors import ArtifactError, DataError
 from pipelines.core.params.ppo import PpoParams
 from pipelines.core.ppo_setup import Plan, Task
@@ -104,8 +104,8 @@ def run(params: PpoParams, inputs: dict[str, Path], outputs: Path, context: Stag
     # 1. Prompts, reward, the four roles, and how long and how fast.
     sft = inputs["sft"] / "model"
     tokenizer = language_models.load_tokenizer(str(sft))
-    prompts = ppo_setup.prompts(params, inputs["data"], tokenizer)
-    held_out = policy_answers.held_out(params, inputs["data"], tokenizer, "ppo")
+    prompts = ppo_setup.prompts(params, inputs["data"], tokenizer, context)
+    held_out = policy_answers.held_out(params, inputs["data"], tokenizer, context)
     rewards = params.rewards or (str(inputs["reward"] / "model"),)
     load_rewards = partial(reward_functions.load, rewards, context.root, tokenizer, context)
     actors = ppo_setup.roles(params, inputs, context)
@@ -172,7 +172,7 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
     Raises:
         UserError: the reward cannot be used, or a guard has stopped the run; the last good checkpoint is kept.
     """
-    from pipelines.core import episodes, policy_gradient, ppo_figures, ppo_step, ptx, training
+    from pipelines.core import episodes, policy_gradient, ppo_figures, ppo_step, ptx
     from pipelines.core.phases import Phases
 
     checkpoints = Checkpoints(
@@ -189,7 +189,12 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
     phases = Phases(actors, params, state.get("spent", {}), context, arm.name)
     for iteration in range(state["iteration"], params.iterations):
         # 1. Generate and score: responses of the policy, and what the four roles say of every token.
-        found = _experience(arm, params, actors, task, iteration, phases, context)
+        try:
+            found = _experience(arm, params, actors, task, iteration, phases, context)
+        except Stopped:
+            if iteration > checkpoints.last and context.world.leads:  # the weights are still those after it
+                ppo_setup.keep(checkpoints, iteration, learner, coefficient, phases, context)
+            raise
 
         # 2. Advantages: the reward where a response ends, less each token's KL penalty, credited by GAE.
         mask, credited = found.rollout.mask, episodes.credited(found, params)
@@ -231,11 +236,7 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
         # 5. Keep what has been learned.
         due, stop = context.after_step(checkpoints.due(iteration + 1) or iteration + 1 == params.iterations)
         if due and context.world.leads:
-            kept: dict[str, Any] = {
-                role: training.optimizer_state(getattr(learner, role)) for role in ("policy", "value")
-            }
-            kept |= {"trained": actors.trained_state(), "iteration": iteration + 1, "coefficient": coefficient}
-            checkpoints.save(iteration + 1, kept | {"history": context.history, "spent": phases.spent})
+            ppo_setup.keep(checkpoints, iteration + 1, learner, coefficient, phases, context)
         if stop:
             context.stop_if_asked()
     ppo_step.check_count(learner, plan.steps)

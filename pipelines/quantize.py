@@ -61,7 +61,7 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
     from pipelines.core.held_out import HeldOut
 
     # 1. What is made smaller, checked before anything is written.
-    place = inputs["ppo"] / "model" if params.model is None else Path(params.model)
+    place = inputs["ppo"] / "model" if params.model is None else language_models.fetched(params.model)
     subjects = [
         quantization.Subject("", place, params.variants, classifier=False),
         quantization.Subject("student", inputs["distill"] / "model", params.student_variants, classifier=False),
@@ -69,7 +69,7 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
     ]
     subjects = [subject for subject in subjects if subject.variants or not subject.name]
     tokenizer = language_models.load_tokenizer(str(place))
-    prompts = policy_answers.held_out(params, inputs["data"], tokenizer, "quantize")
+    prompts = policy_answers.held_out(params, inputs["data"], tokenizer, context)
     held_out = HeldOut.of(inputs["data"], params.eval_bytes)
     quantization.check_memory(subjects, hardware.available_memory_bytes())
     rows = quantization.calibration_rows(params, inputs["data"], tokenizer)

@@ -53,8 +53,15 @@ def move(root, model, version, *, who, why, expected_champion):
     (CLONE / "moved.txt").write_text(f"{model} {version} {expected_champion} {who}")
     return object()
 
+def hold(root, shown, run, hours):
+    (CLONE / "held.txt").write_text(f"{run} {hours}")
+
+def let_go(root, shown, run):
+    (CLONE / "held.txt").unlink()
+
 CLONE = pathlib.Path.cwd()
 approve.offer, promotion.promote = offer, move
+approve.hold, approve.let_go = hold, let_go
 promote = approve.promote
 """
 
@@ -67,7 +74,7 @@ def make(root: Path) -> Path:
     (root / "prefect.yaml").write_text(PREFECT)
     (root / "approval.py").write_text(APPROVAL)
     with (root / ".gitignore").open("a") as file:
-        file.write("ran.txt\n*.pid\n/offered.txt\n/moved.txt\n__pycache__/\n")
+        file.write("ran.txt\n*.pid\n/offered.txt\n/held.txt\n/moved.txt\n__pycache__/\n")
     commit(root, "start")
     return root
 

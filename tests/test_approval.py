@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,26 @@ def test_a_release_is_put_together_again_and_must_be_the_one_that_was_shown(
     assert asked == [("sluice-base", "2"), (planned, "Ada")]
     with pytest.raises(GateError, match="not what was approved any more"):
         approve.decide(root, {**shown, "members": [["sluice-base", "2", None]]}, yes(), "run")
+    assert len(asked) == 3, "nothing was promoted"
+
+
+def test_what_a_release_retires_is_shown_and_approved_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, _ = store.connect(root)
+    member = release.Member(references.resolve(client, "sluice-base/2"), "1")
+    retired = {"sluice-quantized-nf4": "7"}
+    monkeypatch.setattr(approve, "_plan", lambda *_: release.Release("sluice-base 2", (member,), dict(retired)))
+    done: list[release.Release] = []
+    monkeypatch.setattr(release, "promote", lambda root, found, *, who, why: done.append(found))
+    found = approve.offer(root, "sluice-base", "2", True)
+    assert "## sluice-quantized-nf4 7\n\nIt was not made this time" in found["page"]
+    assert found["retired"] == retired and json.loads(json.dumps(found)) == found
+    approve.decide(root, found, yes(), "run")
+    assert len(done) == 1
+    for now in ({"sluice-quantized-nf4": "8"}, {}, {**retired, "sluice-quantized-int4": "1"}):
+        retired = now
+        with pytest.raises(GateError, match="not what was approved any more.*retired"):
+            approve.decide(root, found, yes(), "run")
+    assert len(done) == 1
 
 
 def test_a_rollback_needs_a_name_and_a_reason(tmp_path: Path) -> None:

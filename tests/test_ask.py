@@ -23,6 +23,7 @@ from flows.ask import Options, ask
 from pipelines.core import environment, retrieval, store
 from pipelines.core.errors import ArtifactError, ParamsError, StoreUnavailable, UserError
 from pipelines.core.generate import Sampling
+from pipelines.core.lineage import CONTENT
 
 __all__ = ["index", "made", "root"]
 QUESTION = "how do I flip an array?"
@@ -186,12 +187,14 @@ def test_a_version_on_a_server_is_fetched_once(root: Path, made: Path, monkeypat
 
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
     client = SimpleNamespace(get_model_version_download_uri=lambda name, version: "mlflow-artifacts:/1/models/m-1")
-    entry = SimpleNamespace(name="sluice-sft", version="3")
+    entry = SimpleNamespace(name="sluice-sft", version="3", tags={CONTENT: "ab" * 32}, creation_timestamp=7)
     with pytest.raises(OSError, match="the line is cut"):
         assistants._fetched(root, client, entry)
     for _ in range(2):  # half of it is never taken for the whole
         place = assistants._fetched(root, client, entry)
-    assert place == root / ".sluice/models/sluice-sft-3/artifacts/m" and len(fetched) == 2
+    assert place == root / f".sluice/models/sluice-sft-3-{'ab' * 8}/artifacts/m" and len(fetched) == 2
+    entry.tags = {CONTENT: "cd" * 32}  # of another server, or of a new one behind the same address
+    assert assistants._fetched(root, client, entry) != place and len(fetched) == 3
 
 
 def test_threads_spin_unless_the_user_says_otherwise(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,9 @@ import yaml
 from stores import drain, fill, make_model, repository, run_stage
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipelines.core import int4, int8, policy, promotion, registry, store, versions
+from pipelines.core import best, int4, int8, moves, policy, promotion, references, registry, release, store, versions
 from pipelines.core.errors import GateError
+from pipelines.core.ledger import FileLedger
 
 __all__ = ["repository"]
 ENTRY = {
@@ -47,25 +48,83 @@ def holders(root: Path, *names: str) -> dict[str, str]:
     return {name: version for name, version in found.items() if version is not None}
 
 
-def test_the_smallest_that_passed_and_may_has_the_alias(repository):
+def in_office(root: Path, *names: str) -> None:
+    """Promote the newest version of each."""
+    client, _ = store.connect(root)
+    for name in names:
+        model = f"sluice-of-{name}"
+        newest = references.newest(client, model).version
+        promotion.promote(root, model, newest, why="x", expected_champion=versions.alias(client, model, "champion"))
+
+
+EVERY = ("small", "same", "bad", "tiny", "slarge")
+
+
+def test_the_smallest_champion_that_may_has_the_alias_and_it_follows_them(repository):
     root, model = repository
     several(root, model, small=2.0, same=3.0, bad=1.0, tiny=0.5, slarge=20.0)
     judged = {one.name: one.verdict.passed for one in registry.settle(root, "pretrain")}
     assert not judged["sluice-of-bad"] and not judged["sluice-of-slarge"] and judged["sluice-of-tiny"]
-    every = ("small", "same", "bad", "tiny", "slarge")
-    assert promotion.point_best(root, "pretrain") == "sluice-of-small 1 is compressed now"
-    assert holders(root, *every) == {"small": "1"}
-    assert promotion.point_best(root, "pretrain") is None
+    assert promotion.point_best(root, "pretrain") is None and holders(root, *EVERY) == {}, "nobody promoted anything"
+    in_office(root, "tiny")
+    assert holders(root, *EVERY) == {}, "it may not have it"
+    in_office(root, "same")
+    assert holders(root, *EVERY) == {"same": "1"}
+    in_office(root, "small")
+    assert holders(root, *EVERY) == {"small": "1"}
 
-    several(root, model, small=2.0, same=1.5, bad=1.0)
+    several(root, model, small=2.5, same=1.5, bad=1.0)
     registry.settle(root, "pretrain")
-    assert promotion.point_best(root, "pretrain") == "sluice-of-same 2 is compressed now"
-    assert holders(root, *every) == {"same": "2"}
+    assert promotion.point_best(root, "pretrain") is None and holders(root, *EVERY) == {"small": "1"}, "no promotion"
+    in_office(root, "same")
+    assert holders(root, *EVERY) == {"same": "2"}
+    in_office(root, "small")
+    promotion.rollback(root, "sluice-of-same", why="bad", expected_champion=2)
+    assert holders(root, *EVERY) == {"small": "2"}, "2.5 and 3.0 are in office"
+    promotion.rollback(root, "sluice-of-small", why="bad", expected_champion=2)
+    assert holders(root, *EVERY) == {"small": "1"}
 
-    several(root, model, bad=1.0)
+
+def test_a_release_and_its_rollback_take_the_alias_along(repository):
+    root, model = repository
+    several(root, model, small=2.0, same=3.0)
     registry.settle(root, "pretrain")
-    assert promotion.point_best(root, "pretrain") is None
-    assert holders(root, *every) == {"same": "2"}, "where none passed it stays"
+    client, _ = store.connect(root)
+    members = [release.Member(references.newest(client, f"sluice-of-{name}"), None) for name in ("small", "same")]
+    release.promote(root, release.Release("first", tuple(members), {}), why="x")
+    assert holders(root, *EVERY) == {"small": "1"}
+    several(root, model, same=3.5)
+    registry.settle(root, "pretrain")
+    member = release.Member(references.newest(client, "sluice-of-same"), "1")
+    release.promote(root, release.Release("second", (member,), {"sluice-of-small": "1"}), why="dropped")
+    assert holders(root, *EVERY) == {"same": "2"}, "what was dropped has no champion"
+    release.rollback(root, release.last(root, FileLedger(root)), why="back")
+    assert holders(root, *EVERY) == {"small": "1"}
+    release.rollback(root, release.last(root, FileLedger(root)), why="back")
+    assert holders(root, *EVERY) == {}
+
+
+def test_a_crash_before_the_alias_follows_is_mended_and_so_is_a_change_of_policy(repository, monkeypatch):
+    root, model = repository
+    several(root, model, small=2.0, same=3.0, tiny=0.5)
+    registry.settle(root, "pretrain")
+    in_office(root, "same", "tiny")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(best, "point", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        in_office(root, "small")
+    assert holders(root, *EVERY) == {"same": "1"}
+    with moves.desk(root, None):
+        pass
+    assert holders(root, *EVERY) == {"small": "1"}
+    entry = ENTRY | {"best": {"alias": "compressed", "lowest": "task/*"}}
+    (root / "mlflow/registry.yaml").write_text("models: [")
+    client, _ = store.connect(root)
+    client.delete_registered_model_alias("sluice-of-tiny", "champion")
+    in_office(root, "tiny")  # a file holds nothing up
+    assert holders(root, *EVERY) == {"small": "1"}
+    (root / "mlflow/registry.yaml").write_text(yaml.safe_dump({"models": {"sluice-of-*": entry}}))
+    assert promotion.point_best(root, "pretrain") == "sluice-of-tiny 1 is compressed now"
+    assert promotion.point_best(root, "pretrain") is None and holders(root, *EVERY) == {"tiny": "1"}
 
 
 def test_rules_for_some_are_not_asked_of_others():
@@ -101,7 +160,7 @@ def test_packed_models_answer_from_any_folder(repository, tmp_path):
         pack(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")).save_pretrained(place)
         AutoTokenizer.from_pretrained(tmp_path / "plain").save_pretrained(place)
     registry.settle(root, "pretrain")
-    promotion.point_best(root, "pretrain")
+    in_office(root, "s8", "s4")
     drain(root)
     code = """
 import sys

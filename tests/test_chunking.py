@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 
 import numpy as np
 import pytest
@@ -121,3 +122,58 @@ def test_a_title_alone_is_a_chunk_and_nothing_is_none() -> None:
     assert cut("", title="only a title") == [chunking.Chunk("only a title", 0, 0)]
     assert cut(" \n ", title=" ") == []
     assert len(cut("x", title="t" * 1000)[0].title) == chunking.TITLE
+    found = chunking._heading(["# " + "a" * 1000], 0)
+    assert found is not None and len(found[1]) == chunking.TITLE, "a megabyte would be copied for every heading below"
+
+
+def test_headings_are_what_one_expression_would_find() -> None:
+    whole = re.compile(r" {0,3}(#{1,6})\s+(.*?)\s*#*\s*")
+    heads = ["#", "##", "######", "#######", "   #", "    #", "\t#", "x #"]
+    gaps = ["", " ", "  ", "\t", "\u00a0"]
+    words = ["", "a", "A B", "C#", "C #", "#", "# #", "a ## b", "제목", "a\tb #x", "-"]
+    ends = ["", "#", " #", " ##  ", "###", "\t# \t", " # #", "\u3000"]
+    breaks = ["", "\n", "\r\n", "\u2028", "\x0c"]
+    lines = [head + gap + word + end for head in heads for gap in gaps for word in words for end in ends]
+    for line in (line + ended for line in lines for ended in breaks):
+        if match := whole.fullmatch(line):
+            expected = (len(match[1]), match[2]) if match[2] else None
+            assert chunking._heading([line, "text"], 0) == expected, repr(line)
+        else:
+            assert chunking._heading([line, "text"], 0) is None, repr(line)
+
+
+HOSTILE = {
+    "blanks inside a heading": "# a" + " " * 2000 + "b",  # as a cube
+    "signs inside a heading": "# a" + " #" * 2000 + " " * 2000 + "b",
+    "blanks": " " * 20_000 + "x",
+    "number signs": "#" * 20_000 + " " * 20_000 + "x",
+    "quotes": "." + "'" * 20_000 + "x",
+    "quotes after stops": ".')" * 20_000,
+    "blanks after a stop": "." + " " * 20_000 + "a",
+    "a section's name and blanks": "Args:" + " " * 20_000 + "x",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_no_text_takes_more_than_its_length(text: str) -> None:
+    """Less than a tenth of a second each; what is quadratic or worse takes many."""
+    starts, began = tokens(text), time.process_time()
+    chunking.chunks("T", text, starts, 50, 0.15)
+    assert time.process_time() - began < 3
+
+
+@pytest.mark.parametrize(
+    ("title", "text", "length"),
+    [
+        ("m.area", "m.area(w, h=(1, 2)) -> float\n\nMultiplies.", len("m.area(w, h=(1, 2)) -> float")),
+        ("m.area", "m.area\n\nMultiplies.", 6),
+        ("m.area", "m.area(\n    w,\n    h,\n)\n\nMultiplies.", len("m.area(\n    w,\n    h,\n)")),
+        ("m.area", "m.area(w)", 9),
+        ("Area", "Area is what a surface has (see there)\n\nMore.", 0),
+        ("Area", "Area (geometry) is what a surface has.", 0),
+        ("Area", "The area.", 0),
+        ("", "area(w)\n\nMultiplies.", 0),
+    ],
+)
+def test_a_signature_is_the_title_with_arguments_and_nothing_else(title: str, text: str, length: int) -> None:
+    assert chunking.signature(title, text) == length

@@ -21,11 +21,15 @@ from pipelines.core import artifacts, environment, graph
 
 LATER = ("sft", "reward", "ppo", "dpo", "distill", "transfer")
 TRAINING = ("pretrain", *(pytest.param(name, marks=pytest.mark.slow) for name in LATER))
-STAGES = (*TRAINING, *(pytest.param(name, marks=pytest.mark.slow) for name in ("feedback", "quantize")))
+OTHERS = ("feedback", "quantize", "rag", "answers", "prompts")
+STAGES = (*TRAINING, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS))
 MOMENTS = ("at once", "a first checkpoint", "half the steps", "scoring after training")
 MOMENTS_OF = {
     "feedback": ("at once", "a first batch"),
     "quantize": ("at once", "a first variant", "a first measure"),
+    "rag": ("at once", "first vectors", "ranking"),
+    "answers": ("at once", "first answers"),
+    "prompts": ("at once", "a first call"),
 }  # no training
 
 
@@ -40,17 +44,25 @@ def reached(root: Path, stage: str, moment: str) -> bool:
     """Whether the stage has come to a moment of its run."""
     place = root / environment.STATE / "live" / f"{stage}.json"
     live = json.loads(place.read_text()) if place.exists() else {"step": 0, "total": None, "shown": {}}
-    saved = list((root / environment.WORK / stage).glob("*/checkpoints/**/step-*/manifest.json"))
+
+    def there(pattern: str) -> bool:
+        return bool(list((root / environment.WORK / stage).glob(pattern)))
+
+    saved = there("*/checkpoints/**/step-*/manifest.json")
     training = bool({"loss", "kl"} & set(live["shown"]))
     scoring = str(live["shown"].get("scoring", ""))
     return {
-        "a first batch": bool(list((root / environment.WORK / stage).glob("*/samples/batch-*.json"))),
-        "a first variant": bool(list((root / environment.WORK / stage).glob("*/variants/*/config.json"))),
-        "a first measure": bool(list((root / environment.WORK / stage).glob("*/evaluation/measured-*.json"))),
+        "a first batch": there("*/samples/batch-*.json"),
+        "a first variant": there("*/variants/*/config.json"),
+        "a first measure": there("*/evaluation/measured-*.json"),
+        "first vectors": there("embeddings/vectors-*/*.npy"),
+        "ranking": "ranking" in live["shown"],
+        "first answers": there("*/answers/*.json"),
+        "a first call": there("*/calls/*.json"),
         "at once": place.exists(),
-        "a first checkpoint": bool(saved),
+        "a first checkpoint": saved,
         "half the steps": training and live["step"] >= live["total"] / 2,
-        "scoring after training": bool(saved) and ("after" in scoring or "held-out text" in scoring),
+        "scoring after training": saved and ("after" in scoring or "held-out text" in scoring),
     }[moment]
 
 
@@ -64,6 +76,7 @@ def before(chain: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path
         shutil.rmtree(root / spec.output)
         (root / spec.metrics).unlink()
         (root / environment.STATE / "live" / f"{stage}.json").unlink()
+        shutil.rmtree(root / environment.WORK / stage, ignore_errors=True)  # vectors of `rag` outlive its run
         return root
 
     return make
@@ -89,9 +102,13 @@ def test_killed_again_and_again(stage: str, before: Callable[[str], Path], undis
         assert not output.exists(), "an output that is not whole was published"
         assert not (root / graph.stage(root, stage).metrics).exists()
     told = run_stage(root, stage).stdout
-    assert "resuming after" in told
+    if stage == "rag":
+        assert json.loads((root / "metrics/rag.json").read_text())["vectors_made"] == 0, "they were there"
+    else:
+        assert "resuming after" in told
     assert artifacts.content_hash(output) == undisturbed(stage)
-    assert not list((root / environment.WORK / stage).glob("*/*")), "checkpoints outlived the output"
+    left = (root / environment.WORK / stage).glob("*/*")
+    assert not [one for one in left if one.parent.name != "embeddings"], "checkpoints outlived the output"
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -19,7 +19,7 @@ from pipelines.core.errors import DataError
 from pipelines.core.faults import BadRow, Ledger
 from pipelines.core.params.data import FileSource, HubSource
 from pipelines.core.readers import Cells
-from pipelines.core.rows import canonical, cut
+from pipelines.core.rows import canonical, cut, identify
 
 RECORDS = [{"prompt": 'Zwei, "drei"\nvier', "completion": "fünf"}, {"prompt": "여섯", "completion": "7 🙂"}]
 
@@ -130,6 +130,7 @@ def test_hub_rows_are_streamed_through_datasets(tmp_path: Path) -> None:
         ("absent.jsonl", None, "no such file"),
         ("empty.jsonl", b"", "the file is empty"),
         ("header.csv", b"prompt,completion\n", "holds no row"),
+        ("quoted.csv", b'a,"b"c\n1,2\n', "row 1: found a header that is broken CSV: .*accepted: quoted cells"),
         ("rows.xlsx", b"PK", r"unknown extension; accepted: \.jsonl"),
         ("rows.jsonl.gz", b"not gzip", "not a whole gzip file"),
         ("rows.parquet", b"PAR1 no", "not a Parquet file"),
@@ -180,7 +181,18 @@ def test_bad_csv_rows(tmp_path: Path) -> None:
     ]
 
 
+def test_blank_lines_of_a_csv_file_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"prompt,completion\r\na,b\r\n\r\nc,d\r\n\r\n")
+    entries = list(sources.read(source("rows.csv"), tmp_path))
+    assert [(entry.row, entry.record) for entry in entries] == [
+        (2, {"prompt": "a", "completion": "b"}),
+        (4, {"prompt": "c", "completion": "d"}),
+    ]
+
+
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SYSTEM = {"role": "system", "content": "s"}
+HALF = r"half a character \(a lone surrogate\) at position 5 of text .bad \\ud83d.; accepted: text that UTF-8 can write"
 
 
 @pytest.mark.parametrize(
@@ -190,9 +202,15 @@ MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "
         ("corpus", {"text": None}, "text", "found null; accepted: text"),
         ("corpus", {"text": 5}, "text", "found a number 5; accepted: text"),
         ("corpus", {"text": " \n"}, "text", "blank text"),
+        ("corpus", {"text": "bad \ud83d"}, "text", HALF),
+        ("demonstrations", {"messages": [{"role": "\ud83d", "content": "a"}]}, "messages", r"role.: .\\ud83d"),
         ("demonstrations", {"prompt": "a", "completion": ""}, "completion", "empty text"),
         ("demonstrations", {"prompt": "a"}, "completion", "no such column"),
         ("demonstrations", {"messages": MESSAGES[:1]}, "messages", "found the roles user"),
+        ("demonstrations", {"messages": [MESSAGES[1], *MESSAGES]}, "messages", "roles assistant, user, assistant; "),
+        ("demonstrations", {"messages": [SYSTEM, MESSAGES[1], *MESSAGES]}, "messages", "a user's message first"),
+        ("demonstrations", {"prompt": MESSAGES[1:], "completion": "a"}, "prompt", "found the roles assistant; "),
+        ("demonstrations", {"prompt": [SYSTEM], "completion": "a"}, "prompt", "a user's message first"),
         ("demonstrations", {"messages": [{"role": "robot", "content": "a"}]}, "messages", "role .one of system"),
         (
             "demonstrations",
@@ -210,6 +228,9 @@ MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "
         ("comparisons", {"prompt": "a"}, "responses", "chosen with rejected"),
         ("comparisons", {"chosen": "a", "rejected": "b"}, "prompt", "prompt: null"),
         ("comparisons", {"prompt": "a", "chosen": "b", "rejected": "c", "votes": [1]}, "votes", "a number, or two"),
+        ("comparisons", {"prompt": "a", "chosen": "b", "rejected": "c", "votes": 2**31}, "votes", "a number, or two"),
+        ("comparisons", {"prompt": "a", "chosen": "b", "rejected": "c", "votes": "5"}, "votes", "text .5.; .*a list"),
+        ("comparisons", {"prompt": "a", "chosen": "b", "rejected": "c", "labeler": "bad \ud83d"}, "labeler", HALF),
         ("tasks", {"text": "a", "label": 1.5}, "label", "as text or as a whole number"),
         ("tasks", {"text": "a", "label": True}, "label", "found a boolean"),
         ("tasks", {"context": "a", "choices": ["b", "c"], "label": 2}, "label", "0 to 1"),
@@ -220,6 +241,19 @@ def test_bad_rows(table: str, record: dict[str, Any], column: str, told: str) ->
     with pytest.raises(BadRow, match=told) as caught:
         canonical(table, record, {})
     assert caught.value.column.startswith(column)
+
+
+def test_a_chat_may_begin_with_the_system() -> None:
+    chat = [SYSTEM, *MESSAGES]
+    for record in ({"messages": chat}, {"prompt": chat[:-1], "completion": "a"}):
+        assert canonical("demonstrations", record, {})[0]["messages"] == chat
+
+
+@pytest.mark.parametrize("field", ["id", "group"])
+def test_names_that_cannot_be_written_are_refused(field: str) -> None:
+    with pytest.raises(BadRow, match=HALF) as caught:
+        identify({field: "bad \ud83d"}, {}, None)
+    assert caught.value.column == field
 
 
 def test_a_prompt_may_have_a_reference() -> None:
@@ -261,6 +295,12 @@ def test_pairs_in_every_form_of_the_ecosystem() -> None:
     transcript = comparison({"chosen": start + " good", "rejected": start + " bad"})
     assert transcript == want | {"prompt": start, "votes": None}
     assert comparison({"chosen": "good", "rejected": "bad"}, {"prompt": None})["prompt"] == ""
+
+
+@pytest.mark.parametrize(("cell", "votes"), [("5", [5, 0]), ("", None), ("[3, 1]", [3, 1])])
+def test_votes_in_a_csv_file_are_text(cell: str, votes: list[int] | None) -> None:
+    row = {"prompt": "p", "chosen": "good", "rejected": "bad", "votes": cell}
+    assert comparison(Cells(row))["votes"] == votes
 
 
 def test_long_documents_are_cut_at_paragraph_ends_and_lose_nothing() -> None:

@@ -210,6 +210,17 @@ def test_quarantine_sets_rows_aside_within_its_budget(tmp_path: Path) -> None:
     assert list((tmp_path / "refused").iterdir()) == []
 
 
+def test_text_that_cannot_be_written_is_set_aside_spelled_out(tmp_path: Path) -> None:
+    rows: list[Any] = [{"text": sentence(n)} for n in range(60)]
+    rows[6], rows[20] = r'{"text": "bad \ud83d"}', r'"\ud83d"'
+    jsonl(tmp_path / "corpus.jsonl", rows)
+    outputs, metrics = run(tmp_path, params(CORPUS, on_bad_row="quarantine"))
+    aside = pq.read_table(outputs / "quarantine.parquet").to_pylist()
+    assert [(row["row"], row["raw"]) for row in aside] == [(7, r'{"text": "bad \ud83d"}'), (21, "")]
+    assert "half a character" in aside[0]["reason"] and r'found text "\ud83d"' in aside[1]["reason"]
+    assert metrics["bad_rows"] == 2
+
+
 def test_verdicts_that_fail_name_source_row_and_value(tmp_path: Path) -> None:
     jsonl(tmp_path / "corpus.jsonl", [{"text": sentence(n)} for n in range(60)])
     with pytest.raises(DataError, match=r"corpus \(whole\): test has \d+ rows; data.min_rows accepts at least 100"):

@@ -12,9 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from scipy import stats
+from stores import repository, run_stage, write_rows
 
-from pipelines.core import drift
+from flows import remeasure
+from pipelines.core import drift, promotion, registry, runner, store
 from pipelines.core.drift import Change
+from pipelines.core.errors import ArtifactError, GateError, StoreUnavailable
+
+__all__ = ["repository"]
 
 
 def rows(count: int, bits: float, seed: int, prefix: str = "r", spread: float = 0.3) -> pd.DataFrame:
@@ -121,3 +126,54 @@ def test_a_page_says_first_what_has_drifted_and_an_alarm_names_the_numbers() -> 
     page = evaluate.page(json.loads(json.dumps({"rows": judged, "notes": ["c cannot be measured"]})))
     assert page.index("b bits") < page.index("a bits") and "* c cannot be measured" in page
     assert evaluate.told(judged[1]) == "b bits drifted: 2 -> 2.4 (size 0.2, allowed 0.01, p 1e-09)"
+
+
+def test_a_champion_that_cannot_be_measured_is_a_note_and_the_others_are_measured(
+    repository: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, model = repository
+    for name, stage in (("sluice-base", "pretrain"), ("sluice-sft", "sft")):
+        run_stage(root, model, 2.5, stage, stage=stage)
+        registry.settle(root, stage)
+        promotion.promote(root, name, 1, why="test", expected_champion=None)
+    broken: dict[str, Exception] = {}
+
+    def measure_for(root: Path, name: str) -> object:
+        def measure(model: Path, evaluation: Path) -> None:
+            if name in broken:
+                raise broken[name]
+            write_rows(evaluation, 2.7)
+
+        return measure
+
+    monkeypatch.setattr(runner, "measure_for", measure_for)
+    for trouble in (ArtifactError("of a task that is none of today's"), OSError("torn"), KeyError("bits")):
+        broken["pretrain"] = trouble
+        found = remeasure.measure(root)
+        assert [(row["about"], row["drifted"]) for row in found.rows()] == [("sluice-sft 1 bits", True)]
+        assert found.notes[0] == f"sluice-base 1 could not be measured: {type(trouble).__name__}: {trouble}"
+    broken.clear()
+    place = Path(store.connect(root)[0].get_model_version_download_uri("sluice-sft", "1").removeprefix("file://"))
+    (place / "artifacts/evaluation.parquet").unlink()
+    found = remeasure.measure(root)
+    assert [row["about"] for row in found.rows()] == ["sluice-base 1 bits"]
+    assert "sluice-sft 1 has no evaluation.parquet in the store" in found.notes[0]
+    broken["pretrain"] = StoreUnavailable("away")
+    with pytest.raises(StoreUnavailable):
+        remeasure.measure(root)
+
+
+@pytest.mark.parametrize("error", [GateError("no such file"), StoreUnavailable("away")])
+def test_the_measurement_ends_with_the_code_of_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: GateError
+) -> None:
+    def fail(root: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(remeasure.environment, "prepare", lambda root: None)
+    monkeypatch.setattr(remeasure, "measure", fail)
+    assert remeasure.main(tmp_path, tmp_path / "answers.json") == error.exit_code
+    assert capsys.readouterr().err == f"error: {error}\n" and not (tmp_path / "answers.json").exists()
+    monkeypatch.setattr(remeasure, "measure", lambda root: remeasure.Found(notes=["nothing"]))
+    assert remeasure.main(tmp_path, tmp_path / "answers.json") == 0
+    assert json.loads((tmp_path / "answers.json").read_text()) == {"rows": [], "notes": ["nothing"]}

@@ -117,7 +117,7 @@ def test_a_stopped_run_goes_on_after_its_last_batch(
 
     def note(step: int, total: int | None = None, **shown: float | str) -> None:
         progress(step, total, **shown)
-        stopped.signal_number = 15 if step >= 16 else 0
+        stopped.signal_number = 15 if step >= 14 else 0
 
     monkeypatch.setattr(stopped, "progress", note)
     with pytest.raises(Stopped):
@@ -177,8 +177,9 @@ def test_people_rank_what_was_exported(inputs: dict[str, Path], tmp_path: Path) 
     ]
     place = tmp_path / "ranked.jsonl"
     place.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    metrics, out, context = run(inputs, tmp_path, **given)
-    assert context.samples[0] == "resuming after batch 2 of 2", "what was sampled for the tasks is what was ranked"
+    edited = StageContext(stage="feedback", root=tmp_path, fingerprint="a" * 64)  # the file is an input now
+    metrics, out, context = run(inputs, tmp_path, edited, **given)
+    assert context.samples[0] == "36 prompts: the answers that were sampled for the tasks", "what people ranked"
     assert "40 rankings of 20 of 36 tasks" in context.samples
     assert metrics["comparisons_train"] + metrics["comparisons_test"] == 40 and metrics["labelers"] == 2
     assert metrics["longer_wins"] == metrics["agreement"] == metrics["length_only_accuracy"] == 1.0
@@ -196,6 +197,21 @@ def test_people_rank_what_was_exported(inputs: dict[str, Path], tmp_path: Path) 
     place.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(DataError, match=r"\d+ of 40 rankings are of other answers .*seed"):
         run(inputs, tmp_path / "other", **given | {"rankings": str(place), "seed": 2})
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"[\n\xff]", r"ranked\.json, line 2: found byte 0xff; accepted: UTF-8"),
+        (b"\xef\xbb\xbf[]", "0 rankings of training prompts"),  # a byte order mark is no part of the text
+    ],
+)
+def test_encodings_of_rankings(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "ranked.json").write_bytes(content)
+    given = FeedbackParams.model_validate(TINY | {"labeler": "file", "rankings": "ranked.json", "labelers": []})
+    context = StageContext(stage="feedback", root=tmp_path, fingerprint="f" * 64)
+    with pytest.raises(DataError, match=told):
+        list(feedback._people(given, [], context))
 
 
 def write_comparisons(data: Path) -> None:
@@ -253,9 +269,8 @@ def test_too_long_prompts_and_prompts_without_reference(inputs: dict[str, Path],
     ):
         run(own, tmp_path, **everyone)
     metrics, out, context = run(own, tmp_path, **everyone, too_long="drop")
-    assert (
-        metrics["dropped_too_long"] == 1 and "1 prompts were longer than max_prompt_tokens (64)" in context.samples[0]
-    )
+    told = "prompts/train: 1 were longer than feedback.max_prompt_tokens (64) and left out"
+    assert metrics["dropped_too_long"] == 1 and told in context.samples[0]
     assert "train5" not in {row["id"].split("#")[0] for row in comparisons(out, "train")}
     with pytest.raises(DataError, match="every prompt is too long, first prompts/train, id train"):
         run(own, tmp_path, too_long="drop", max_prompt_tokens=3)

@@ -24,7 +24,7 @@ from flows.gate import Gate
 from flows.measure import NOT_MEASURABLE
 from flows.run_locks import alone
 from flows.supervise import Crew
-from flows.train import Job
+from flows.train import Job, _conclude
 from pipelines.core import promotion, registry
 from pipelines.core.errors import GateError, StoreUnavailable, UserError
 from pipelines.core.gates import Row as Rule
@@ -193,6 +193,20 @@ def test_a_failed_gate_fails_the_stage_with_its_table(job: Job, monkeypatch: pyt
     row = job.board.rows["data"]
     assert (row.state, row.verdict) == ("failed", "sluice-base 2 FAILED")
     assert not job.may_retry("data")
+
+
+def test_what_nobody_foresaw_in_a_gate_fails_the_stage_and_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no such column")
+
+    monkeypatch.setattr(outcome, "judge", broken)
+    with pytest.raises(RuntimeError, match="no such column"):
+        job.stage("data", suspect=True)
+    row = job.board.rows["data"]
+    assert row.state == "failed" and str(job.board.error()) == "stage data: RuntimeError: no such column"
+    assert not job.may_retry("data")
+    with pytest.raises(failures.StageFailed, match="RuntimeError: no such column"):
+        _conclude(job, ["data"])
 
 
 def test_a_failed_gate_only_notes_its_table_where_the_params_say_so(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,21 @@ def test_better_needs_an_interval_that_excludes_zero(tmp_path):
     assert not verdict.passed and verdict.rows[0].low < 0 == verdict.rows[0].high
 
 
+@pytest.mark.parametrize("rule", [BETTER, {**NOT_WORSE, "not_worse_than": "bits_before"}])
+def test_too_few_groups_pass_no_comparison_and_are_told(rows, tmp_path, rule):
+    table = pd.read_parquet(rows(2.5))
+    for count in (1, 4, 5):
+        table.assign(group=[f"site {n % count}" for n in range(len(table))]).to_parquet(tmp_path / "grouped.parquet")
+        verdict = evaluate("m", gate(rule), {}, tmp_path / "grouped.parquet", {})
+        told = (
+            f"FAILED (the test side has {count} groups (column group), and at least 5 are needed: give it more groups"
+        )
+        assert verdict.passed is (count == 5) and (told in verdict.table()) is (count < 5)
+        assert "Infinity" not in json.dumps(verdict.to_json())
+    few = evaluate("m", gate(rule), {}, rows(2.5, ids=["a", "b"]), {})
+    assert not few.passed and "the test side has 2 examples" in few.table()
+
+
 def unseen(tmp_path: Path, weights: list[float]) -> Path:
     """Rows of which only those with a weight have a part; the others would turn the result around."""
     right = [3.0 if weight else -100.0 for weight in weights]

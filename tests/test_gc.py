@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import fake_repository as fake
@@ -17,7 +18,7 @@ import station
 from rich.console import Console
 from stores import repository, run_stage
 
-from flows import gc, overrides, run_locks, workspace
+from flows import approve, gc, overrides, run_locks, workspace
 from pipelines.core import promotion, registry, store, versions
 from pipelines.core.errors import UserError
 
@@ -46,6 +47,18 @@ def test_aliases_rollbacks_parents_and_the_newest_are_needed() -> None:
     assert kept == {("policy", number) for number in "12456"} | {("base", number) for number in "246"}
 
 
+def test_what_is_on_offer_is_needed_until_its_time_is_over() -> None:
+    now = datetime.now(UTC)
+    later, over = ((now + timedelta(hours=hours)).isoformat() for hours in (1, -1))
+    policies = [
+        Version("1", {"sluice.offered.a": over}),
+        Version("2", {"sluice.offered.a": over, "sluice.offered.b": later, "sluice.parent.base": "1"}),
+        Version("3", {}),
+    ]
+    kept = gc.needed({"policy": policies, "base": [Version("1", {}), Version("2", {})]}, {"policy": {}, "base": {}})
+    assert kept == {("policy", "2"), ("policy", "3"), ("base", "1"), ("base", "2")}
+
+
 def test_versions_nobody_needs_go_with_their_files_and_the_champion_loads(repository) -> None:
     root, model = Path(repository[0]), repository[1]
     subprocess.run(["git", "init", "-q", "."], cwd=root, check=True)
@@ -65,6 +78,27 @@ def test_versions_nobody_needs_go_with_their_files_and_the_champion_loads(reposi
     kept = gc._files(root, client, client.get_model_version("sluice-base", "3"))
     assert kept is not None and list(kept.rglob("model.safetensors"))
     assert list(gc._versions(root, client)) == []
+
+
+def test_a_version_on_offer_stays_until_it_is_decided(repository) -> None:
+    root, model = Path(repository[0]), repository[1]
+    for bits in (2.0, 1.9, 1.8):
+        run_stage(root, model, bits)
+        registry.settle(root, "pretrain")
+    client, _ = store.connect(root)
+    listed = list(gc._versions(root, client))
+    assert [one.name for one in listed] == ["sluice-base 2", "sluice-base 1"]
+    shown = {"members": [["sluice-base", "2", None]]}
+    approve.hold(root, shown, "a-run", 1.0)
+    approve.hold(root, shown, "another", 1.0)
+    listed[0].remove()
+    assert [one.name for one in gc._versions(root, client)] == ["sluice-base 1"]
+    approve.let_go(root, shown, "a-run")
+    assert [one.name for one in gc._versions(root, client)] == ["sluice-base 1"], "the other run still asks"
+    approve.let_go(root, shown, "another")
+    assert [one.name for one in gc._versions(root, client)] == ["sluice-base 2", "sluice-base 1"]
+    approve.hold(root, shown, "a-run", -1.0)
+    assert [one.name for one in gc._versions(root, client)] == ["sluice-base 2", "sluice-base 1"], "nobody answered"
 
 
 def test_a_version_that_became_champion_meanwhile_stays(repository) -> None:
@@ -190,15 +224,20 @@ def test_the_commit_that_recorded_an_aliased_version_is_needed(clone: Path) -> N
     recorded = station.commit(clone, "results")
     (clone / "x").write_text("of another matter")
     station.commit(clone, "later")
+    aliases, more = {"champion": 2}, dict[str, str]()
 
     class Client:
         def search_registered_models(self, max_results: int) -> list[object]:
             return [type("Model", (), {"name": "m"})]
 
         def get_registered_model(self, name: str) -> object:
-            return type("Model", (), {"aliases": {"champion": 2}})
+            return type("Model", (), {"aliases": aliases})
 
         def search_model_versions(self, query: str) -> list[Version]:
-            return [Version("1", {"git.commit": "0" * 40}), Version("2", {"git.commit": made_at})]
+            return [Version("1", {"git.commit": "0" * 40}), Version("2", {"git.commit": made_at, **more})]
 
     assert list(gc._revisions(clone, Client())) == [made_at, recorded]
+    aliases.clear()
+    assert list(gc._revisions(clone, Client())) == []
+    more["sluice.offered.a-run"] = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    assert list(gc._revisions(clone, Client())) == [made_at, recorded], "what may be champion soon"

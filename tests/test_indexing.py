@@ -108,6 +108,29 @@ def test_a_dial_leaves_later_chunks_without_vectors_but_not_without_words(embedd
     assert [part == 0 for part in table["part"].to_pylist()] == [row >= 0 for row in table["vector"].to_pylist()]
 
 
+@pytest.mark.parametrize("most", [1, None])
+def test_vectors_are_of_what_a_document_says_not_of_its_signature(
+    embedder: str, tmp_path: Path, most: int | None
+) -> None:
+    """A signature of several chunks, a short one before prose in the same chunk, and one that is all there is."""
+    said = " ".join(WORDS[:6])
+    many = ", ".join(f"{word}={number}" for number, word in enumerate(WORDS * 3))
+    rows = [
+        {"id": "a", "title": "m.long", "text": f"m.long({many})\n\n{said}"},
+        {"id": "b", "title": "m.short", "text": f"m.short(x)\n\n{said}"},
+        {"id": "c", "title": "m.bare", "text": "m.bare(x)"},
+    ]
+    build(rows, tmp_path / "a", embedder, embedded_chunks=most)
+    table = pq.read_table(tmp_path / "a" / "chunks.parquet").to_pylist()
+    held = {row["document"]: row for row in table if row["vector"] >= 0}
+    assert len([row for row in table if row["vector"] >= 0]) == 3 < len(table)
+    assert held["a"]["part"] > 1 and held["a"]["text"].endswith(said)
+    wanted = embedding.Embedder(Path(embedder)).embed([f"m.long\n{said}", f"m.short\n{said}", "m.bare\nm.bare(x)"])
+    vectors = np.load(tmp_path / "a" / "vectors.npy")
+    for row, one in zip("abc", wanted, strict=True):
+        np.testing.assert_allclose(vectors[held[row]["vector"]], one, atol=2e-3)
+
+
 def test_beyond_a_number_of_vectors_an_approximate_index_is_made(embedder: str, tmp_path: Path) -> None:
     rows = documents()
     build(rows, tmp_path / "a", embedder)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pipelines.core import int8
+from pipelines.core import int4, int8
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 3, 8, 4]])
 
@@ -161,3 +161,14 @@ def test_a_quarter_of_the_bytes(tmp_path: Path) -> None:
     assert (
         parameters < size < 1.35 * parameters
     )  # a byte a weight; scales, norms and the header are much of a tiny model
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma3_text"])
+@pytest.mark.parametrize("into", ["int8", "int4"])
+def test_an_embedding_that_scales_its_rows_is_kept(kind: str, into: str) -> None:
+    model = tiny(kind)
+    exact = torch.log_softmax(logits(model), -1)
+    smaller = int8.quantize(copy.deepcopy(model)) if into == "int8" else int4.quantize(copy.deepcopy(model), 32)
+    found = torch.log_softmax(logits(smaller), -1)
+    assert type(smaller.get_input_embeddings()) is type(model.get_input_embeddings())
+    assert float((exact.exp() * (exact - found)).sum(-1).mean()) < (1e-3 if into == "int8" else 3e-2)

@@ -68,7 +68,8 @@ def length(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def prompts_of(place: Path, params: DpoParams = PARAMS) -> list[Prompt]:
-    return policy_answers.held_out(params, place / "data", language_models.load_tokenizer(str(place / "policy")), "dpo")
+    tokens = language_models.load_tokenizer(str(place / "policy"))
+    return policy_answers.held_out(params, place / "data", tokens, StageContext("dpo", place, "f" * 64))
 
 
 def evaluated(place: Path, policy: str, out: Path, context: StageContext) -> tuple[Compared, dict[str, float]]:
@@ -150,7 +151,7 @@ def test_another_policy_is_measured_afresh(place: Path, tmp_path: Path, context:
     assert (again["wins"] == 0.5).all(), "the SFT model against itself"
 
 
-def test_which_prompts(place: Path, tmp_path: Path) -> None:
+def test_which_prompts(place: Path, tmp_path: Path, context: StageContext) -> None:
     found = prompts_of(place)
     assert len(found) == 5 and all(prompt.reference is not None for prompt in found)
     schema = pa.schema([(name, pa.string()) for name in ("id", "group", "prompt", "reference")])
@@ -159,13 +160,13 @@ def test_which_prompts(place: Path, tmp_path: Path) -> None:
         file.parent.mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(rows, schema), file)
     tokens = language_models.load_tokenizer(str(place / "policy"))
-    assert [one.id for one in policy_answers.held_out(PARAMS, tmp_path / "1/data", tokens, "dpo")] == ["p"]
+    assert [one.id for one in policy_answers.held_out(PARAMS, tmp_path / "1/data", tokens, context)] == ["p"]
     with pytest.raises(DataError, match=r"prompts/test has no row; accepted: at least one"):
-        policy_answers.held_out(PARAMS, tmp_path / "0/data", tokens, "dpo")
+        policy_answers.held_out(PARAMS, tmp_path / "0/data", tokens, context)
     with pytest.raises(DataError, match="judge: slots needs prompts that list attributes"):
         prompts_of(place, PARAMS.model_copy(update={"judge": "slots"}))
-    with pytest.raises(DataError, match=r"ppo.max_prompt_tokens accepts 3"):
-        policy_answers.held_out(PARAMS.model_copy(update={"max_prompt_tokens": 3}), place / "data", tokens, "ppo")
+    with pytest.raises(DataError, match=r"dpo.max_prompt_tokens accepts 3"):
+        prompts_of(place, PARAMS.model_copy(update={"max_prompt_tokens": 3}))
 
 
 # --- by hand -------------------------------------------------------------------------------------------------

@@ -150,6 +150,26 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(
     assert artifacts.content_hash(out) == artifacts.content_hash(whole)
 
 
+def test_a_signal_in_a_rollout_costs_that_rollout_only(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints are due after hundreds of iterations: what is there was written because of the signal."""
+    rare = SHORT | {"checkpoint_steps": 500, "checkpoint_seconds": 1e6}
+    context = StageContext(stage="ppo", root=tmp_path, fingerprint="f" * 64)
+
+    progress = context.progress
+
+    def note(step: int, total: int | None = None, **shown: float | str) -> None:
+        progress(step, total, **shown)
+        context.signal_number = 15 if str(shown.get("sampling")).startswith("3 of") else 0
+
+    monkeypatch.setattr(context, "progress", note)
+    with pytest.raises(Stopped):
+        run(inputs, tmp_path, context, **rare)
+    kept = [place.name for place in (tmp_path / ".work/ppo").glob("*/checkpoints/step-*")]
+    assert kept == ["step-2"]
+
+
 def test_same_seed_same_bytes_other_seed_other_bytes(inputs: dict[str, Path], tmp_path: Path) -> None:
     hashes = [
         artifacts.content_hash(run(inputs, tmp_path / str(n), seed=seed, **SHORT)[1])

@@ -173,3 +173,29 @@ def test_models_that_dials_name_become_deps_and_leave_again(root: Path) -> None:
     (root / "params.yaml").write_text(before)
     sources.keep(root)
     assert place.read_text() == marked
+
+
+def test_rankings_below_the_home_directory_are_a_dep(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path.with_name(f"{tmp_path.name}-home")
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    (home / "ranked.jsonl").write_text("{}\n")
+    given = (
+        text(root)
+        .replace("  labeler: reference ", "  labeler: file ")
+        .replace("rankings: null  ", "rankings: ~/ranked.jsonl ", 1)
+    )
+    (root / "params.yaml").write_text(given)
+    (root / "dvc.yaml").write_text(
+        GRAPH
+        + f"""  feedback:
+    deps:
+    - pipelines/feedback.py
+    {sources.MARKERS["feedback"]}
+    outs:
+    - artifacts/feedback
+"""
+    )
+    assert sources.keep(root) == [f"dvc.yaml: stage feedback now depends on {home}/ranked.jsonl"]

@@ -118,6 +118,14 @@ def test_our_own_lines() -> None:
         read_tasks(edited, "t.jsonl")
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_only_line_feeds_end_a_line(mark: str) -> None:
+    tasks = [ranking_tasks.task(f"a{mark}b", [f"c{mark}", "d"]), SECOND]
+    assert read_tasks(export(tasks, "jsonl"), "t.jsonl") == tasks
+    text = json.dumps({"task": SECOND.id, "labeler": f"a{mark}b", "ranks": [1, 2, 3, 4]}, ensure_ascii=False)
+    assert read(text + "\r\n", BY_ID, "r") == [Ranking(SECOND.id, f"a{mark}b", [1, 2, 3, 4])]
+
+
 def line(**changes: Any) -> str:
     return json.dumps({"task": SECOND.id, "labeler": "ada", "ranks": [1, 2, 3, 4]} | changes)
 
@@ -130,6 +138,7 @@ def line(**changes: Any) -> str:
         (line(ranks=[1, 2, 9, 9]), r"ranks: found a list \[1, 2, 9, 9\]; accepted: a ranking"),
         (line(labeler=None), r"line 1, task \w+, labeler: found none; accepted: the name of who ranked"),
         (line(labeler=" "), "labeler: found none"),
+        (line(labeler="\ud83d"), r"labeler: found half a character .*ud83d.; accepted: text that UTF-8 can write"),
         (
             f"{line()}\n{line(labeler='ben')}\n{line()}",
             r"line 3, task \w+, labeler: found a second ranking by ada; accepted: one a task; the first is r, line 1",
@@ -139,6 +148,7 @@ def line(**changes: Any) -> str:
             "1 of 1 rankings are of other answers than those sampled now .0 match.*seed.*labeler: data",
         ),
         (f"{line()}\n{line(task='feed')}", r"1 of 2 rankings .* \(1 match\), first: r, line 2: task feed"),
+        (line(task=["feed"]), "1 of 1 rankings are of other answers"),
         ('{"task": ', "r, line 1: broken JSON"),
         ('{"prompt": "a", "responses": ["b"]}', "r, line 1: found an object .*accepted: JSON lines"),
         ("[{", "r, line 1: broken JSON"),

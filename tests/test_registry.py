@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -243,6 +245,45 @@ def test_a_measure_on_other_rows_is_refused_and_not_kept(repository):
     with pytest.raises(GateError, match="other examples"):
         registry.settle(root, "pretrain", lambda folder, out: write_rows(out, 2.5, ["a", "b"]))
     assert not list((root / ".sluice/registry/measured").iterdir())
+
+
+def test_rows_kept_of_a_champion_are_not_taken_for_those_of_another_store(repository, tmp_path, monkeypatch):
+    root, model = repository
+    other = tmp_path / "other.db"
+    shutil.copyfile(root / ".sluice/mlflow/mlflow.db", other)
+    for bits in (2.5, 2.8):
+        make_champion(root, model, bits)
+        run_stage(root, model, bits, "challenger")
+        registered = the(registry.settle(root, "pretrain"))
+        assert registered.version == "2" and registered.verdict.rows[2].baseline == f"champion v1: {bits}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
+    assert len(list((root / ".sluice/registry/measured").iterdir())) == 2
+
+
+@pytest.mark.parametrize("rows_changed", [False, True])
+def test_a_champion_whose_files_are_gone_is_told_with_what_to_do(repository, rows_changed):
+    root, model = repository
+    make_champion(root, model, 2.5)
+    shutil.rmtree(root / ".sluice/mlflow/artifacts/models")
+    run_stage(root, model, 2.6)
+    if rows_changed:
+        write_rows(root / "artifacts/pretrain/evaluation.parquet", 2.6, [f"new-{n}" for n in range(40)])
+    part = "model" if rows_changed else "evaluation.parquet"
+    with pytest.raises(GateError, match=rf"(?s)sluice-base 1 has no {part} in the store: .*`sluice rollback sluice-b"):
+        registry.settle(root, "pretrain", lambda folder, out: write_rows(out, 2.5))
+
+
+def test_a_disk_that_is_full_is_not_told_as_files_that_are_gone(repository, monkeypatch):
+    import mlflow
+
+    root, _ = repository
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", full)
+    with pytest.raises(OSError, match="No space left"):
+        verdicts.copied(root, SimpleNamespace(name=NAME, version="1"), "model", root / "had")
 
 
 def test_output_without_a_model_is_refused(repository):

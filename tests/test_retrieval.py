@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,16 @@ def test_terms_are_names_as_a_whole_and_in_parts_without_accents_and_plurals() -
     assert lexical.terms(" ... ") == []
     assert lexical.query_terms("how do I flip an array, flip?") == ["flip", "array"]
     assert lexical.query_terms("for not") == ["for", "not"]
+
+
+def test_marks_without_end_take_no_more_than_their_length() -> None:
+    few = "שָׁלוֹם e\u0323\u0301 " + "ạ́" * 100 + " e" + "\u0591\u05b0" * (lexical.MARKS // 2)
+    whole = unicodedata.normalize("NFC", lexical._ACCENTS.sub("", unicodedata.normalize("NFKD", few)))
+    assert lexical._words(few) == lexical._WORD.findall(whole)
+    began = time.process_time()
+    assert lexical.terms("a" + "\u0591\u05b2\u05b1\u05b0" * 20_000 + "b") == ["a", "b"]
+    assert lexical.terms("e" + "\u0315\u0300\u0327" * 20_000 + "x — ✓✓ ... ") == ["ex", "✓", "✓"]
+    assert time.process_time() - began < 3
 
 
 def test_scores_are_those_of_bm25s_and_its_own_reader_opens_the_files(tmp_path: Path) -> None:

@@ -235,6 +235,15 @@ def test_demonstrations_score_zero_on_average(inputs: dict[str, Path], tmp_path:
     assert scores[0][0] == pytest.approx(0.0, abs=1e-5), "every demonstration is this one"
 
 
+def test_a_demonstration_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    made = tokenizer()
+    made.chat_template = "{{ raise_exception('no') }}"
+    told = [{"role": "user", "content": "what is w?"}, {"role": "assistant", "content": "the width of the area"}]
+    write(tmp_path / "demonstrations/train.parquet", [{"id": "d7", "messages": told}])
+    with pytest.raises(DataError, match="demonstrations/train, id d7: the chat template refuses this chat: no"):
+        reward_examples.demonstrations(RewardParams(**TINY), tmp_path, made)
+
+
 def test_the_saved_model_is_what_was_measured(inputs: dict[str, Path], tmp_path: Path) -> None:
     _, out, context = run(inputs, tmp_path)
     reward.measure(RewardParams(**TINY), inputs, context, out / "model", tmp_path / "again.parquet")

@@ -227,10 +227,12 @@ def test_only_an_approval_moves_the_champion(clone: Path, api: Api, receiver: Re
     assert resume(run, approve=True, approver=" ", reason="good") == "REJECT"
     assert resume(run, approve=True, approver="Ada") == "REJECT"
     assert api.state(run)[1] == "Suspended"
+    assert (clone / "held.txt").read_text() == f"{run} 1.5"  # from `sluice gc`, longer than the approval may take
     assert resume(run, approve=False, approver="Ada", reason="not yet") == "ACCEPT"
     until(lambda: api.state(run)[1] == "Refused", 6 * MINUTES)
     assert "refused by Ada: not yet" in api.state(run)[2]
     assert not (clone / "moved.txt").exists()
+    assert not (clone / "held.txt").exists()
     assert (clone / "offered.txt").read_text() == "once\n"  # what was shown is what is decided
 
     late = api.run("promote", "promote", approval_hours=0.001)

@@ -269,6 +269,21 @@ def test_demonstrations_are_chosen_by_id_and_kind(inputs: dict[str, Path], tmp_p
         ids(inputs["data"], ("which", "what"), 5)
 
 
+@pytest.mark.parametrize(
+    ("split", "remedy"),
+    [("train", "lower data.validation_share and test_share"), ("validation", "raise data.validation_share")],
+)
+def test_an_empty_side_is_told(inputs: dict[str, Path], tmp_path: Path, split: str, remedy: str) -> None:
+    schema = pq.read_schema(inputs["data"] / "demonstrations/test.parquet")
+    (tmp_path / "demonstrations").mkdir()
+    pq.write_table(schema.empty_table(), tmp_path / f"demonstrations/{split}.parquet")
+    for kinds in ((), ("what",)):
+        with pytest.raises(
+            DataError, match=f"demonstrations/{split}.parquet has no row; .*{remedy}, .* split: {split}"
+        ):
+            demonstrations.choose(tmp_path, split, None, kinds, 5, 128, "refuse")
+
+
 def test_too_long_is_dropped_and_counted_or_refused(inputs: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
     long = [{"role": "user", "content": "area " * 200}, said(0)[1]]
     sides = {**SIDES, "train": [*SIDES["train"][:9], long, *SIDES["train"][9:], long]}
@@ -296,6 +311,21 @@ def test_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="have no table demonstrations"):
         run({**inputs, "data": tmp_path}, tmp_path / "table")
     assert not list(tmp_path.rglob("checkpoints")), "refused before training"
+
+
+def test_shots_stand_after_the_leading_system_messages_alone(inputs: dict[str, Path]) -> None:
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(inputs["pretrain"] / "model")
+    system = {"role": "system", "content": "area"}
+    prompt = [system, said(1)[0], {**system, "content": "shape"}, said(2)[0]]
+    example, shot = (
+        demonstrations.Demonstration("d", "g", messages, chats.Chat([], []))
+        for messages in ([*prompt, said(2)[1]], [{**system, "content": "left out"}, *said(3)])
+    )
+    assert answers._prompt(tokens, example, [], 1000) == chats.encode_prompt(tokens, prompt)
+    with_shot = chats.encode_prompt(tokens, [system, *said(3), *prompt[1:]])
+    assert answers._prompt(tokens, example, [shot], 1000) == with_shot
 
 
 def test_as_many_shots_as_fit(inputs: dict[str, Path]) -> None:

@@ -88,3 +88,21 @@ def test_copies_of_an_example_in_one_group_add_no_certainty():
 def test_bad_input(values, weight, message):
     with pytest.raises(ValueError, match=message):
         bootstrap(np.array(values), None if weight is None else np.array(weight))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_few_clusters_show_no_difference_and_are_told_by_the_range_of_their_examples(count):
+    groups = [str(n % count) for n in range(400)]
+    each = AFTER / BYTES
+    assert bootstrap(AFTER, BYTES, group=groups)[1:] == (each.min(), each.max())
+    paired = paired_bootstrap(BEFORE + BYTES, BEFORE, BYTES, group=groups)  # every example by one
+    assert paired == pytest.approx((1.0, -1.0, 1.0))
+    assert paired_bootstrap(BEFORE[:count] + 1.0, BEFORE[:count])[1] == pytest.approx(-1.0)  # examples without groups
+    assert paired_bootstrap(AFTER, AFTER, group=groups) == (0.0, 0.0, 0.0)
+
+
+def test_as_many_clusters_as_an_interval_needs():
+    groups = [str(n % statistics.MIN_GROUPS) for n in range(400)]
+    assert paired_bootstrap(AFTER, BEFORE, BYTES, group=groups).high < 0
+    of_equals = bootstrap(np.full(3, 0.1))
+    assert of_equals.low <= of_equals.estimate <= of_equals.high

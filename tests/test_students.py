@@ -231,3 +231,23 @@ def test_directory_with_a_weight_missing(known: Any, tmp_path: Path) -> None:
     save_file({k: v for k, v in whole.items() if k != "model.norm.weight"}, file, metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match=r"missing weights: model\.norm\.weight"):
         students.from_directory(tmp_path)
+
+
+def test_a_model_of_the_hub_is_fetched_once_and_is_a_directory_from_then_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        if name == "owner/away":
+            raise OSError("no such repository")
+        assert "*.safetensors" in allow_patterns and not any("bin" in one for one in allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert language_models.fetched("owner/name") == tmp_path and asked == ["owner/name"]
+    (tmp_path / "config.json").write_text("{}")
+    assert language_models.fetched(str(tmp_path)) == tmp_path and len(asked) == 1
+    with pytest.raises(ArtifactError, match="owner/away: the hub did not give it: no such repository"):
+        language_models.fetched("owner/away")

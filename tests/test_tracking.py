@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,52 @@ def test_half_a_line_is_dropped_and_the_step_is_written_again(tmp_path):
     points = [(e["step"], e["values"]["loss"]) for e, _ in spool.events() if e["event"] == "metrics"]
     assert points == [(0, 0.0), (1, 0.5), (2, 9.0)]
     assert tracking.spools(root) == [spool]
+
+
+def test_a_full_disk_leaves_no_half_line_between_events(tmp_path):
+    root = make_root(tmp_path / "root", None)
+    code = (
+        "import resource\nfrom pipelines.core import tracking\n"
+        "r = tracking.Recorder(root, 'pretrain', 'f' * 16, courier=False)\n"
+        "for s in range(3): r.log(s, {'loss': s / 2})\n"
+        "size = (r.spool.place / 'events.jsonl').stat().st_size\n"
+        "limits = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (size + 120, limits[1]))\n"  # one line of three and a half
+        "try: r._flush()\n"
+        "except OSError as error: print(error)\n"
+        "print((r.spool.place / 'events.jsonl').stat().st_size - size, flush=True)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, limits)\n"
+        "r.log(3, {'loss': 1.5})\n"
+        "r.finish('FAILED', tracking.Record())\n"
+    )
+    said, error = python(root, code).communicate()
+    assert said.splitlines() == ["[Errno 27] File too large", "120"], error
+    (spool,) = tracking.spools(root)
+    kinds = [event["event"] for event, _ in spool.events()]
+    assert kinds == ["start", *["metrics"] * 4, "finish"] and spool.last_step() == 3
+
+
+def test_a_damaged_line_is_left_out_and_holds_nothing_up(repository):
+    root, _ = repository
+    killed_stage(root, range(3))
+    (spool,) = tracking.spools(root)
+    events = spool.place / "events.jsonl"
+    events.write_bytes(events.read_bytes() + b'{"event": "met{"event": "finish"}\n')
+    assert [event["event"] for event, _ in spool.events()] == ["start", *["metrics"] * 3]
+    drain(root)
+    assert tracking.backlog(root) == [] and runs(root)[0].info.status == "KILLED"
+    Recorder(root, "pretrain", "f" * 16, courier=False).finish("FINISHED", Record())
+    drain(root)
+    assert tracking.backlog(root) == [] and runs(root)[0].info.status == "FINISHED"
+
+
+def test_a_spool_whose_first_event_was_never_written_is_none(tmp_path):
+    root = make_root(tmp_path / "root", None)
+    events = Recorder(root, "pretrain", "f" * 16, courier=False).spool.place / "events.jsonl"
+    os.truncate(events, 20)
+    assert tracking.spools(root) == []
+    Recorder(root, "pretrain", "f" * 16, courier=False)
+    assert [spool.place for spool in tracking.spools(root)] == [events.parent]
 
 
 def test_a_run_that_ended_well_or_lives_is_not_continued(tmp_path):
@@ -229,6 +276,18 @@ def test_unreachable_store_is_told_in_a_second_and_loses_nothing(repository, mon
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/.sluice/mlflow/mlflow.db")
     drain(root)
     assert [run.info.status for run in runs(root)] == ["FINISHED"]
+
+
+@pytest.mark.parametrize("kind", ["requests", "mlflow"])
+def test_no_password_in_the_traceback_of_a_store_that_is_away(tmp_path, monkeypatch, kind):
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://bob:hunter2@mlflow.example.org")
+    text = "API request to http://bob:hunter2@mlflow.example.org/api failed with exception"
+    with pytest.raises(StoreUnavailable) as caught, store.answering(tmp_path):
+        raise RequestException(text) if kind == "requests" else MlflowException(text)
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_recorder_does_not_import_mlflow(tmp_path):

@@ -60,6 +60,7 @@ def test_methods_a_stage_does_not_have(stage: str, method: str, accepted: str, t
         ("sft", "qlora", {"lora_init": "orthogonal"}, "accepted: default, gaussian; or method: lora"),
         ("reward", "lora", {"lora_init": "olora"}, "stage ppo puts the adapter on the SFT model as it is"),
         ("ppo", "lora", {"lora_init": "pissa"}, "the reference is the same backbone without adapters"),
+        ("ppo", "lora", {"lora_init": "orthogonal"}, "accepted: default, gaussian"),
         ("ppo", "lora", {"lora_dropout": 0.1}, "ppo never drops anything"),
         ("ppo", "full", {"layer_decay": 0.9}, "ppo trains each model at one rate; leave it out (found 0.9)"),
         ("ppo", "full", {"unfreeze": True}, "ppo trains policy and value from the first iteration"),

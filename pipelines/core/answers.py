@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,9 +110,12 @@ def greedy(
 
 
 def _prompt(tokenizer: Any, example: Demonstration, shots: list[Demonstration], room: float) -> list[int]:
-    """Tokens of a prompt after as many shots as there is room for; a shot's system message is left out."""
-    system = [message for message in example.prompt if message["role"] == "system"]
-    turns = [message for message in example.prompt if message["role"] != "system"]
+    """Tokens of a prompt after as many shots as there is room for; a shot's system message is left out.
+
+    The shots stand between the system messages that the prompt begins with and the rest of it.
+    """
+    system = list(takewhile(lambda message: message["role"] == "system", example.prompt))
+    turns = example.prompt[len(system) :]
     for first in range(len(shots) + 1):
         earlier = [message for shot in shots[first:] for message in shot.messages if message["role"] != "system"]
         ids = chats.encode_prompt(tokenizer, [*system, *earlier, *turns])

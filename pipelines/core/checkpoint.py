@@ -35,6 +35,12 @@ class Checkpoints:
         """Whether a checkpoint should be written after `step`. What is computed does not depend on it."""
         return step % self.steps == 0 or time.monotonic() - self._last >= self.seconds
 
+    @property
+    def last(self) -> int:
+        """The step of the newest checkpoint that is there; 0 without one."""
+        whole = self._whole()
+        return int(whole[0].name.removeprefix("step-")) if whole else 0
+
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Write the checkpoint of `step` and drop all but the newest two.
 

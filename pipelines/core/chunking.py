@@ -27,7 +27,7 @@ CHARACTERS = 8  # of a token at most, as sizes count it; English has 4
 TITLE = 160  # characters of a title path
 
 _UNDERLINE = re.compile(r"\s*([-=~^*+#\"'])\1{2,}\s*")
-_MARKDOWN = re.compile(r" {0,3}(#{1,6})\s+(.*?)\s*#*\s*")
+_MARKDOWN = re.compile(r" {0,3}(#{1,6})\s+(.*)")
 _FENCE = re.compile(r" {0,3}(```|~~~)")
 _GOOGLE = re.compile(
     r"(Args|Arguments|Parameters|Params|Keyword Args|Keyword Arguments|Other Parameters|Returns?|Yields?|Raises|"
@@ -85,6 +85,23 @@ def chunks(title: str, text: str, tokens: NDArray[np.int64], size: int, overlap:
     return [Chunk(paths[run[0].section], run[0].start, run[-1].end) for run in runs]
 
 
+def signature(title: str, text: str) -> int:
+    """Where an opening paragraph ends that only repeats the title, alone or with arguments and what comes back:
+    `area(w, h) -> float`. 0 where none does.
+    """
+    opening = text[: end if (end := text.find("\n\n")) >= 0 else len(text)]
+    if not title or not opening.startswith(title):
+        return 0
+    rest, depth = opening[len(title) :].strip(), 0
+    if rest.startswith("("):
+        for place, letter in enumerate(rest):
+            depth += (letter == "(") - (letter == ")")
+            if not depth:
+                rest = rest[place + 1 :].strip()
+                break
+    return len(opening) if not rest or rest.startswith("->") else 0
+
+
 def _filled(pieces: Sequence[_Piece], size: int, overlap: int, measure: Sizes) -> Iterator[list[_Piece]]:
     """Runs of pieces, each one chunk; the first pieces of a run may be the last of the one before."""
     run: list[_Piece] = []
@@ -139,8 +156,10 @@ def _paragraphs(title: str, text: str) -> Iterator[tuple[str, bool, int, int]]:
 def _heading(lines: Sequence[str], number: int) -> tuple[int, str] | None:
     """Level and words of a heading that begins at a line."""
     line = lines[number]
-    if match := _MARKDOWN.fullmatch(line):
-        return (len(match[1]), match[2]) if match[2] else None
+    if match := _MARKDOWN.match(line):
+        # Not by the expression, which would try every way to share out a run of blanks
+        words = match[2].rstrip().rstrip("#").rstrip()
+        return (len(match[1]), words[:TITLE]) if words else None
     if match := _GOOGLE.fullmatch(line):
         return 7, match[1]  # below all others
     words = line.strip()

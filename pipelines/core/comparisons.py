@@ -11,6 +11,7 @@ from typing import Any
 
 from pipelines.core.faults import BadRow, shown
 from pipelines.core.fields import ANSWER, Fields, conversation, filled, prompt_of, transcript, whole
+from pipelines.core.readers import Cells
 
 
 def comparison(fields: Fields) -> dict[str, Any]:
@@ -122,9 +123,11 @@ def _pair(fields: Fields) -> tuple[str, str, str]:
 
 def _votes(fields: Fields) -> list[int] | None:
     """Votes for the chosen and for the rejected one; a single number counts for the chosen one."""
-    if not fields.has("votes") or fields.value("votes") is None:
+    value = fields.value("votes") if fields.has("votes") else None
+    if value is None or (value == "" and isinstance(fields.record, Cells)):
         return None
-    value = fields.value("votes")
+    if isinstance(fields.record, Cells) and value.isdecimal() and len(value) < 11:
+        value = int(value)
     votes = [value, 0] if isinstance(value, int) else fields.items("votes")
     if len(votes) != 2 or not all(whole(vote, 0) for vote in votes):
         raise BadRow(fields.column("votes"), shown(value), "a number, or two: for the chosen, for the rejected")

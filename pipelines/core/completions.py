@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipelines.core.params.feedback import FeedbackParams
 
 BATCH_PROMPTS = 64  # at most, sampled together: what a killed run loses
-CANDIDATES = 4  # for each prompt wanted, how many are looked at where some are too long
+CANDIDATES = 4  # for each prompt wanted, how many are held at first, in case that some are too long
 
 
 class Prompt(NamedTuple):
@@ -63,17 +63,17 @@ def choose(
 
     Raises:
         ArtifactError: the data have no prompts.
-        DataError: a prompt is too long (`too_long: refuse`), or all are.
+        DataError: a prompt is too long (`too_long: refuse`), or all are; one is no chat for the template.
     """
-    rows = reading.rows(data, "prompts", split, ["id", "group", "prompt", "reference"])
-    fit = (row for row in rows if row["reference"] is not None or not with_reference)
-    best = heapq.nsmallest(CANDIDATES * count, fit, key=lambda row: (drawn(str(limits.seed), row["id"]), row["id"]))
     found: list[Prompt] = []
     dropped: list[str] = []
-    for row in best:
+    for row in _by_hash(limits.seed, data, split, count, with_reference):
         if len(found) == count:
             break
-        ids = chats.encode_prompt(tokenizer, chats.messages_of(row["prompt"]))
+        try:
+            ids = chats.encode_prompt(tokenizer, chats.messages_of(row["prompt"]))
+        except DataError as error:
+            raise DataError(f"prompts/{split}, id {row['id']}: {error}") from None
         if len(ids) <= limits.max_prompt_tokens:
             found.append(Prompt(row["id"], row["group"], split, row["prompt"], row["reference"], ids))
             continue
@@ -84,6 +84,22 @@ def choose(
     if dropped and not found:
         raise DataError(f"every prompt is too long, first {dropped[0]}")
     return found, len(dropped)
+
+
+def _by_hash(seed: int, data: Path, split: str, count: int, with_reference: bool) -> Iterator[dict[str, Any]]:
+    """Rows of one side by hash of seed and id: `CANDIDATES` times `count` are held, then four times as many, and so on.
+
+    Few are too long as a rule, so that the first are enough; for more the table is read again.
+    """
+    seen, held = 0, CANDIDATES * count
+    while True:
+        rows = reading.rows(data, "prompts", split, ["id", "group", "prompt", "reference"])
+        fit = (row for row in rows if row["reference"] is not None or not with_reference)
+        best = heapq.nsmallest(held, fit, key=lambda row: (drawn(str(seed), row["id"]), row["id"]))
+        yield from best[seen:]
+        if len(best) < held:
+            return
+        seen, held = held, 4 * held
 
 
 def complete(params: FeedbackParams, prompts: Sequence[Prompt], place: Path, context: StageContext) -> list[Completed]:
@@ -105,6 +121,15 @@ def complete(params: FeedbackParams, prompts: Sequence[Prompt], place: Path, con
         answers = json.loads(file.read_text(encoding="utf-8"))
         found |= {number: Completed(prompts[number], **one) for number, one in zip(batch, answers, strict=True)}
     return [found[number] for number in range(len(prompts))]
+
+
+def tell_dropped(dropped: int, found: int, limits: Limits, split: str, context: StageContext) -> None:
+    """Say how many prompts of a side were too long, if any were."""
+    if dropped:
+        context.say(
+            f"prompts/{split}: {dropped} were longer than {limits.section}.max_prompt_tokens "
+            f"({limits.max_prompt_tokens}) and left out, {found} are taken"
+        )
 
 
 def in_batches(prompts: Sequence[Prompt], least: int = 1) -> list[list[int]]:

@@ -66,7 +66,7 @@ def choose(
 
     Raises:
         ArtifactError: the data have no demonstrations.
-        DataError: none of the kinds; a chat that cannot be learned from; one that is too long, or all of them.
+        DataError: no row, or none of a kind; a chat that cannot be learned from; one that is too long, or all of them.
     """
     rows = _first_by_hash(data, split, kinds, count)
     kept: list[Demonstration] = []
@@ -116,10 +116,16 @@ def _first_by_hash(data: Path, split: str, kinds: Sequence[str], count: int | No
         return hashlib.blake2b(row["id"].encode(), digest_size=8).digest(), row["id"]
 
     rows = sorted(wanted(), key=place) if count is None else heapq.nsmallest(count, wanted(), key=place)
+    if not seen:
+        share = "lower data.validation_share and test_share" if split == "train" else f"raise data.{split}_share"
+        raise DataError(
+            f"{TABLE}/{split}.parquet has no row; accepted: at least one. Give data.sources with table: {TABLE} more "
+            f"rows, {share}, or give a source split: {split}."
+        )
     missing = sorted(set(kinds) - seen)
-    if missing or not rows:
-        there = ", ".join(sorted(seen)) or "none"
-        raise DataError(f"{TABLE}/{split}.parquet has no kind {', '.join(missing) or 'at all'}; there are: {there}")
+    if missing:
+        there = ", ".join(sorted(seen))
+        raise DataError(f"{TABLE}/{split}.parquet has no kind {', '.join(missing)}; there are: {there}")
     return rows
 
 

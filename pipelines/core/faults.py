@@ -23,9 +23,14 @@ class BadRow(Exception):
     """One row that is not what its table needs: the column, what was found there, what is accepted."""
 
     def __init__(self, column: str, found: str, accepted: str, raw: str | None = None) -> None:
-        super().__init__(f"found {found}; accepted: {accepted}")
-        self.column = column
-        self.raw = raw
+        super().__init__(writable(f"found {found}; accepted: {accepted}"))
+        self.column = writable(column)
+        self.raw = None if raw is None else writable(raw)
+
+
+def writable(text: str) -> str:
+    """Text that UTF-8 can write: halves of characters (lone surrogates) are spelled out, `\\ud83d`."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def shown(value: Any) -> str:

@@ -84,7 +84,7 @@ class Fields:
 
 
 def filled(value: Any, column: str) -> str:
-    """Text that is not blank.
+    """Text that is not blank and that UTF-8 can write.
 
     Raises:
         BadRow: anything else.
@@ -93,6 +93,11 @@ def filled(value: Any, column: str) -> str:
         raise BadRow(column, shown(value), "text")
     if not value.strip():
         raise BadRow(column, "empty text" if not value else "blank text", "text that is not empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"half a character (a lone surrogate) at position {error.start + 1} of {shown(value)}"
+        raise BadRow(column, half, "text that UTF-8 can write") from None
     return value
 
 
@@ -126,5 +131,5 @@ def transcript(messages: list[dict[str, str]], column: str) -> str:
 
 
 def whole(item: Any, low: int) -> bool:
-    """Whether a value is a whole number (not a boolean) of at least `low`."""
-    return isinstance(item, int) and not isinstance(item, bool) and item >= low
+    """Whether a value is a whole number (not a boolean) of at least `low` that 32 bits hold."""
+    return isinstance(item, int) and not isinstance(item, bool) and low <= item < 2**31

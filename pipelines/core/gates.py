@@ -3,7 +3,7 @@
 A budget looks at one number. A comparison pairs two models example by example and asks a 95 % interval of
 their difference (paired bootstrap, `pipelines.core.statistics`). Rows are paired by `id`; rows that are not the
 same examples are never compared. A file of rows has `id` (unique), optionally `group` (drawn as a whole), and
-score columns.
+score columns. Fewer groups than an interval can be drawn of pass no comparison.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _budget(rule: Budget, metrics: Mapping[str, float], stage: str) -> Row:
 
 
 def _comparison(rule: Comparison, mine: dict[str, NDArray[Any]], baseline: Baseline | None) -> Row:
-    from pipelines.core.statistics import bootstrap, paired_bootstrap
+    from pipelines.core.statistics import MIN_GROUPS, bootstrap, clusters, paired_bootstrap
 
     score = f"{rule.score} per {rule.per}" if rule.per else rule.score
     ask = "better than" if rule.better_than else f"not worse by {rule.margin:.2%} than"
@@ -177,9 +177,23 @@ def _comparison(rule: Comparison, mine: dict[str, NDArray[Any]], baseline: Basel
     allowed = (rule.margin or 0.0) * abs(reference)
     worst = difference.high if rule.lower_is_better else -difference.low
     passed = worst < 0 if rule.better_than else worst <= allowed
+    count = clusters(len(values), group)
+    note = _too_few(count, group is not None) if count < MIN_GROUPS else ""
     bound = allowed if rule.lower_is_better else -allowed
     shown = f"{name}: {reference:.4g}"
-    return Row(text, value, difference.low, difference.high, bound, shown, bool(passed))
+    return Row(text, value, difference.low, difference.high, bound, shown, bool(passed) and not note, note)
+
+
+def _too_few(count: int, grouped: bool) -> str:
+    """Why a comparison of so few groups, or of so few examples without groups, does not pass."""
+    from pipelines.core.statistics import MIN_GROUPS
+
+    if not grouped:
+        return f"the test side has {count} examples, and at least {MIN_GROUPS} are needed: give it more"
+    return (
+        f"the test side has {count} groups (column group), and at least {MIN_GROUPS} are needed: give it more groups, "
+        "or a finer group column"
+    )
 
 
 def _read(path: Path | None, whose: str) -> dict[str, NDArray[Any]]:

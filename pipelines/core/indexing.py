@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ class Settings:
     reranker: str | None = None  # directory or hub id of a cross-encoder that the folder carries along
     size: int = 200  # tokens of a chunk at most
     overlap: float = 0.15
-    embedded_chunks: int | None = None  # of a document, from its beginning, that get vectors; None: all
+    embedded_chunks: int | None = None  # of a document, from where it says more than its title; None: all
     exact_chunks: int = 50_000  # with more vectors than this those of the nearest cells are looked at
     fusion_k: float = 10.0
     dense_weight: float = 1.5
@@ -68,8 +69,12 @@ class _Chunk(NamedTuple):
 
     @property
     def read(self) -> str:
-        """What BM25 and the embedder read: the title path, then the text."""
-        return f"{self.title}\n{self.text}" if self.title else self.text
+        """What BM25 reads: the title path, then the text."""
+        return self.with_title(self.text)
+
+    def with_title(self, text: str) -> str:
+        """The title path, then a text."""
+        return f"{self.title}\n{text}" if self.title else text
 
 
 def build(
@@ -106,14 +111,14 @@ def build(
         )
     folder.mkdir(parents=True, exist_ok=True)
     sha = embedding.fingerprint(place)
-    chunks, count, data = _chunks(_checked(documents), embedder, settings, SpanCache(cache, _chunker(settings, sha)))
+    documents = _checked(documents)
+    chunks, count, data = _chunks(documents, embedder, settings, SpanCache(cache, _chunker(settings, sha)))
     store = VectorCache(cache, f"{sha} {precision}", embedder.dimensions)
-    whole = settings.embedded_chunks is None
-    chosen = [number for number, chunk in enumerate(chunks) if whole or chunk.part < (settings.embedded_chunks or 0)]
-    vectors, made = _vectors([chunks[number].read for number in chosen], embedder, store, tell)
+    meant = _meant(chunks, documents, settings.embedded_chunks)
+    vectors, made = _vectors(list(meant.values()), embedder, store, tell)
     near = near_chunks.first_of_kind([chunk.text for chunk in chunks])
 
-    _write_chunks(chunks, chosen, near, folder / "chunks.parquet")
+    _write_chunks(chunks, list(meant), near, folder / "chunks.parquet")
     np.save(folder / "vectors.npy", vectors)
     lexical.build((chunk.read for chunk in chunks), folder / "bm25")
     (folder / nearest.FILE).unlink(missing_ok=True)
@@ -209,6 +214,21 @@ def _chunks(
     if not found:
         raise DataError("knowledge has no document with a text; accepted: at least one. Add documents to data.sources.")
     return found, count, digest.hexdigest()
+
+
+def _meant(chunks: Sequence[_Chunk], documents: Sequence[Mapping[str, Any]], most: int | None) -> dict[int, str]:
+    """What the embedder reads, by number of the chunk: the title path and the text, but not an opening signature. Names
+    of parameters draw a vector away from what is meant; BM25 reads them. The first `most` chunks of each document with
+    more than that; of one that has no more, its first.
+    """
+    opening = {row["id"]: chunking.signature(row.get("title") or "", row["text"]) for row in documents}
+    found: dict[int, str] = {}
+    for document, numbers in groupby(range(len(chunks)), lambda number: chunks[number].document):
+        mine = list(numbers)
+        said = {n: chunks[n].text[max(0, opening[document] - chunks[n].start) :].strip() for n in mine}
+        telling = [n for n in mine if said[n]][:most]
+        found |= {n: chunks[n].with_title(said[n]) for n in telling} or {mine[0]: chunks[mine[0]].read}
+    return found
 
 
 def _vectors(

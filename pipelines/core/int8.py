@@ -112,9 +112,11 @@ class Int8Embedding(torch.nn.Module):
 
 
 def convertible(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Linear layers (GPT-2's `Conv1D` too) and embeddings of tokens by name; the output layer of a classifier is not
-    among them: it is small, and its scores are the model's answer."""
-    tokens = cast("Any", model).get_input_embeddings()
+    """Linear layers (GPT-2's `Conv1D` too) and the embedding of tokens by name. Not among them: the output layer of a
+    classifier, which is small, and whose scores are the model's answer; an embedding that does more than look up rows,
+    as Gemma's, which scales them."""
+    found = cast("Any", model).get_input_embeddings()
+    tokens: Any = found if type(found) is torch.nn.Embedding else None
     for name, module in model.named_modules():
         if module is tokens or (isinstance(module, torch.nn.Linear | Conv1D) and name != "score"):
             yield name, module

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines.core import sources
 from pipelines.core.context import StageContext
-from pipelines.core.faults import BadRow, Ledger, shown
+from pipelines.core.faults import BadRow, Ledger, shown, writable
 from pipelines.core.params.data import DataParams, PydocsSource, Source
 from pipelines.core.rows import TASK_SHAPES, canonical, identify
 from pipelines.core.sources import Entry
@@ -156,4 +156,4 @@ def _raw(record: dict[str, Any] | BadRow) -> str:
 
     if isinstance(record, BadRow):
         return ""
-    return json.dumps(record, ensure_ascii=False, default=repr)[:RAW_CHARACTERS]
+    return writable(json.dumps(record, ensure_ascii=False, default=repr)[:RAW_CHARACTERS])

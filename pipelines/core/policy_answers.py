@@ -47,21 +47,20 @@ class Said(NamedTuple):
     greedy: Answers  # one
 
 
-def held_out(params: Params, data: Path, tokenizer: Any, section: str) -> list[Prompt]:
-    """Prompts of the test side: with references where the judge needs them and there are any. Never none.
-
-    Args:
-        section: of `params.yaml`, for messages.
+def held_out(params: Params, data: Path, tokenizer: Any, context: StageContext) -> list[Prompt]:
+    """Prompts of the test side: with references where the judge needs them and there are any. Never none. How many
+    were too long is said.
 
     Raises:
         ArtifactError: the data have no prompts.
         DataError: there is none; one is too long; `judge: slots` and a prompt that lists no attributes.
     """
-    limits = completions.Limits(section, params.seed, params.max_prompt_tokens, params.too_long)
+    limits = completions.Limits(context.stage, params.seed, params.max_prompt_tokens, params.too_long)
     found: list[Prompt] = []
     for with_reference in (True, False) if params.judge == "overlap" else (False,):
         if not found:
-            found, _ = completions.choose(limits, data, "test", params.eval_prompts, tokenizer, with_reference)
+            found, dropped = completions.choose(limits, data, "test", params.eval_prompts, tokenizer, with_reference)
+            completions.tell_dropped(dropped, len(found), limits, "test", context)
     if not found:
         raise DataError("prompts/test has no row; accepted: at least one. Add prompts, or raise data.test_share.")
     for prompt in found if params.judge == "slots" else ():

@@ -89,7 +89,7 @@ def evaluate(
 def measure(params: Params, inputs: dict[str, Path], context: StageContext, model: Path, evaluation: Path) -> None:
     """Ask another policy, such as today's champion, what `evaluate` asks, and write its columns of gold."""
     sft = inputs["sft"] / "model"
-    prompts = held_out(params, inputs["data"], language_models.load_tokenizer(str(sft)), context.stage)
+    prompts = held_out(params, inputs["data"], language_models.load_tokenizer(str(sft)), context)
     asked = ((model, "the champion"), (sft, "the SFT model"))
     judged = golds(params.judge, prompts, *(ask(params, prompts, place, what, context) for place, what in asked))
     reading.write_evaluation(evaluation, _names(prompts) | _gold_columns(judged, len(prompts)))

@@ -14,7 +14,10 @@ from pipelines.core.params.ppo import PpoParams
 
 if TYPE_CHECKING:
     from pipelines.core.actors import Actors
+    from pipelines.core.checkpoint import Checkpoints
     from pipelines.core.episodes import Rollout
+    from pipelines.core.phases import Phases
+    from pipelines.core.ppo_step import Learner
     from pipelines.core.reward_functions import Reward
 
 PAPER_VALUE_LR, PAPER_VALUE_WIDTH = 9e-6, 4096  # appendix C.4: the 6B value model
@@ -38,8 +41,8 @@ class Task(NamedTuple):
     data: Path
 
 
-def prompts(params: PpoParams, data: Path, tokenizer: Any) -> list[Prompt]:
-    """Prompts to train on, as many as the run can use.
+def prompts(params: PpoParams, data: Path, tokenizer: Any, context: StageContext) -> list[Prompt]:
+    """Prompts to train on, as many as the run can use; how many were too long is said.
 
     Raises:
         ArtifactError: the data have no prompts.
@@ -47,7 +50,8 @@ def prompts(params: PpoParams, data: Path, tokenizer: Any) -> list[Prompt]:
     """
     limits = completions.Limits("ppo", params.seed, params.max_prompt_tokens, params.too_long)
     wanted = params.iterations * params.batch_prompts
-    found, _ = completions.choose(limits, data, "train", wanted, tokenizer, with_reference=False)
+    found, dropped = completions.choose(limits, data, "train", wanted, tokenizer, with_reference=False)
+    completions.tell_dropped(dropped, len(found), limits, "train", context)
     if not found:
         raise DataError("prompts/train has no prompt; one at least is needed: give data.sources table: prompts")
     return found
@@ -108,6 +112,17 @@ def text_scores(rewards: list[Reward], prompts: list[str], responses: list[str])
     from pipelines.core import reward_functions
 
     return reward_functions.score(rewards, prompts, responses, call=1).values
+
+
+def keep(
+    checkpoints: Checkpoints, done: int, learner: Learner, coefficient: float, phases: Phases, context: StageContext
+) -> None:
+    """Write the checkpoint after `done` iterations."""
+    from pipelines.core import training
+
+    state = {role: training.optimizer_state(getattr(learner, role)) for role in ("policy", "value")}
+    learned = {"trained": learner.actors.trained_state(), "iteration": done, "coefficient": coefficient}
+    checkpoints.save(done, {**state, **learned, "history": context.history, "spent": phases.spent})
 
 
 def kept(place: Path, root: Path) -> str:

@@ -1,21 +1,20 @@
-"""Moving aliases, which only promotions do: `champion` of one model by compare-and-set, and the best of several.
+"""Moving aliases, which only promotions do: `champion` of one model by compare-and-set.
 
 MLflow has no compare-and-set for aliases (the last writer wins), so a promotion happens under a lock and names
 the champion it means to replace (`pipelines.core.ledger`), in steps that the next one finishes or undoes after a
-crash (`pipelines.core.moves`). Models that belong together move together: `pipelines.core.release`.
+crash (`pipelines.core.moves`). Models that belong together move together: `pipelines.core.release`. The alias of the
+best of several follows: `pipelines.core.best`.
 """
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import moves, versions
+from pipelines.core import best, moves, policy, versions
 from pipelines.core.errors import GateError
 from pipelines.core.ledger import FileLedger, Ledger, Move, Promotion, State
 from pipelines.core.moves import FROM, PREVIOUS
-from pipelines.core.policy import ANY
 
 
 def promote(
@@ -96,45 +95,19 @@ def history(root: Path) -> list[tuple[State, Promotion]]:
 
 
 def point_best(root: Path, stage: str) -> str | None:
-    """Give the alias that `mlflow/registry.yaml` names under `best` to the best model of a stage that passed its gate.
+    """Point the alias that `mlflow/registry.yaml` names under `best` at the best of the stage's champions.
 
-    It is on one model at a time. Where none passed it stays where it is. It follows from the verdicts that are stored,
-    so doing it again changes nothing, and a crash in between is mended by the next call.
+    Every promotion and rollback does so (`pipelines.core.best`): what is left to do here is what the policy has
+    changed since.
 
     Returns what was done, in words; nothing where nothing was to do.
 
     Raises:
         StoreUnavailable: the store is away.
+        LedgerHeld: another promotion does not come to its end.
     """
-    from pipelines.core import lineage, verdicts
-
-    found = [one for one in verdicts.candidates(root, stage) if one.policy.best is not None]
-    if not found:
-        return None
-    metrics = lineage.read_metrics(root, found[0].spec)
-    passed: dict[str, tuple[float, str]] = {}
-    for one in found:
-        best, part = one.policy.best, Path(one.policy.model).name
-        assert best is not None
-        verdict = verdicts.stored(root, one.name)
-        allowed = not best.only or any(fnmatchcase(part, name) for name in best.only)
-        if allowed and verdict is not None and verdict.passed and verdict.content_hash == one.content:
-            passed[one.name] = (metrics[best.lowest.replace(ANY, part)], verdict.version)
-    if not passed:
-        return None
-    chosen = min(passed, key=lambda name: (passed[name][0], name))
-    best = found[0].policy.best
-    assert best is not None
-    with moves.desk(root, None) as desk:
-        return _point(desk.client, best.alias, chosen, passed[chosen][1], [one.name for one in found])
-
-
-def _point(client: Any, alias: str, chosen: str, version: str, family: list[str]) -> str | None:
-    """Move an alias to one model of a family; the new one first, so that there is always one that has it."""
-    holders = {name: versions.alias(client, name, alias) for name in family}
-    if holders[chosen] != version:
-        client.set_registered_model_alias(chosen, alias, version)
-    for name, held in holders.items():
-        if held is not None and name != chosen:
-            client.delete_registered_model_alias(name, alias)
-    return None if holders[chosen] == version else f"{chosen} {version} is {alias} now"
+    for name, found in policy.load(root).models.items():
+        if found.stage == stage and found.best is not None:
+            with moves.desk(root, None) as desk:
+                return best.point(desk.client, name, found.best)
+    return None

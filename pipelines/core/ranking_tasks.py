@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 from pipelines.core.comparisons import dense_ranks, ranks_of_scores
 from pipelines.core.errors import DataError
 from pipelines.core.faults import BadRow, shown
-from pipelines.core.fields import whole
+from pipelines.core.fields import filled, whole
 
 Format = Literal["jsonl", "label-studio", "argilla"]
 EMPTY = "(an empty answer)"  # annotation tools do not show, or refuse, an item without text
@@ -120,12 +120,13 @@ def read(text: str, tasks: Mapping[str, Task], name: str) -> list[Ranking]:
     first: dict[tuple[str, str], str] = {}
     for raw in _parse(text, name):
         labeler = "" if raw.labeler is None else str(raw.labeler).strip()
-        if raw.task not in tasks:
+        if not isinstance(raw.task, str) or raw.task not in tasks:
             strangers.append(f"{raw.where}: task {raw.task}")
             continue
         try:
             if not labeler:
                 raise BadRow("labeler", "none", "the name of who ranked")
+            filled(labeler, "labeler")
             if (raw.task, labeler) in first:
                 earlier = first[raw.task, labeler]
                 raise BadRow("labeler", f"a second ranking by {labeler}", f"one a task; the first is {earlier}")
@@ -197,8 +198,8 @@ def _parse(text: str, name: str) -> Iterator[_Raw]:
 
 
 def _lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`(where, record)` of JSON lines; blank ones are skipped."""
-    for number, line in enumerate(text.splitlines(), 1):
+    """`(where, record)` of JSON lines; blank ones are skipped. Only `\\n` ends a line: a text may hold U+2028."""
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{name}, line {number}"
             try:

@@ -137,7 +137,7 @@ def _json(file: IO[bytes], path: Path) -> Iterator[Raw]:
 
 
 def _csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Raw]:
-    """Rows under a header line. Quoted cells may hold line ends."""
+    """Rows under a header line. Quoted cells may hold line ends; blank lines are skipped."""
     faults: list[BadRow] = []
 
     def lines() -> Iterator[str]:
@@ -151,7 +151,12 @@ def _csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Raw]:
     limit = csv.field_size_limit(LARGEST_CELL)
     try:
         reader = csv.reader(lines(), delimiter=delimiter, strict=True)
-        header = next(reader, [])
+        try:
+            header = next(reader, [])
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, row 1: found a header that is broken CSV: {error}; accepted: quoted cells as in RFC 4180"
+            ) from None
         if len(set(header)) < len(header) or faults:
             raise DataError(f"{path}, row 1: the header {shown(header)} must be UTF-8 with distinct column names")
         while True:
@@ -166,6 +171,8 @@ def _csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Raw]:
             if faults:
                 yield row, faults[0]
                 faults.clear()
+            elif not cells:
+                continue
             elif len(cells) != len(header):
                 raw = delimiter.join(cells)
                 yield row, BadRow("(row)", f"{len(cells)} cells", f"{len(header)} cells, as in the header", raw)

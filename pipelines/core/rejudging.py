@@ -66,12 +66,12 @@ def rows(
             folder = place / str(number)
             folder.mkdir(parents=True)
             if same:
-                made.append(_kept(root, one, EVALUATION, folder))
+                made.append(verdicts.copied(root, one, EVALUATION, folder))
             elif measure is None:
                 raise NotMeasurable
             else:
                 made.append(folder / EVALUATION)
-                measure(_kept(root, one, Path(found.model).name, folder), made[-1])
+                measure(verdicts.copied(root, one, Path(found.model).name, folder), made[-1])
     except NotMeasurable:
         told = " and ".join(map(references.shown, entries))
         raise GateError(
@@ -101,7 +101,7 @@ def _ask_kept(root: Path, client: Any, entry: Any, found: ModelPolicy, measure: 
                     entries = (entry, moves.fetch(client, entry.name, str(champion)))
                     pair = rows(root, entries, found, measure, place / "pair")
                 if not against and own is None:
-                    own = _kept(root, entry, EVALUATION, place / "own")
+                    own = verdicts.copied(root, entry, EVALUATION, place / "own")
                 evaluation = pair[0] if against and pair else own
                 baselines = {policy.CHAMPION: _champion(entry, champion, pair[1] if against and pair else None)}
             one = found.model_copy(update={"gate": [rule]})
@@ -128,19 +128,3 @@ def _keep(client: Any, entry: Any, verdict: Verdict, found: ModelPolicy) -> Verd
     outcome = "passed" if verdict.passed else "failed"
     client.set_model_version_tag(entry.name, str(entry.version), versions.GATE, outcome)
     return verdict
-
-
-def _kept(root: Path, entry: Any, part: str, place: Path) -> Path:
-    """A copy of a part of a registered version: its rows, or the directory of its model."""
-    import mlflow
-
-    place.mkdir(parents=True, exist_ok=True)
-    uri = f"models:/{entry.name}/{entry.version}/artifacts/{part}"
-    try:
-        copied = mlflow.artifacts.download_artifacts(uri, dst_path=str(place), tracking_uri=store.address(root))
-    except (mlflow.exceptions.MlflowException, OSError) as error:
-        if "API request to" in str(error):  # the store is away, which `store.answering` tells
-            raise
-        first = store.without_login(str(error)).splitlines()[0][:200]
-        raise GateError(f"{references.shown(entry)} has no {part} in the store: {first}") from None
-    return Path(copied)

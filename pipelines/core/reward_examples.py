@@ -106,7 +106,7 @@ def demonstrations(params: RewardParams, data: Path, tokenizer: Any) -> list[Seq
 
     Raises:
         ArtifactError: the data have none.
-        DataError: fewer than two fit `max_length`.
+        DataError: fewer than two fit `max_length`; one is no chat for the template.
     """
     from pipelines.core import k_way
 
@@ -114,7 +114,12 @@ def demonstrations(params: RewardParams, data: Path, tokenizer: Any) -> list[Seq
     chosen = heapq.nsmallest(params.calibration_demonstrations, rows, key=lambda row: (_hash(row["id"]), row["id"]))
     if not chosen:
         raise ArtifactError("the data have no demonstrations, whose mean reward is to become 0")
-    found = [k_way.encode(tokenizer, row["messages"][:-1], [row["messages"][-1]["content"]]) for row in chosen]
+    found = []
+    for row in chosen:
+        try:
+            found.append(k_way.encode(tokenizer, row["messages"][:-1], [row["messages"][-1]["content"]]))
+        except DataError as error:
+            raise DataError(f"demonstrations/train, id {row['id']}: {error}") from None
     fitting = [one for one in found if k_way.longest(one) <= params.max_length]
     if len(fitting) < 2:
         raise DataError(

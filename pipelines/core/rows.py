@@ -80,13 +80,14 @@ def _demonstration(fields: Fields) -> list[dict[str, str]]:
     if fields.has("messages"):
         column = fields.column("messages")
         messages = conversation(fields.items("messages"), column)
-        roles = [message["role"] for message in messages]
-        if roles[-1] != "assistant" or "user" not in roles:
-            raise BadRow(column, f"the roles {', '.join(roles)}", "a user's message and, last, the assistant's")
+        if messages[-1]["role"] != "assistant" or not _user_begins(messages):
+            raise BadRow(column, _roles(messages), "a user's message first (but for system) and, last, the assistant's")
         return messages
     prompt, completion = fields.value("prompt"), fields.value("completion")
     if isinstance(prompt, list):
         turns = conversation(prompt, fields.column("prompt"))
+        if not _user_begins(turns):
+            raise BadRow(fields.column("prompt"), _roles(turns), "a user's message first (but for system)")
     else:
         turns = [{"role": "user", "content": fields.text("prompt")}]
     if isinstance(completion, list):
@@ -95,6 +96,15 @@ def _demonstration(fields: Fields) -> list[dict[str, str]]:
             raise BadRow(fields.column("completion"), shown(completion), "one message of the assistant")
         return [*turns, *answer]
     return [*turns, {"role": "assistant", "content": fields.text("completion")}]
+
+
+def _user_begins(messages: list[dict[str, str]]) -> bool:
+    """Whether the user speaks before the assistant: an answer must answer something."""
+    return next((message["role"] for message in messages if message["role"] != "system"), None) == "user"
+
+
+def _roles(messages: list[dict[str, str]]) -> str:
+    return f"the roles {', '.join(message['role'] for message in messages)}"
 
 
 def _query(fields: Fields) -> Row:

@@ -184,8 +184,8 @@ def _check_files(root: Path, spec: graph.StageSpec, every: whole.Params) -> None
     if spec.name == "data":
         named["data.sources"] = sources.local_paths(every.data, root)
     if spec.name == "feedback":  # rankings need not be there yet: the stage writes what is to be ranked
-        rankings = every.feedback.rankings
-        named["feedback.rankings"] = [root / rankings] if rankings and (root / rankings).exists() else []
+        rankings = every.feedback.rankings_in(root)
+        named["feedback.rankings"] = [rankings] if rankings and rankings.exists() else []
     if spec.name == "ppo":
         named["ppo.rewards"] = reward_functions.local_paths(every.ppo.rewards, root)
     if spec.name in whole.NAME_MODELS:

@@ -5,6 +5,10 @@ mean when there is none. Whole examples are drawn with replacement, or whole clu
 examples of one group are not independent. Percentile method, Efron & Tibshirani, *An Introduction to the
 Bootstrap* (1993), chapter 13; pairing as in Koehn, *Statistical Significance Tests for Machine Translation
 Evaluation* (EMNLP 2004).
+
+Of fewer than `MIN_GROUPS` clusters no interval can be drawn. A score then has the range of its examples, which holds
+whatever their mean may be, and a difference the largest one of an example in either direction, which holds zero: both
+are finite, as metrics have to be, and no difference is shown.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 LEVEL = 0.95
 BUDGET = 4_000_000  # drawn indices held at once: 32 MB
+MIN_GROUPS = 5  # of fewer, percentile intervals cover far less than 95 %: of one nothing, of two the two themselves
 
 
 class Interval(NamedTuple):
@@ -36,7 +41,7 @@ def bootstrap(
     seed: int = 0,
     group: Sequence[Any] | None = None,
 ) -> Interval:
-    """Interval of sum(values) / sum(weight), or of the mean without a weight.
+    """Interval of sum(values) / sum(weight), or of the mean without a weight; of few clusters see the module.
 
     Args:
         values: shape (examples,).
@@ -47,6 +52,9 @@ def bootstrap(
         ValueError: no example, shapes that differ, a value that is not finite, a weight that is not positive.
     """
     values, weight = _checked(values, weight)
+    if clusters(values.size, group) < MIN_GROUPS:
+        estimate, each = float(values.sum() / weight.sum()), values / weight
+        return Interval(estimate, min(estimate, float(each.min())), max(estimate, float(each.max())))
     return _interval(values, weight, resamples, seed, group)
 
 
@@ -65,7 +73,16 @@ def paired_bootstrap(
     candidate, weight = _checked(candidate, weight)
     baseline, _ = _checked(baseline, weight)
     # With one weight for both, the difference of the ratios is the ratio of the differences.
-    return _interval(candidate - baseline, weight, resamples, seed, group)
+    difference = candidate - baseline
+    if clusters(difference.size, group) < MIN_GROUPS:
+        estimate, largest = float(difference.sum() / weight.sum()), float(np.abs(difference / weight).max())
+        return Interval(estimate, min(estimate, -largest), max(estimate, largest))
+    return _interval(difference, weight, resamples, seed, group)
+
+
+def clusters(examples: int, group: Sequence[Any] | None) -> int:
+    """How many things are drawn: clusters, or as many as there are examples where these have none."""
+    return examples if group is None else len(set(group))
 
 
 def _checked(values: Array, weight: Array | None) -> tuple[Array, Array]:

@@ -142,13 +142,13 @@ def answering(root: Path) -> Iterator[None]:
         yield
     except (RequestException, OperationalError) as error:
         status = getattr(getattr(error, "response", None), "status_code", 0)
-        raise unavailable(root, _first_line(error), status) from error
+        raise unavailable(root, _first_line(error), status) from None  # its text may hold a log-in, and is logged
     except MlflowException as error:
         status = getattr(error, "get_http_status_code", lambda: 0)()
         text = str(error)
         if not ("API request to" in text or status in (*AWAY, *REFUSED) or "OperationalError" in text):
             raise
-        raise unavailable(root, _first_line(error), status) from error
+        raise unavailable(root, _first_line(error), status) from None
 
 
 def unavailable(root: Path, why: str, status: int = 0) -> StoreUnavailable:

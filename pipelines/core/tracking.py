@@ -79,14 +79,18 @@ class Spool:
         return state
 
     def events(self, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-        """Whole events from a byte offset on, each with the offset behind it. A torn last line is not one."""
+        """Whole events from a byte offset on, each with the offset behind it. A torn line is not one."""
         with (self.place / "events.jsonl").open("rb") as file:
             file.seek(offset)
             for line in file:
                 if not line.endswith(b"\n"):
                     return
                 offset += len(line)
-                yield json.loads(line), offset
+                try:
+                    event = json.loads(line)
+                except ValueError:  # what was appended to half a line, or what a machine that went off left
+                    continue
+                yield event, offset
 
     def last(self, kind: str) -> dict[str, Any] | None:
         """The newest event of a kind."""
@@ -110,7 +114,7 @@ class Spool:
         """Whether the store in use has everything, the end of the run included."""
         state = self.state()
         here = state.get("store") == store.place(self.root) and state.get("ended") is True
-        return here and state["offset"] == (self.place / "events.jsonl").stat().st_size
+        return here and next(self.events(state["offset"]), None) is None
 
 
 class Recorder:
@@ -127,6 +131,7 @@ class Recorder:
         with store.locked(root, "spool"):
             self.spool = _open(root, stage, fingerprint)
             self._seen = {e["step"] for e, _ in self.spool.events() if e["event"] == "metrics"}
+            self._end = (self.spool.place / "events.jsonl").stat().st_size
             self._append("start", pid=os.getpid(), born=psutil.Process().create_time())
             self._flush()
         if courier:
@@ -160,16 +165,20 @@ class Recorder:
         self._buffer.append(json.dumps({"event": event, "time": int(time.time() * 1000), **body}) + "\n")
 
     def _flush(self) -> None:
-        with (self.spool.place / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write("".join(self._buffer))
+        lines = "".join(self._buffer).encode()
+        with (self.spool.place / "events.jsonl").open("ab") as file:
+            file.truncate(self._end)  # a write that failed, on a full disk, may have left a part of these lines
+            file.write(lines)
+        self._end += len(lines)
         self._buffer.clear()
         self._flushed = time.monotonic()
 
 
 def spools(root: Path) -> list[Spool]:
-    """Every spool, oldest first."""
-    places = [path for path in (root / STATE / "spool").glob("*") if (path / "events.jsonl").exists()]
-    return [Spool(place) for place in sorted(places, key=lambda p: ((p / "key").stat().st_mtime_ns, p.name))]
+    """Every spool with an event, oldest first."""
+    found = [Spool(path) for path in (root / STATE / "spool").glob("*") if (path / "events.jsonl").exists()]
+    begun = [spool for spool in found if next(spool.events(), None) is not None]
+    return sorted(begun, key=lambda spool: ((spool.place / "key").stat().st_mtime_ns, spool.place.name))
 
 
 def backlog(root: Path) -> list[str]:

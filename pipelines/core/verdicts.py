@@ -7,6 +7,7 @@ rows (the held-out data changed) is measured again on today's, once, and the row
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 import time
@@ -16,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import artifacts, gates, graph, lineage, policy, store, versions
+from pipelines.core import artifacts, gates, graph, lineage, policy, references, store, versions
 from pipelines.core.environment import STATE
 from pipelines.core.errors import GateError
 from pipelines.core.gates import Verdict
@@ -151,7 +152,10 @@ def judge(candidate: Candidate, client: Any, entry: Any, measure: Measure | None
 def _champion(
     candidate: Candidate, client: Any, entry: Any, champion: str | None, measure: Measure | None
 ) -> gates.Baseline:
-    """The champion's rows on the candidate's examples; measured now when it only has rows of other examples."""
+    """The champion's rows on the candidate's examples; measured now when it only has rows of other examples.
+
+    They are kept by its content too, as another store has another model under the same number.
+    """
     if champion is None:
         return gates.NO_CHAMPION
     if champion == str(entry.version):
@@ -161,22 +165,22 @@ def _champion(
     name = f"champion v{champion}"
     scores = policy.declared_scores(candidate.stage)
     today = gates.rows_hash(candidate.evaluation, candidate.policy, scores)
-    kept = candidate.root / STATE / "registry" / "measured" / f"{candidate.name}-{champion}-{today[:16]}.parquet"
+    theirs = client.get_model_version(candidate.name, champion)
+    kept = candidate.root / STATE / "registry" / "measured" / f"{file_name(theirs)}-{today[:16]}.parquet"
     if kept.exists():
         return gates.Baseline(name, kept)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    source = f"models:/{candidate.name}/{champion}/artifacts"
-    tags = client.get_model_version(candidate.name, champion).tags
     with tempfile.TemporaryDirectory(dir=kept.parent) as temporary:
         draft = Path(temporary) / EVALUATION
-        if tags.get(versions.ROWS) == today:
-            _download(candidate.root, f"{source}/{EVALUATION}", Path(temporary) / "had").replace(draft)
+        had = Path(temporary) / "had"
+        if theirs.tags.get(versions.ROWS) == today:
+            _of_champion(candidate.root, theirs, EVALUATION, had).replace(draft)
         elif measure is None:
             return gates.Baseline(name, None, NOT_MEASURED)
         else:
-            folder = Path(candidate.policy.model).name
+            folder = _of_champion(candidate.root, theirs, Path(candidate.policy.model).name, had)
             try:
-                measure(_download(candidate.root, f"{source}/{folder}", Path(temporary) / "had"), draft)
+                measure(folder, draft)
             except NotMeasurable:
                 return gates.Baseline(name, None, NOT_MEASURED)
         if gates.rows_hash(draft, candidate.policy, scores) != today:
@@ -185,9 +189,42 @@ def _champion(
     return gates.Baseline(name, kept)
 
 
-def _download(root: Path, uri: str, place: Path) -> Path:
-    """A copy of a part of a registered model."""
-    import mlflow
+def file_name(entry: Any) -> str:
+    """What files about a version are named after, in whatever store it is; one that no stage made has no content."""
+    return f"{entry.name}-{entry.version}-{entry.tags.get(lineage.CONTENT, str(entry.creation_timestamp))[:16]}"
 
-    place.mkdir(parents=True)
-    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(place), tracking_uri=store.address(root)))
+
+def _of_champion(root: Path, entry: Any, part: str, place: Path) -> Path:
+    """See `copied`; the error says how to come by a champion that can be compared with."""
+    try:
+        return copied(root, entry, part, place)
+    except GateError as error:
+        raise GateError(
+            f"{error}\nIt is the champion, which the gate compares with. Go back to the one before it "
+            f"(`sluice rollback {entry.name} --why ...`), or to a version that passed against it "
+            f"(`sluice promote {entry.name} VERSION --why ...`)."
+        ) from None
+
+
+def copied(root: Path, entry: Any, part: str, place: Path) -> Path:
+    """A copy, below `place`, of a part of a registered version: its rows, or the directory of its model.
+
+    Raises:
+        GateError: the store has it no more.
+    """
+    import mlflow
+    from requests import RequestException
+
+    place.mkdir(parents=True, exist_ok=True)
+    uri = f"models:/{entry.name}/{entry.version}/artifacts/{part}"
+    try:
+        found = mlflow.artifacts.download_artifacts(uri, dst_path=str(place), tracking_uri=store.address(root))
+    except (mlflow.exceptions.MlflowException, OSError) as error:
+        # The store is away, which `store.answering` tells, or it is this disk that fails
+        away = isinstance(error, RequestException) and getattr(error.response, "status_code", 0) != 404
+        here = getattr(error, "errno", None) not in (None, errno.ENOENT)
+        if away or here or "API request to" in str(error):
+            raise
+        last = (store.without_login(str(error)).splitlines() or [type(error).__name__])[-1][:200]  # what, not where
+        raise GateError(f"{references.shown(entry)} has no {part} in the store: {last}") from None
+    return Path(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -28,6 +29,10 @@ class FeedbackParams(Section):
     too_long: Literal["refuse", "drop"]
     temperature: float = Field(gt=0.0, le=2.0)
     samples: int = Field(ge=0, le=32)
+
+    def rankings_in(self, root: Path) -> Path | None:
+        """Where people's rankings are, or will be; a relative path starts from `root`."""
+        return root / Path(self.rankings).expanduser() if self.rankings else None
 
     @model_validator(mode="after")
     def _labeler_has_what_it_needs(self) -> FeedbackParams:

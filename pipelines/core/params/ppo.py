@@ -33,8 +33,8 @@ class PpoParams(Tuning):
         ("optimizer", "adamw8bit"): "ppo has two optimizers in full precision; accepted: adamw",
         **{
             ("lora_init", init): "the reference is the same backbone without adapters, and this would take directions "
-            "out of it; accepted: default, gaussian, orthogonal"
-            for init in MOVES_BASE
+            "out of it; accepted: default, gaussian"
+            for init in (*MOVES_BASE, "orthogonal")
         },
     }
 

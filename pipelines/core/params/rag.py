@@ -17,7 +17,7 @@ class RagParams(Section):
     chunk_tokens: int = Field(ge=16, description="of the embedder's tokenizer")
     chunk_overlap: Share = Field(description="of a chunk that the next one repeats")
     embedded_chunks: int | None = Field(
-        ge=1, description="chunks of a document, from its beginning, that get vectors; null: all. BM25 reads all"
+        ge=1, description="chunks of a document, after its signature, that get vectors; null: all. BM25 reads all"
     )
     exact_chunks: int = Field(ge=1, description="with more vectors than this an approximate index is searched")
     fusion_k: float = Field(gt=0.0, description="constant of reciprocal rank fusion")
