@@ -270,14 +270,16 @@ def test_tax_is_the_difference_in_bits_per_byte(place: Path, tmp_path: Path, con
 
 
 def test_what_pre_training_gradients_repair() -> None:
-    scores = {"bits_sft": [100.0, 50.0], "bits": [110.0, 50.0], "bits_without_ptx": [130.0, 65.0]}
-    metrics = alignment_tax.metrics(scores, [20, 10], ["a", "b"])
+    scores = {"bits_sft": [100.0, 50.0] * 5, "bits": [110.0, 50.0] * 5, "bits_without_ptx": [130.0, 65.0] * 5}
+    metrics = alignment_tax.metrics(scores, [20, 10] * 5, list("abcdefghij"))
     assert metrics["alignment_tax_bits"] == pytest.approx(10 / 30)
     assert metrics["alignment_tax_bits_without_ptx"] == pytest.approx(45 / 30)
-    assert metrics["ptx_repairs"] == pytest.approx(35 / 30) and metrics["ptx_repairs_low"] == pytest.approx(1.0)
-    assert metrics["ptx_repairs_high"] == pytest.approx(1.5)
-    one = alignment_tax.metrics(scores, [20, 10], ["a", "a"])
-    assert one["ptx_repairs_low"] == one["ptx_repairs_high"], "texts of one group are drawn together"
+    assert metrics["ptx_repairs"] == pytest.approx(35 / 30)
+    assert 1.0 <= metrics["ptx_repairs_low"] < 35 / 30 < metrics["ptx_repairs_high"] <= 1.5
+    pairs = alignment_tax.metrics(scores, [20, 10] * 5, list("aabbccddee"))
+    assert pairs["ptx_repairs_low"] == pairs["ptx_repairs_high"], "texts of one group are drawn together"
+    few = alignment_tax.metrics(scores, [20, 10] * 5, ["a"] * 10)
+    assert few["ptx_repairs_low"] == pytest.approx(-1.5), "one group shows nothing, and its gate does not pass"
 
 
 def test_pages() -> None:
@@ -289,7 +291,7 @@ def test_pages() -> None:
     page = policy_card.card("llama", "Trained.", metrics)
     assert page.startswith("---\nlibrary_name") and "1.5 million parameters. Trained." in page
     assert "50.0% of the pairs (25.0% to 75.0%)" in page and "which does not reach it" in page
-    assert "+0.0850 (+0.0800 to +0.0900)." in page and "without pre-training" not in page
+    assert "+0.0850 (-0.0900 to +0.0900)." in page and "without pre-training" not in page
     plain = {key.replace("tax_bits", "tax_bits_without_ptx"): 2 * value for key, value in tax.items()}
     assert "without pre-training gradients +0.1700" in policy_card.card("llama", "", metrics | plain)
     bare = {key: value for key, value in metrics.items() if "gold" not in key and "best_of_n" not in key}

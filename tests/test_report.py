@@ -33,8 +33,12 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
     (place / "history.csv").write_text("step,loss,lr\n1,3.0,0.1\n2,2.0,0.05\n")
     (place / "samples.md").write_text(f"# Samples\n\n**Prompt:** {HOSTILE}\n\n- *after:* {HOSTILE}\n")
     (place / "model/README.md").write_text(f"---\nlicense: x\n---\n\n# Card\n\n{HOSTILE}\n")
-    rows = {"id": ["a", "b", "c"], "group": ["a", "b", "c"], "bytes": [100, 100, 100]}
-    bits = {"bits": [90.0, 100.0, 110.0], "bits_before": [110.0, 121.0, 130.0], "bits_classical": [250.0, 240.0, 260.0]}
+    rows = {"id": list("abcde"), "group": list("abcde"), "bytes": [100] * 5}
+    bits = {
+        "bits": [90.0, 95.0, 100.0, 105.0, 110.0],
+        "bits_before": [110.0, 114.0, 121.0, 126.0, 130.0],
+        "bits_classical": [250.0, 240.0, 260.0, 245.0, 255.0],
+    }
     pq.write_table(pa.table(rows | bits), place / "evaluation.parquet")
     (tmp_path / "pretrain.json").write_text(json.dumps(METRICS))
     registry = Path(__file__).parents[1] / "mlflow/registry.yaml"
