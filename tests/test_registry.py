@@ -378,6 +378,17 @@ def test_several_models_of_a_stage_are_registered_one_by_one(repository):
     assert client.get_model_version("sluice-of-second", "2").description == "another"
 
 
+def test_models_of_one_content_are_kept_apart(repository):
+    """Two models that are equal to the byte: neither is taken for what is left of the other."""
+    root, model = repository
+    several(root, model, first=1.0, second=1.0)
+    made = registry.settle(root, "pretrain")
+    assert [(found.name, found.version) for found in made] == [("sluice-of-first", "1"), ("sluice-of-second", "1")]
+    client, _ = store.connect(root)
+    places = {client.get_model_version_download_uri(one.name, one.version).removeprefix("file://") for one in made}
+    assert len(places) == 2 and all((Path(place) / "MLmodel").exists() for place in places)
+
+
 def test_a_star_in_one_of_name_and_directory_is_refused(repository):
     root, _ = repository
     declared = yaml.safe_load((root / "mlflow/registry.yaml").read_text())

@@ -1,7 +1,7 @@
 """One registered version for one content, whatever is killed in between.
 
 A version is made in three steps that MLflow does not join: log the model's files, create the version, forget
-the intent. The intent (`.sluice/registry/intents/<content hash>.json`) is written first and holds everything
+the intent. The intent (`.sluice/registry/intents/<model>-<content hash>.json`) is written first and holds everything
 the later steps need, so whoever comes next finishes them: a version is searched by its content hash before it
 is made, its tags are part of its creation, a logged model that is whole is used, and half of one is removed.
 All of it runs under the lock `registry`, held by the caller.
@@ -53,7 +53,7 @@ def find(client: Any, model: str, content_hash: str) -> Any | None:
 
 def ensure(root: Path, client: Any, experiment: str, intent: Intent) -> Any:
     """The one version of this content, made if it is not there."""
-    artifacts.write_json(_journal(root, intent.content_hash), asdict(intent))
+    artifacts.write_json(_journal(root, f"{intent.model}-{intent.content_hash}"), asdict(intent))
     entry = _complete(root, client, experiment, intent)
     if entry is None:
         raise RuntimeError(f"{intent.output} changed while it was registered")
@@ -66,6 +66,7 @@ def recover(root: Path, client: Any, experiment: str) -> None:
         intent = Intent(**json.loads(path.read_text(encoding="utf-8")))
         if store.without_login(intent.store) == store.place(root):
             _complete(root, client, experiment, intent)
+            path.unlink(missing_ok=True)
 
 
 def alias(client: Any, model: str, name: str) -> str | None:
@@ -92,16 +93,18 @@ def _complete(root: Path, client: Any, experiment: str, intent: Intent) -> Any |
         model_id = _logged(root, client, experiment, intent) or _log(client, experiment, intent)
         if model_id is not None:
             entry = _create(client, model_id, intent)
-    _journal(root, intent.content_hash).unlink(missing_ok=True)
+    _journal(root, f"{intent.model}-{intent.content_hash}").unlink(missing_ok=True)
     return entry
 
 
 def _logged(root: Path, client: Any, experiment: str, intent: Intent) -> str | None:
-    """A logged model of this content that is whole; halves are swept."""
+    """A logged model of this name and content that is whole; halves are swept."""
     whole = None
     query = f"tags.`{CONTENT}` = '{intent.content_hash}'"
     for logged in client.search_logged_models([experiment], filter_string=query):
-        if str(logged.status).endswith("READY") and logged.name == intent.model:
+        if logged.name != intent.model:  # another stage has made the same
+            continue
+        if str(logged.status).endswith("READY"):
             whole = str(logged.model_id)
             continue
         client.delete_logged_model(logged.model_id)
@@ -166,5 +169,5 @@ def _create(client: Any, model_id: str, intent: Intent) -> Any:
     )
 
 
-def _journal(root: Path, content_hash: str) -> Path:
-    return root / STATE / "registry" / "intents" / f"{content_hash}.json"
+def _journal(root: Path, name: str) -> Path:
+    return root / STATE / "registry" / "intents" / f"{name}.json"
