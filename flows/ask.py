@@ -42,8 +42,10 @@ def ask(root: Path, here: Path, question: str, options: Options, console: Consol
     assistant, loaded = answering.assistant, time.perf_counter() - began
     sampling = _sampling(options, options.max_new_tokens or assistant.settings.max_new_tokens)
     live = console.is_terminal and not options.json
+    pieces: list[str] = []
 
     def say(piece: str) -> None:
+        pieces.append(piece)
         print(assistants.clean(piece), end="", flush=True, file=console.file)
 
     try:
@@ -60,7 +62,10 @@ def ask(root: Path, here: Path, question: str, options: Options, console: Consol
         json.dump(told, console.file, ensure_ascii=False, indent=2)
         print(file=console.file)
         return
-    lines = ["" if live else assistants.clean(reply.text), "", *assistants.source_lines(reply)]
+    lines = ["" if live else assistants.clean(reply.text), ""]
+    if live and (again := assistants.numbered(reply, "".join(pieces))):
+        lines += [*again, ""]
+    lines += assistants.source_lines(reply)
     lines += [""] * bool(reply.sources) + [f"{answering.name}: {times(seconds)}"]
     console.print(*lines, sep="\n", markup=False, highlight=False, soft_wrap=True)
 

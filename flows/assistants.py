@@ -156,6 +156,15 @@ def source_lines(reply: Any) -> list[str]:
     return lines
 
 
+def numbered(reply: Any, streamed: str) -> list[str]:
+    """The text of a reply under a heading, where numbers came or went after it was streamed; else nothing."""
+    if streamed.strip() == reply.text:
+        return []
+    cited = any(source.cited for source in reply.sources)
+    heading = "With the numbers of its sources:" if cited else "Without numbers that name no source:"
+    return [heading, clean(reply.text)]
+
+
 def _named(root: Path, here: Path, name: str) -> tuple[Path, str]:
     """The folder of a directory or of a registered version, and what to call it."""
     if (here / name).is_dir():

@@ -113,8 +113,10 @@ class Chat:
         self.reply = reply
         # Numbers of sources mean nothing in the next prompt.
         self.history += [said, {"role": "assistant", "content": citing.unmarked(reply.text)}]
-        shown = "" if self.console.is_terminal else assistants.clean(reply.text)
-        self.tell("\n".join([shown, *assistants.source_lines(reply), times(reply.seconds), ""]))
+        shown = [assistants.clean(reply.text)]
+        if self.console.is_terminal:
+            shown = ["", *assistants.numbered(reply, "".join(pieces))]
+        self.tell("\n".join([*shown, *assistants.source_lines(reply), times(reply.seconds), ""]))
 
     def fit(self, question: str) -> None:
         """Leave out the oldest turns until question, passages and answer fit the context behind the others."""
@@ -138,7 +140,12 @@ class Chat:
     def sources(self) -> None:
         """Print the passages behind the last answer."""
         if self.reply is None or not self.reply.sources:
-            self.tell("There are no sources: " + ("nothing was looked up." if self.reply else "no answer yet."))
+            why = "nothing was looked up."
+            if self.reply is None:
+                why = "no answer yet."
+            elif self.answering.looks_up:
+                why = "the question was looked up, and nothing relevant was found."
+            self.tell(f"There are no sources: {why}")
             return
         for source, line in zip(self.reply.sources, assistants.source_lines(self.reply), strict=False):
             quoted = "\n".join(f"    {text}" for text in assistants.clean(source.text).splitlines())

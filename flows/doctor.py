@@ -133,6 +133,7 @@ def _writable(root: Path) -> Iterator[Finding]:
 
 
 def _stores(root: Path) -> Iterator[Finding]:
+    from flows import server
     from pipelines.core import store
     from pipelines.core.errors import StoreUnavailable
 
@@ -145,7 +146,15 @@ def _stores(root: Path) -> Iterator[Finding]:
         yield Finding("fail", "mlflow", str(error), "start the server, log in, or unset MLFLOW_TRACKING_URI")
     else:
         yield Finding("ok", "mlflow", store.place(root))
-    yield Finding("ok", "prefect", os.environ.get("PREFECT_API_URL", "a server of our own for each run"))
+    if (named := os.environ.get("PREFECT_API_URL")) is None:
+        yield Finding("ok", "prefect", "a server of our own for each run")
+        return
+    try:
+        server.require(named)
+    except StoreUnavailable as error:
+        yield Finding("fail", "prefect", str(error), "start the server, log in, or unset PREFECT_API_URL")
+    else:
+        yield Finding("ok", "prefect", store.without_login(named))
 
 
 def _tools(root: Path) -> Iterator[Finding]:

@@ -13,18 +13,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from flows import news, workspace
-from flows.isolated import run_name, work
+from flows.isolated import may_retry, run_name, work
+from flows.workspace import Workspace
 from pipelines.core.environment import STATE
 
 COLUMNS = ("about", "before", "now", "size", "allowed", "p", "drifted")
 
 
-@flow(name="evaluate", retries=1, retry_delay_seconds=600)
+@flow(name="evaluate")
 def evaluate(root: str = ".", revision: str = "HEAD", hours: float = 2.0) -> list[str]:
     """Measure champions and data of a commit against what was accepted. Returns what has drifted, in words.
 
@@ -36,13 +38,19 @@ def evaluate(root: str = ".", revision: str = "HEAD", hours: float = 2.0) -> lis
     name = run_name(str(flow_run.name), str(flow_run.id))
     with workspace.opened(Path(root).resolve(), name, revision) as place:
         answers = place.place / STATE / "evaluate.json"
-        work(place, [sys.executable, "-m", "flows.remeasure", str(answers)], hours)
+        _measure(place, answers, hours)
         found = json.loads(answers.read_text(encoding="utf-8"))
     create_markdown_artifact(page(found), key="drift", description=f"champions and data at {place.base[:12]}")
     drifted = [row for row in found["rows"] if row["drifted"]]
     for row in drifted:
         news.tell("drift", row["about"].split()[0], told(row))
     return [told(row) for row in drifted]
+
+
+@task(name="measure", cache_policy=NO_CACHE, retries=1, retry_delay_seconds=600, retry_condition_fn=may_retry)
+def _measure(place: Workspace, answers: Path, hours: float) -> None:
+    """`flows.remeasure` in the worktree, with the worktree's own code."""
+    work(place, [sys.executable, "-m", "flows.remeasure", str(answers)], hours)
 
 
 def told(row: dict[str, Any]) -> str:

@@ -143,18 +143,19 @@ def _metrics_at(place: Workspace, path: Path) -> dict[str, float]:
     return found
 
 
-def _may_retry(task: Any, run: Any, state: Any) -> bool:
+def may_retry(task: Any, run: Any, state: Any) -> bool:
+    """Whether a task that failed is tried again: Prefect's `retry_condition_fn`."""
     return failures.worth_retrying(state.result(raise_on_failure=False))
 
 
-@task(name="stages", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=RETRY_SECONDS, retry_condition_fn=_may_retry)
+@task(name="stages", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=RETRY_SECONDS, retry_condition_fn=may_retry)
 def _stages(place: Workspace, wanted: list[str], only: bool, hours: float) -> None:
     """`sluice run` in the worktree, with the worktree's own code."""
     command = [sys.executable, "-m", "flows.cli", "run", "--plain", *(["--only"] if only else []), *wanted]
     work(place, command, hours)
 
 
-@task(name="push", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=RETRY_SECONDS, retry_condition_fn=_may_retry)
+@task(name="push", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=RETRY_SECONDS, retry_condition_fn=may_retry)
 def _push(place: Workspace) -> None:
     """Outputs to DVC's remote."""
     place.push()

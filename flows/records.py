@@ -14,6 +14,7 @@ from prefect.artifacts import (
 )
 
 from flows.outcome import cell
+from flows.server import PAGES
 from pipelines.core import store
 from pipelines.core.gates import Verdict
 
@@ -45,7 +46,7 @@ def verdict(judged: Verdict) -> None:
     )
     if judged.run_id:
         address = store.without_login(os.environ.get("MLFLOW_TRACKING_URI", ""))
-        pages = address.rstrip("/") if address.startswith("http") else MLFLOW_PAGES
+        pages = address.rstrip("/") if address.startswith("http") else os.environ.get(PAGES, MLFLOW_PAGES)
         create_link_artifact(
             f"{pages}/#/runs/{judged.run_id}",
             link_text=f"{judged.model} {judged.version} in MLflow",

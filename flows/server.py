@@ -6,6 +6,7 @@ supervisor, goes when the flow goes, and shows its pages meanwhile.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import socket
@@ -17,9 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flows.supervise import Crew, child_environment
+from pipelines.core import store
 from pipelines.core.environment import STATE
 from pipelines.core.errors import StoreUnavailable
 
+PAGES = "SLUICE_MLFLOW_PAGES"  # variable: where the pages of MLflow are, for links
+REQUIRE_SECONDS = 20.0  # a server that was killed is back within that time
 START_SECONDS = 240.0  # the first start creates the database: 15 s on two idle cores, minutes on busy ones
 
 
@@ -28,18 +32,22 @@ def prefect_api(root: Path) -> Iterator[None]:
     """Make sure that Prefect has an API to talk to while the block runs.
 
     Raises:
-        StoreUnavailable: our own server did not come up; the message names its log.
+        StoreUnavailable: our own server did not come up, and the message names its log; the one that is named does not
+            answer, or not to us.
     """
     # The console handler would print every failure as a traceback; people get one message from us instead.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from prefect.settings import get_current_settings
 
-    if get_current_settings().api.url:
+    if named := get_current_settings().api.url:
+        require(named)
         yield
         return
     from flows import servers
 
     if own := servers.state(root):  # of `make server`; a second server would share its database
+        require(own["prefect"])
+        os.environ.setdefault(PAGES, own["mlflow"])
         with _at(own["prefect"]):
             yield
         return
@@ -84,6 +92,39 @@ def _deliver() -> None:
 
     APILogWorker.drain_all(timeout=5)
     EventsWorker.drain_all(timeout=5)
+
+
+def require(api: str) -> None:
+    """See that an API answers, and to whoever is logged in here.
+
+    Raises:
+        StoreUnavailable: it does not.
+    """
+    from prefect.settings import get_current_settings
+
+    login = get_current_settings().api
+    question = urllib.request.Request(f"{api.rstrip('/')}/admin/version")  # noqa: S310
+    if login.auth_string is not None:
+        known = base64.b64encode(login.auth_string.get_secret_value().encode()).decode()
+        question.add_header("Authorization", f"Basic {known}")
+    elif login.key is not None:
+        question.add_header("Authorization", f"Bearer {login.key.get_secret_value()}")
+    deadline = time.monotonic() + REQUIRE_SECONDS
+    while True:
+        try:
+            with urllib.request.urlopen(question, timeout=REQUIRE_SECONDS):  # noqa: S310
+                return
+        except urllib.error.HTTPError as error:
+            told = f"answers with {error.code}"
+            if error.code in (401, 403):
+                told = "does not know this log-in: set PREFECT_API_AUTH_STRING or PREFECT_API_KEY (docs/access.md)"
+                break
+        except OSError as error:
+            told = f"does not answer ({getattr(error, 'reason', error)}): start it, or unset PREFECT_API_URL"
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    raise StoreUnavailable(f"the Prefect server at {store.without_login(api)} {told}")
 
 
 def _free_port() -> int:

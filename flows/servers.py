@@ -4,9 +4,10 @@ One process in the background, the keeper, starts the three and starts again whi
 is one; whoever kills it takes the three along (flows/supervise.py), and the next `sluice server start` finds every
 record where it was: the servers' databases are files that each answer has reached before it was given.
 
-A server that the environment names is used instead of one of our own: `PREFECT_API_URL`, `MLFLOW_TRACKING_URI`. Ours
-listen on the loopback address. To let others in, put a proxy with TLS and a log-in before them, or name servers that
-have one; `PREFECT_SERVER_API_AUTH_STRING` (and `PREFECT_API_AUTH_STRING` for whoever asks) guards Prefect's besides.
+Another server that the environment names is used instead of one of our own: `PREFECT_API_URL`, `MLFLOW_TRACKING_URI`.
+Ours listen on the loopback address. To let others in, put a proxy with TLS and a log-in before them, or name servers
+that have one; `PREFECT_SERVER_API_AUTH_STRING` (and `PREFECT_API_AUTH_STRING` for whoever asks) guards Prefect's
+besides.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 from flows.automations import HEARTBEAT_SECONDS, POOL
-from flows.server import START_SECONDS, answers
+from flows.server import PAGES, START_SECONDS, answers, require
 from flows.supervise import Crew, child_environment
 from pipelines.core import artifacts, store
 from pipelines.core.environment import STATE
@@ -111,14 +113,20 @@ def state(root: Path) -> dict[str, Any] | None:
 
 
 def parts(root: Path, prefect_port: int, mlflow_port: int) -> list[Part]:
-    """What is to run here: no server that the environment names another one for, and always a worker."""
+    """What is to run here: no server that the environment names another one for, and always a worker.
+
+    Raises:
+        StoreUnavailable: the environment names a Prefect server that does not answer, or not to us.
+    """
     python, home = [sys.executable, "-m"], root.resolve() / STATE / "mlflow"
     found = []
-    if not os.environ.get("PREFECT_API_URL"):
+    if named := _another("PREFECT_API_URL", prefect_port):
+        require(named)
+    else:
         command = [*python, "uvicorn", "--factory", "prefect.server.api.server:create_app"]
         command += ["--host", HOST, "--port", str(prefect_port), "--log-level", "warning"]
         found.append(Part("prefect", command, f"http://{HOST}:{prefect_port}/api/health", prefect_port))
-    if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+    if not _another("MLFLOW_TRACKING_URI", mlflow_port):
         command = [*python, "mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{home}/mlflow.db"]
         command += ["--artifacts-destination", f"{home}/artifacts"]
@@ -151,8 +159,9 @@ def keep(root: Path, prefect_port: int, mlflow_port: int) -> None:
     place = _folder(root) / "state.json"
     place.unlink(missing_ok=True)
     wanted = parts(root, prefect_port, mlflow_port)
-    api = os.environ.get("PREFECT_API_URL") or f"http://{HOST}:{prefect_port}/api"
-    env = _environment(api)
+    api = _another("PREFECT_API_URL", prefect_port) or f"http://{HOST}:{prefect_port}/api"
+    mlflow = store.without_login(_another("MLFLOW_TRACKING_URI", mlflow_port) or f"http://{HOST}:{mlflow_port}")
+    env = _environment(api, mlflow)
     running = {part.name: Running() for part in wanted}
     try:
         servers = [part for part in wanted if part.health]
@@ -161,8 +170,6 @@ def keep(root: Path, prefect_port: int, mlflow_port: int) -> None:
             log = _logs(root) / "set-up.log"
             if crew.run([sys.executable, "-m", "flows.automations"], root, log, env):
                 raise StoreUnavailable(f"Prefect could not be told of pool and deployments; see {log}")
-            mlflow = store.without_login(os.environ.get("MLFLOW_TRACKING_URI", ""))
-            mlflow = mlflow if mlflow.startswith("http") else f"http://{HOST}:{mlflow_port}"
             artifacts.write_json(place, {"prefect": api, "mlflow": mlflow, "pid": os.getpid()})
         _attend(crew, root, wanted, running, env, lambda: bool(stopping))
     finally:
@@ -193,11 +200,19 @@ def _attend(
         time.sleep(TICK)
 
 
-def _environment(api: str) -> dict[str, str]:
-    """Of the three, and of every flow run that the worker starts."""
+def _another(variable: str, port: int) -> str | None:
+    """The server that the environment names, unless it is the one that is started here."""
+    address = urlsplit(named := os.environ.get(variable, ""))
+    own = address.hostname in (HOST, "localhost") and address.port == port
+    return named if address.scheme in ("http", "https") and not own else None
+
+
+def _environment(api: str, mlflow: str) -> dict[str, str]:
+    """Of the three, and of every flow run that the worker starts. `mlflow`: where its pages are."""
     guard = os.environ.get("PREFECT_SERVER_API_AUTH_STRING")
     return child_environment(
         **({"PREFECT_API_AUTH_STRING": guard} if guard else {}),
+        **{PAGES: mlflow},
         PREFECT_API_URL=api,
         PREFECT_SERVER_UI_API_URL=api,
         PREFECT_CLIENT_MAX_RETRIES="10",  # a server that was killed is back within that time

@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from pipelines.core.environment import STATE, WORK
 from pipelines.core.errors import StoreUnavailable, UserError
 
 BRANCH = "runs/"
+PAUSES = (5.0, 30.0)  # seconds, before a remote that gave nothing is asked again
 CHECKPOINTS = "checkpoints"
 OWN_DATA = "data"  # where a person keeps files of their own; git ignores it, so a worktree does not bring it
 SHARED = ("mlflow", "registry", "locks", "spool", "measured", "huggingface", "inductor", "matplotlib", "prefect")
@@ -77,6 +79,20 @@ class Workspace:
         if done.returncode:
             told = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
             raise StoreUnavailable(f"dvc {' '.join(words)} in {self.name}: {told}")
+
+    def fetch(self) -> None:
+        """Get from DVC's remote what the cache lacks of this commit's outputs; it is asked more than once.
+
+        Raises:
+            StoreUnavailable: the remote does not give them.
+        """
+        for pause in PAUSES:
+            try:
+                self.dvc("fetch", "--quiet")
+                return
+            except StoreUnavailable:
+                time.sleep(pause)
+        self.dvc("fetch", "--quiet")
 
     def push(self) -> None:
         """Send outputs and the history of runs to DVC's remote.
@@ -184,7 +200,7 @@ def _make(root: Path, name: str, base: str) -> Workspace:
         (place / OWN_DATA).symlink_to(root / OWN_DATA)
     made = Workspace(root, name, place, base, _share_dvc(root, place))
     if made.remote:
-        made.dvc("fetch", "--quiet")
+        made.fetch()
     made.dvc("checkout", "--quiet", "--force", "--allow-missing")
     return made
 

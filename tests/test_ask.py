@@ -20,7 +20,7 @@ from rich.console import Console
 
 from flows import assistants
 from flows.ask import Options, ask
-from pipelines.core import environment, retrieval, store
+from pipelines.core import environment, generate, retrieval, store
 from pipelines.core.errors import ArtifactError, ParamsError, StoreUnavailable, UserError
 from pipelines.core.generate import Sampling
 from pipelines.core.lineage import CONTENT
@@ -54,6 +54,24 @@ def test_answer_sources_and_times(root: Path, index: FakeIndex) -> None:
     live = said(root, terminal=True).splitlines()
     assert [line for line in live if line.startswith("[1]")] == [line for line in lines if line.startswith("[1]")]
     assert index.asked == [QUESTION] * 3
+
+
+@pytest.mark.parametrize(
+    ("pieces", "again"),
+    [
+        (["Reverse the", " order."], ["With the numbers of its sources:", "Reverse the order. [1]"]),
+        (["Flip [1] it [7]."], ["With the numbers of its sources:", "Flip [1] it."]),
+        (["Turn it over [7]."], ["Without numbers that name no source:", "Turn it over."]),
+        ([" Flip it [1].\n"], []),
+    ],
+)  # fmt: skip
+def test_numbers_that_come_or_go_behind_the_stream_are_shown(
+    root: Path, index: FakeIndex, monkeypatch: pytest.MonkeyPatch, pieces: list[str], again: list[str]
+) -> None:
+    monkeypatch.setattr(generate, "stream", lambda *arguments: iter(pieces))
+    live, streamed = said(root, terminal=True), "".join(pieces)
+    assert live.startswith("\n".join([streamed, "", *again, *[""] * bool(again), "[1] numpy.flip  ("])), live
+    assert "of its sources:" not in said(root) and "no source:" not in said(root)  # what is not streamed is told once
 
 
 def test_options_change_the_answer(root: Path, index: FakeIndex) -> None:

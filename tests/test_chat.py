@@ -99,6 +99,25 @@ def test_without_retrieval_nothing_is_looked_up(root: Path, index: FakeIndex) ->
     assert heard(one, file, "/sources") == "There are no sources: nothing was looked up.\n"
 
 
+def test_numbers_that_come_behind_the_stream_are_shown(
+    root: Path, index: FakeIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, file = talk(root, terminal=True)
+    monkeypatch.setattr(generate, "stream", lambda *arguments: iter(["Reverse the order", " of elements."]))
+    whole, heading = "Reverse the order of elements.", "With the numbers of its sources:"
+    assert heard(one, file, "an array").startswith(f"{whole}\n{heading}\n{whole} [1]\n[1] numpy.flip  (")
+    monkeypatch.setattr(generate, "stream", lambda *arguments: iter(["Flip it [1]."]))
+    assert heard(one, file, "an array").startswith("Flip it [1].\n[1] numpy.flip  (")
+
+
+def test_sources_of_a_refusal_were_looked_up(root: Path, index: FakeIndex) -> None:
+    one, file = talk(root)
+    heard(one, file, "who won the cup?")
+    assert one.reply.refused and heard(one, file, "/sources") == (
+        "There are no sources: the question was looked up, and nothing relevant was found.\n"
+    )
+
+
 def test_the_oldest_turns_are_left_out_where_there_is_no_room_and_it_is_told_once(
     tmp_path: Path, root: Path, index: FakeIndex, prompts: list[list[dict[str, str]]]
 ) -> None:

@@ -6,6 +6,7 @@ import importlib
 import random
 import sys
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -257,3 +258,28 @@ def test_a_served_model_answers_with_every_param(kind: str, tmp_path: Path, monk
     assert stopped[0] == free[0].partition(letter)[0]
     with pytest.raises(ValueError, match="top_p: 2.0; accepted: above 0"):
         answering.predict(None, table, defaults | {"top_p": 2.0})
+    for empty in (None, float("nan")):
+        with pytest.raises(ValueError, match="row 1: column prompt holds (None|nan); accepted: a text"):
+            answering.predict(None, pd.DataFrame({"prompt": ["def area", empty]}))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "kept"),
+    [("x" * 10, 128, 10), ("x" * 10, 9999, 10), ("x" * 500, 9999, 64), ("x" * 500, 28, 100), ("", 9999, 1)],
+)
+def test_a_served_prompt_is_cut_where_it_is_too_long_itself(
+    prompt: str, new: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[int]] = []
+
+    def stream(model: Any, known: Any, ids: list[int], sampling: Sampling) -> list[str]:
+        read.append(ids)
+        return []
+
+    monkeypatch.setattr(generate, "stream", stream)
+    answering = serving_model.TextModel()
+    answering.generate, answering.longest, answering.decoder, answering.free = generate, 128, None, Lock()
+    answering.tokenizer = known = tokenizer()
+    answering.predict(None, pd.DataFrame({"prompt": [prompt]}), {"max_new_tokens": new})
+    whole = known(prompt)["input_ids"] or [known.eos_token_id]
+    assert read == [whole[-kept:]] and len(read[0]) == kept

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import elsewhere
+import pandas as pd
 import pytest
 from prompt_toys import PARAMS, cell
 
-from pipelines.core import prompt_cells, prompt_files, prompt_rendering, prompts_card, serving
+from pipelines.core import prompt_cells, prompt_files, prompt_rendering, prompts_card, serving, serving_prompt
 from pipelines.core.prompt_choice import Entry, Judged
 from pipelines.core.prompt_tasks import Question, Task
 
@@ -51,3 +52,19 @@ def test_served_messages_are_the_stages(kind: str, strategy: str, tmp_path: Path
     ]
     assert [row["messages"] for row in said.rows] == wanted
     assert len(wanted[0]) == (5 if strategy == "few_shot_similar" else 1)
+
+
+def test_an_empty_cell_is_no_text() -> None:
+    """MLflow lets one through; it must not be put as "None" or "nan"."""
+    asking = serving_prompt.PromptModel()
+    asking.prompt = {"name": "toy", "labels": [], "columns": ["context", "choices", "passages"]}
+    good = {"context": "w", "choices": ["a", "b"], "passages": ["one"]}
+    for change, told in (
+        ({"context": None}, "column context holds None; accepted: a text"),
+        ({"context": float("nan")}, "column context holds nan; accepted: a text"),
+        ({"choices": ["a", None]}, "column choices holds None; accepted: a text"),
+        ({"passages": None}, "column passages holds None; accepted: a list of texts"),
+    ):
+        made = {name: pd.Series([cell], dtype=object) for name, cell in (good | change).items()}
+        with pytest.raises(ValueError, match=f"row 0: {told}"):
+            asking.predict(None, pd.DataFrame(made))

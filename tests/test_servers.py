@@ -10,9 +10,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ import fake_repository as fake
 import psutil
 import pytest
 import station
+from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
 from station import Api, Receiver, until
 
-from flows import automations, servers
-from pipelines.core.errors import UserError
+from flows import automations, server, servers
+from pipelines.core.errors import StoreUnavailable, UserError
 
 MINUTES = 60.0
 
@@ -39,9 +42,45 @@ def test_servers_listen_on_the_loopback_address_alone(tmp_path: Path, monkeypatc
 
 
 def test_a_server_that_the_environment_names_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(servers, "require", asked.append)
     monkeypatch.setenv("PREFECT_API_URL", "https://prefect.example.org/api")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.org")
     assert [part.name for part in servers.parts(tmp_path, 4200, 5000)] == ["worker"]
+    assert asked == ["https://prefect.example.org/api"]
+
+
+def test_the_address_of_our_own_servers_is_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell has it in which deployments were run, or users have it in their profile."""
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
+    assert [part.name for part in servers.parts(tmp_path, 4200, 5000)] == ["prefect", "mlflow", "worker"]
+
+
+def test_a_prefect_server_that_does_not_answer_us_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "REQUIRE_SECONDS", 0.2)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+        with pytest.raises(StoreUnavailable, match=rf"at http://127.0.0.1:{port}/api does not answer .*unset PREFECT"):
+            server.require(f"http://127.0.0.1:{port}/api")
+
+    class Guarded(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.headers["Authorization"] == "Basic YTpi" else 401)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Guarded) as guarded:
+        threading.Thread(target=guarded.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{guarded.server_port}/api"
+        with pytest.raises(StoreUnavailable, match="does not know this log-in: set PREFECT_API_AUTH_STRING"):
+            server.require(address)
+        with temporary_settings({PREFECT_API_AUTH_STRING: "a:b"}):
+            server.require(address)
+        guarded.shutdown()
 
 
 def test_a_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,14 @@ import json
 import re
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import assistants
 import elsewhere
+import pandas as pd
 import pytest
 
-from pipelines.core import assistant, retrieval, serving, versions
+from pipelines.core import assistant, generate, retrieval, serving, serving_rag, serving_retriever, versions
 from pipelines.core.generate import Sampling
 
 
@@ -38,6 +40,22 @@ def test_an_indexs_passages(tmp_path: Path) -> None:
     assert [one["chunk"] for one in found] == [one.chunk for one in expected] and len(found) == 3
     assert found[0] == pytest.approx(expected[0]._asdict())
     assert "row 1: the query is empty" in said.told
+
+
+@pytest.mark.parametrize("empty", [None, float("nan")])
+def test_an_empty_cell_is_no_text(empty: object) -> None:
+    """MLflow lets one through; it must not be asked as "None" or "nan"."""
+    answering = serving_rag.RagModel()
+    reply = assistant.Reply("an answer", [], False, False, 0, {})
+    answering.assistant = SimpleNamespace(
+        settings=SimpleNamespace(max_new_tokens=1), generate=generate, answer=lambda question, sampling: reply
+    )
+    with pytest.raises(ValueError, match="row 1: column question holds (None|nan); accepted: a text"):
+        answering.predict(None, pd.DataFrame({"question": ["what is w?", empty]}))
+    finding = serving_retriever.RetrieverModel()
+    finding.retrieval, finding.index = retrieval, SimpleNamespace(search=lambda query, count, method: [])
+    with pytest.raises(ValueError, match="row 1: column query holds (None|nan); accepted: a text"):
+        finding.predict(None, pd.DataFrame({"query": ["what is w?", empty]}))
 
 
 def test_all_that_is_imported_by_name_lies_beside() -> None:

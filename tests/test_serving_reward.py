@@ -51,3 +51,10 @@ def test_rewards_are_those_of_the_project(
     wanted = reward_model.score(asked, known, items, context, lambda done, total: None)
     assert found == pytest.approx([value for one in wanted for value in one], abs=0.05 if packed else 1e-4)
     assert json.loads((place / "config.json").read_text())["reward_mean"] == 0.25
+    for row, told in (
+        ({"prompt": "a", "response": None}, "row 1: column response holds (None|nan); accepted: a text"),
+        ({"prompt": float("nan"), "response": "a"}, "row 1: column prompt holds nan; accepted: a text"),
+        ({"prompt": "a", "response": "w * " * 500}, r"row 1: prompt and response take \d{3,} tokens; .* is 128"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            judge.predict(None, pd.DataFrame([{"prompt": "shape 3", "response": "return w * h"}, row]))

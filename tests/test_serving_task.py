@@ -12,7 +12,7 @@ import toy_tasks
 from models import tokenizer
 from test_transfer import rows, run, write
 
-from pipelines.core import reading
+from pipelines.core import reading, serving_task
 from pipelines.core.context import StageContext
 
 
@@ -58,3 +58,17 @@ def test_served_answers_are_the_stages(made: dict[str, Path], task: str, tmp_pat
     assert right == ours
     assert all(sum(one["probabilities"]) == pytest.approx(1.0, abs=1e-5) for one in said.rows)
     assert all(max(one["probabilities"]) == one["probabilities"][one["label_id"]] for one in said.rows)
+
+
+def test_an_empty_cell_is_no_text() -> None:
+    """MLflow lets one through; it must not be judged as "None" or "nan"."""
+    answering = serving_task.TaskModel()
+    answering.task = {"task": "pick", "kind": "choice", "columns": ["context", "choices"]}
+    for context, choices, told in (
+        (None, ["a", "b"], "column context holds (None|nan); accepted: a text"),
+        (float("nan"), ["a", "b"], "column context holds nan; accepted: a text"),
+        ("w", ["a", None], "column choices holds None; accepted: a text"),
+        ("w", None, "column choices holds None; accepted: a list of texts"),
+    ):
+        with pytest.raises(ValueError, match=f"row 0: {told}"):
+            answering.predict(None, pd.DataFrame([{"context": context, "choices": choices}]))

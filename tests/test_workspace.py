@@ -18,7 +18,7 @@ import station
 from flows import backfill, isolated, overrides, run_locks, stages, workspace
 from flows.isolated import run_name
 from pipelines.core import store
-from pipelines.core.errors import ArtifactError, ParamsError, UserError
+from pipelines.core.errors import ArtifactError, ParamsError, StoreUnavailable, UserError
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,25 @@ def test_a_name_or_revision_that_is_none_is_refused(root: Path, name: str, revis
     with pytest.raises(UserError, match=said), workspace.opened(root, name, revision):
         pass
     assert run_locks.living(root) == []
+
+
+def test_a_remote_that_is_away_for_a_moment_is_asked_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dvc(root, "remote", "add", "-q", "-d", "team", str(tmp_path / "remote"))
+    station.commit(root, "a remote")
+    real, asked = workspace.Workspace.dvc, list[str]()
+
+    def away(run: workspace.Workspace, *words: str) -> None:
+        asked.append(words[0])
+        if asked in (["fetch"], ["fetch", "fetch"]):
+            raise StoreUnavailable("away")
+        real(run, *words)
+
+    monkeypatch.setattr(workspace, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(workspace.Workspace, "dvc", away)
+    with workspace.opened(root, "patient"):
+        assert asked == ["fetch", "fetch", "fetch", "checkout"]
 
 
 def test_outputs_go_to_the_remote_and_come_back_where_the_cache_has_lost_them(root: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import.
 
 Input: a column `prompt`. Params: those of `generate.Sampling` (`max_new_tokens`, `temperature`, where 0.0 takes the
 likeliest token, `top_k`, `top_p`, `repetition_penalty`, `stop`, a list of texts, and `seed`), and `chat`, which puts
-the prompt into the tokenizer's chat template when it has one. Output: a column `text`.
+the prompt into the tokenizer's chat template when it has one. Output: a column `text`. A text ends at the model's
+context, of which at most half is kept free for it: of a prompt that is too long beside that, the end is continued.
 """
 
 from __future__ import annotations
@@ -45,17 +46,17 @@ class TextModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
         """Continue each prompt, as if it were the only one. The same params and seed give the same texts.
 
         Raises:
-            ValueError: a param that is not accepted; it is named.
+            ValueError: a prompt that is no text, by its row; a param that is not accepted, by its name.
         """
         options = {"max_new_tokens": 64, "chat": False, **(params or {})}
         chat = bool(options.pop("chat"))
         sampling = self.generate.Sampling(**{**options, "stop": tuple(options.get("stop", ()))})
         texts = []
         with self.free:  # a server may ask from several threads; the decoder has room for one sequence
-            for prompt in model_input["prompt"]:
-                ids = self._tokens(str(prompt), chat)
+            for number, prompt in enumerate(model_input["prompt"]):
+                ids = self._tokens(_text(prompt, number, "prompt"), chat)
                 if self.longest is not None:  # the end of a prompt that is too long is what a text continues
-                    ids = ids[-max(1, self.longest - sampling.max_new_tokens) :]
+                    ids = ids[-(self.longest - min(sampling.max_new_tokens, self.longest // 2)) :]
                 texts.append("".join(self.generate.stream(self.decoder, self.tokenizer, ids, sampling)))
         return pd.DataFrame({"text": texts})
 
@@ -79,6 +80,17 @@ def _prepare(place: Path) -> None:
     method = (config.get("quantization_config") or {}).get("quant_method", "")
     if method.startswith("sluice-"):
         importlib.import_module(method.removeprefix("sluice-")).register()
+
+
+def _text(value: Any, number: int, column: str) -> str:
+    """The text of a cell.
+
+    Raises:
+        ValueError: the cell is empty, or holds something else.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"row {number}: column {column} holds {value!r}; accepted: a text")
+    return value
 
 
 set_model(TextModel())

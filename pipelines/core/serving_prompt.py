@@ -39,7 +39,7 @@ class PromptModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow sh
         """The messages of each row.
 
         Raises:
-            ValueError: a column is missing.
+            ValueError: a column is missing, or a cell holds no text.
         """
         wanted = self.prompt["columns"]
         missing = [name for name in wanted if name not in model_input]
@@ -48,16 +48,39 @@ class PromptModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow sh
                 f"prompt {self.prompt['name']} needs the columns {', '.join(wanted)}; missing: {', '.join(missing)} "
                 f"(found: {', '.join(map(str, model_input.columns))})"
             )
-        rows = [{"messages": self._messages(row)} for row in model_input[wanted].to_dict("records")]
+        given = model_input[wanted].to_dict("records")
+        rows = [{"messages": self._messages(number, row)} for number, row in enumerate(given)]
         return pd.DataFrame(rows, index=model_input.index, columns=["messages"])
 
-    def _messages(self, row: dict[str, Any]) -> list[dict[str, str]]:
+    def _messages(self, number: int, row: dict[str, Any]) -> list[dict[str, str]]:
         """The chat that asks one row."""
-        options = [str(one) for one in row.pop("choices", self.prompt["labels"])]
-        passages = [str(one) for one in row.pop("passages", [])]
-        columns = {name: str(value) for name, value in row.items()}
+        options = _texts(row.pop("choices", self.prompt["labels"]), number, "choices")
+        passages = _texts(row.pop("passages", []), number, "passages")
+        columns = {name: _text(value, number, name) for name, value in row.items()}
         made: list[dict[str, str]] = self.made.messages(self.prompt, columns, options, self.choose(columns), passages)
         return made
+
+
+def _text(value: Any, number: int, column: str) -> str:
+    """The text of a cell.
+
+    Raises:
+        ValueError: the cell is empty, or holds something else.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"row {number}: column {column} holds {value!r}; accepted: a text")
+    return value
+
+
+def _texts(value: Any, number: int, column: str) -> list[str]:
+    """The texts of a cell that holds a list.
+
+    Raises:
+        ValueError: the cell is empty, or holds something else, as a list or in it.
+    """
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise ValueError(f"row {number}: column {column} holds {value!r}; accepted: a list of texts")
+    return [_text(one, number, column) for one in value]
 
 
 set_model(PromptModel())

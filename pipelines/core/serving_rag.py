@@ -32,19 +32,32 @@ class RagModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ships
         """Answer each question, as if it were the only one. The same params give the same answers.
 
         Raises:
-            ValueError: a question that is empty or too long, by its row; a param that is not accepted, by its name.
+            ValueError: a question that is empty, no text or too long, by its row; a param that is not accepted, by its
+                name.
         """
         options = {"max_new_tokens": self.assistant.settings.max_new_tokens, **(params or {})}
         sampling = self.assistant.generate.Sampling(**options)
         rows = []
         for number, question in enumerate(model_input["question"]):
+            asked = _text(question, number, "question")
             try:
-                reply = self.assistant.answer(str(question), sampling=sampling)
+                reply = self.assistant.answer(asked, sampling=sampling)
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from None
             sources = json.dumps([source._asdict() for source in reply.sources], ensure_ascii=False)
             rows.append({"answer": reply.text, "sources": sources, "refused": reply.refused})
         return pd.DataFrame(rows, columns=["answer", "sources", "refused"])
+
+
+def _text(value: Any, number: int, column: str) -> str:
+    """The text of a cell.
+
+    Raises:
+        ValueError: the cell is empty, or holds something else.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"row {number}: column {column} holds {value!r}; accepted: a text")
+    return value
 
 
 set_model(RagModel())

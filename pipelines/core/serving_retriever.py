@@ -33,7 +33,7 @@ class RetrieverModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow
         """Search for each query.
 
         Raises:
-            ValueError: an empty query, by its row; a method or a count that is not accepted.
+            ValueError: a query that is empty or no text, by its row; a method or a count that is not accepted.
         """
         options = {"count": 10, "method": "hybrid", **(params or {})}
         if options["method"] not in self.retrieval.METHODS or options["count"] < 1:
@@ -41,8 +41,9 @@ class RetrieverModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow
             raise ValueError(f"method {options['method']!r}, count {options['count']!r}; accepted: {accepted}")
         found = []
         for number, query in enumerate(model_input["query"]):
+            asked = _text(query, number, "query")
             try:
-                passages = self.index.search(str(query), int(options["count"]), method=options["method"])
+                passages = self.index.search(asked, int(options["count"]), method=options["method"])
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from None
             found.append(json.dumps([_row(passage) for passage in passages], ensure_ascii=False))
@@ -56,6 +57,17 @@ def _row(passage: Any) -> dict[str, Any]:
         "score": float(passage.score),
         "relevance": float(passage.relevance) if passage.relevance == passage.relevance else None,
     }
+
+
+def _text(value: Any, number: int, column: str) -> str:
+    """The text of a cell.
+
+    Raises:
+        ValueError: the cell is empty, or holds something else.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"row {number}: column {column} holds {value!r}; accepted: a text")
+    return value
 
 
 set_model(RetrieverModel())

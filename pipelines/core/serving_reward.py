@@ -34,15 +34,27 @@ class RewardModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow sh
         self.mean = float(config["reward_mean"])
         self.tokenizer = AutoTokenizer.from_pretrained(place)
         self.model = AutoModelForSequenceClassification.from_pretrained(place).eval()
+        self.longest = getattr(self.model.config, "max_position_embeddings", None)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """The reward of each response, read where its EOS stands."""
+        """The reward of each response, read where its EOS stands.
+
+        Raises:
+            ValueError: a prompt or a response that is no text, or both longer than the model's context, by the row.
+        """
         import torch
 
         rewards = []
         with torch.inference_mode():
-            for prompt, response in zip(model_input["prompt"], model_input["response"], strict=True):
-                ids = torch.tensor([self._tokens(str(prompt), str(response))])
+            asked = zip(model_input["prompt"], model_input["response"], strict=True)
+            for number, (prompt, response) in enumerate(asked):
+                tokens = self._tokens(_text(prompt, number, "prompt"), _text(response, number, "response"))
+                if self.longest is not None and len(tokens) > self.longest:
+                    raise ValueError(
+                        f"row {number}: prompt and response take {len(tokens)} tokens; the model's context is "
+                        f"{self.longest}"
+                    )
+                ids = torch.tensor([tokens])
                 # One at a time, so that no padding is in the way; the head in fp32, as it was trained
                 last = self.model.base_model(input_ids=ids).last_hidden_state[0, -1].float()
                 rewards.append(float(self.model.score.weight.float()[0] @ last) - self.mean)
@@ -58,6 +70,17 @@ class RewardModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow sh
         answer = whole[len(opening) :].partition(end)[0] + end
         return [token for text in (opening, answer)
                 for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]  # fmt: skip
+
+
+def _text(value: Any, number: int, column: str) -> str:
+    """The text of a cell.
+
+    Raises:
+        ValueError: the cell is empty, or holds something else.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"row {number}: column {column} holds {value!r}; accepted: a text")
+    return value
 
 
 set_model(RewardModel())

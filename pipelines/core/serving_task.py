@@ -39,7 +39,7 @@ class TaskModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
         """The answer to each row.
 
         Raises:
-            ValueError: a column is missing, or a row has no candidates.
+            ValueError: a column is missing, a cell holds no text, or a row has no candidates.
         """
         missing = [name for name in self.task["columns"] if name not in model_input]
         if missing:
@@ -47,17 +47,18 @@ class TaskModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
                 f"task {self.task['task']} needs the columns {', '.join(self.task['columns'])}; missing: "
                 f"{', '.join(missing)} (found: {', '.join(map(str, model_input.columns))})"
             )
-        rows = [self._answer(row) for row in model_input[self.task["columns"]].to_dict("records")]
+        given = model_input[self.task["columns"]].to_dict("records")
+        rows = [self._answer(number, row) for number, row in enumerate(given)]
         return pd.DataFrame(rows, index=model_input.index)
 
-    def _answer(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, number: int, row: dict[str, Any]) -> dict[str, Any]:
         """One row of the output."""
         import torch
 
-        choices = [str(one) for one in row.get("choices", [])]
+        choices = _texts(row.get("choices", []), number, "choices")
         if self.task["kind"] == "choice" and not choices:
             raise ValueError(f"task {self.task['task']}: a row has no choices")
-        parts = self._encode([str(row[name]) for name in self.task["columns"] if name != "choices"])
+        parts = self._encode([_text(row[name], number, name) for name in self.task["columns"] if name != "choices"])
         asked = (self.task["kind"], parts, self._encode(choices), self.special, self.task["max_length"])
         with torch.inference_mode():  # one sequence at a time: padding would change the sums of some models
             found = [self._logits(torch.tensor([ids])) for ids in self.made.sequences(*asked).ids]
@@ -78,6 +79,28 @@ class TaskModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
         backend = self.tokenizer.backend_tokenizer
         backend.encode_special_tokens = True
         return [item.ids for item in backend.encode_batch(texts, add_special_tokens=False)]
+
+
+def _text(value: Any, number: int, column: str) -> str:
+    """The text of a cell.
+
+    Raises:
+        ValueError: the cell is empty, or holds something else.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"row {number}: column {column} holds {value!r}; accepted: a text")
+    return value
+
+
+def _texts(value: Any, number: int, column: str) -> list[str]:
+    """The texts of a cell that holds a list.
+
+    Raises:
+        ValueError: the cell is empty, or holds something else, as a list or in it.
+    """
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise ValueError(f"row {number}: column {column} holds {value!r}; accepted: a list of texts")
+    return [_text(one, number, column) for one in value]
 
 
 set_model(TaskModel())
