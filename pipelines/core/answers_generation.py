@@ -16,7 +16,7 @@ from pipelines.core.context import StageContext
 from pipelines.core.errors import DataError, ParamsError
 from pipelines.core.params.answers import AnswersParams
 
-BATCH = 16  # questions answered together, and what a killed run loses at most
+BATCH = 64  # questions answered together, and what a killed run loses at most
 STAGES = {"base": "pretrain", "sft": "sft", "ppo": "ppo", "student": "distill"}  # all others are quantize's
 
 
