@@ -77,6 +77,8 @@ def before(chain: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path
         (root / spec.metrics).unlink()
         (root / environment.STATE / "live" / f"{stage}.json").unlink()
         shutil.rmtree(root / environment.WORK / stage, ignore_errors=True)  # vectors of `rag` outlive its run
+        for figures in (root / environment.STATE / "measured").glob(f"{stage}-*"):  # so do what was measured
+            figures.unlink()
         return root
 
     return make
