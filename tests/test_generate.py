@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers import models as bpe
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, StopStringCriteria
 
-from pipelines.core import decoding, generate, int8, serving, serving_model
+from pipelines.core import decoding, generate, int8, serving, serving_cells, serving_model
 from pipelines.core.generate import Sampling
 from pipelines.tokenizer import CHAT_TEMPLATE
 
@@ -238,8 +238,8 @@ def test_a_served_model_answers_with_every_param(kind: str, tmp_path: Path, monk
     (int8.quantize(lm) if kind == "packed" else lm).save_pretrained(tmp_path)
     known.save_pretrained(tmp_path)
     served = serving.of(tmp_path)
-    beside = [Path(name).stem for name in served.beside or ()]
-    assert beside == ["int8"] * (kind == "packed") + ["decoding", "generate"]
+    beside = [Path(name).stem for name in served.beside]
+    assert beside == ["int8"] * (kind == "packed") + ["decoding", "generate", "serving_cells"]
     for name in beside:  # as MLflow lays them beside
         monkeypatch.setitem(sys.modules, name, importlib.import_module(f"pipelines.core.{name}"))
     answering = serving_model.TextModel()
@@ -279,7 +279,7 @@ def test_a_served_prompt_is_cut_where_it_is_too_long_itself(
     monkeypatch.setattr(generate, "stream", stream)
     answering = serving_model.TextModel()
     answering.generate, answering.longest, answering.decoder, answering.free = generate, 128, None, Lock()
-    answering.tokenizer = known = tokenizer()
+    answering.cells, answering.tokenizer = serving_cells, (known := tokenizer())
     answering.predict(None, pd.DataFrame({"prompt": [prompt]}), {"max_new_tokens": new})
     whole = known(prompt)["input_ids"] or [known.eos_token_id]
     assert read == [whole[-kept:]] and len(read[0]) == kept

@@ -9,7 +9,15 @@ import pandas as pd
 import pytest
 from prompt_toys import PARAMS, cell
 
-from pipelines.core import prompt_cells, prompt_files, prompt_rendering, prompts_card, serving, serving_prompt
+from pipelines.core import (
+    prompt_cells,
+    prompt_files,
+    prompt_rendering,
+    prompts_card,
+    serving,
+    serving_cells,
+    serving_prompt,
+)
 from pipelines.core.prompt_choice import Entry, Judged
 from pipelines.core.prompt_tasks import Question, Task
 
@@ -57,6 +65,7 @@ def test_served_messages_are_the_stages(kind: str, strategy: str, tmp_path: Path
 def test_an_empty_cell_is_no_text() -> None:
     """MLflow lets one through; it must not be put as "None" or "nan"."""
     asking = serving_prompt.PromptModel()
+    asking.cells = serving_cells
     asking.prompt = {"name": "toy", "labels": [], "columns": ["context", "choices", "passages"]}
     good = {"context": "w", "choices": ["a", "b"], "passages": ["one"]}
     for change, told in (

@@ -13,7 +13,16 @@ import elsewhere
 import pandas as pd
 import pytest
 
-from pipelines.core import assistant, generate, retrieval, serving, serving_rag, serving_retriever, versions
+from pipelines.core import (
+    assistant,
+    generate,
+    retrieval,
+    serving,
+    serving_cells,
+    serving_rag,
+    serving_retriever,
+    versions,
+)
 from pipelines.core.generate import Sampling
 
 
@@ -45,14 +54,14 @@ def test_an_indexs_passages(tmp_path: Path) -> None:
 @pytest.mark.parametrize("empty", [None, float("nan")])
 def test_an_empty_cell_is_no_text(empty: object) -> None:
     """MLflow lets one through; it must not be asked as "None" or "nan"."""
-    answering = serving_rag.RagModel()
+    answering, finding = serving_rag.RagModel(), serving_retriever.RetrieverModel()
+    answering.cells = finding.cells = serving_cells
     reply = assistant.Reply("an answer", [], False, False, 0, {})
     answering.assistant = SimpleNamespace(
         settings=SimpleNamespace(max_new_tokens=1), generate=generate, answer=lambda question, sampling: reply
     )
     with pytest.raises(ValueError, match="row 1: column question holds (None|nan); accepted: a text"):
         answering.predict(None, pd.DataFrame({"question": ["what is w?", empty]}))
-    finding = serving_retriever.RetrieverModel()
     finding.retrieval, finding.index = retrieval, SimpleNamespace(search=lambda query, count, method: [])
     with pytest.raises(ValueError, match="row 1: column query holds (None|nan); accepted: a text"):
         finding.predict(None, pd.DataFrame({"query": ["what is w?", empty]}))

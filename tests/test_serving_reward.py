@@ -38,9 +38,9 @@ def test_rewards_are_those_of_the_project(
     served = serving.of(place)
     assert served.code.endswith("serving_reward.py")
     assert [column.name for column in served.signature.inputs.inputs] == ["prompt", "response"]
-    assert (served.beside or []) == [
-        serving.__file__.replace("serving", name) for name in ("int8", "decoding")
-    ] * packed
+    names = [*("int8", "decoding") * packed, "serving_cells"]
+    assert served.beside == [str(Path(serving.__file__).with_stem(name)) for name in names]
+    monkeypatch.setitem(sys.modules, "serving_cells", importlib.import_module("pipelines.core.serving_cells"))
     monkeypatch.setitem(sys.modules, "int8", importlib.import_module("pipelines.core.int8"))  # as MLflow lays it beside
     judge = serving_reward.RewardModel()
     judge.load_context(SimpleNamespace(artifacts={"model": str(place)}))

@@ -12,7 +12,7 @@ import toy_tasks
 from models import tokenizer
 from test_transfer import rows, run, write
 
-from pipelines.core import reading, serving_task
+from pipelines.core import reading, serving_cells, serving_task
 from pipelines.core.context import StageContext
 
 
@@ -63,6 +63,7 @@ def test_served_answers_are_the_stages(made: dict[str, Path], task: str, tmp_pat
 def test_an_empty_cell_is_no_text() -> None:
     """MLflow lets one through; it must not be judged as "None" or "nan"."""
     answering = serving_task.TaskModel()
+    answering.cells = serving_cells
     answering.task = {"task": "pick", "kind": "choice", "columns": ["context", "choices"]}
     for context, choices, told in (
         (None, ["a", "b"], "column context holds (None|nan); accepted: a text"),

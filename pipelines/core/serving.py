@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
+CELLS = str(HERE / "serving_cells.py")  # what every one of them needs
 SPEAKING = [str(HERE / f"{name}.py") for name in ("decoding", "generate")]  # what makes a text
 SERVED = "config.json", "assistant.json", "manifest.json", "prompt.yaml"  # which of them says what a directory is
 _, ASSISTANT, INDEX, PROMPT = SERVED
@@ -20,7 +21,7 @@ class Served(NamedTuple):
     """What `mlflow.pyfunc` is told of a model."""
 
     code: str  # the file with the model's class
-    beside: list[str] | None  # files that it imports
+    beside: list[str]  # files that it imports
     signature: Any  # mlflow.models.ModelSignature
     needs: tuple[str, ...] = ()  # packages, beyond those that every model needs
 
@@ -50,7 +51,7 @@ def of(folder: Path) -> Served:
             Schema([ColSpec(kind, name) for name in names])
             for kind, names in ((DataType.string, ("prompt", "response")), (DataType.double, ("reward",)))
         )
-        return Served(str(HERE / "serving_reward.py"), _packed(folder), ModelSignature(asked, reward))
+        return Served(str(HERE / "serving_reward.py"), [*_packed(folder), CELLS], ModelSignature(asked, reward))
     if not (folder / "task.json").is_file():
         params = ParamSchema(
             [
@@ -65,7 +66,7 @@ def of(folder: Path) -> Served:
             ]
         )
         prompts, texts = (Schema([ColSpec(DataType.string, name)]) for name in ("prompt", "text"))
-        beside = [name for name in _packed(folder) or () if name not in SPEAKING] + SPEAKING
+        beside = [name for name in _packed(folder) if name not in SPEAKING] + [*SPEAKING, CELLS]
         return Served(str(HERE / "serving_model.py"), beside, ModelSignature(prompts, texts, params))
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     columns = [
@@ -75,7 +76,7 @@ def of(folder: Path) -> Served:
     if not task["regression"]:
         answers = [ColSpec(DataType.string, "label"), ColSpec(DataType.long, "label_id")]
         answers += [ColSpec(Array(DataType.double), "probabilities")]
-    beside = [str(HERE / "task_sequences.py")]
+    beside = [str(HERE / "task_sequences.py"), CELLS]
     return Served(str(HERE / "serving_task.py"), beside, ModelSignature(Schema(columns), Schema(answers)))
 
 
@@ -90,15 +91,17 @@ def _prompt(folder: Path) -> Served:
     asked = Schema([ColSpec(Array(DataType.string) if name in lists else DataType.string, name) for name in columns])
     message = Object([Property(name, DataType.string) for name in ("role", "content")])
     made = Schema([ColSpec(Array(message), "messages")])
-    return Served(str(HERE / "serving_prompt.py"), [str(HERE / "prompt_rendering.py")], ModelSignature(asked, made))
+    return Served(
+        str(HERE / "serving_prompt.py"), [str(HERE / "prompt_rendering.py"), CELLS], ModelSignature(asked, made)
+    )
 
 
-def _packed(folder: Path) -> list[str] | None:
+def _packed(folder: Path) -> list[str]:
     """The files that a directory with packed layers of ours needs, to be loaded and to answer quickly."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     method = (config.get("quantization_config") or {}).get("quant_method", "")
     if not method.startswith("sluice-"):
-        return None
+        return []
     kinds = {method.removeprefix("sluice-"), "int8"}  # int4 keeps embedding and head in int8
     return [str(HERE / f"{name}.py") for name in (*sorted(kinds), "decoding")]
 
@@ -119,7 +122,13 @@ def _assistant(folder: Path) -> Served:
     columns = [ColSpec(DataType.string, "answer"), ColSpec(DataType.string, "sources")]
     answers = Schema([*columns, ColSpec(DataType.boolean, "refused")])
     own = [str(HERE / f"{name}.py") for name in ("assistant", "citing", "grounding")]
-    beside = [*own, *RETRIEVING, *SPEAKING, *(name for name in _packed(folder / "model") or () if name not in SPEAKING)]
+    beside = [
+        *own,
+        *RETRIEVING,
+        *SPEAKING,
+        *(name for name in _packed(folder / "model") if name not in SPEAKING),
+        CELLS,
+    ]
     signature = ModelSignature(Schema([ColSpec(DataType.string, "question")]), answers, params)
     return Served(str(HERE / "serving_rag.py"), beside, signature, SEARCH)
 
@@ -132,4 +141,4 @@ def _index() -> Served:
     params = ParamSchema([ParamSpec("count", DataType.long, 10), ParamSpec("method", DataType.string, "hybrid")])
     queries, passages = (Schema([ColSpec(DataType.string, name)]) for name in ("query", "passages"))
     signature = ModelSignature(queries, passages, params)
-    return Served(str(HERE / "serving_retriever.py"), RETRIEVING, signature, SEARCH)
+    return Served(str(HERE / "serving_retriever.py"), [*RETRIEVING, CELLS], signature, SEARCH)

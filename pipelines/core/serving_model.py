@@ -31,6 +31,7 @@ class TextModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
         """Load model and tokenizer from the artifact directory `model`."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        self.cells = importlib.import_module("serving_cells")  # logged beside this file
         self.generate = importlib.import_module("generate")
         place = context.artifacts["model"]
         _prepare(Path(place))
@@ -54,7 +55,7 @@ class TextModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
         texts = []
         with self.free:  # a server may ask from several threads; the decoder has room for one sequence
             for number, prompt in enumerate(model_input["prompt"]):
-                ids = self._tokens(_text(prompt, number, "prompt"), chat)
+                ids = self._tokens(self.cells.text(prompt, number, "prompt"), chat)
                 if self.longest is not None:  # the end of a prompt that is too long is what a text continues
                     ids = ids[-(self.longest - min(sampling.max_new_tokens, self.longest // 2)) :]
                 texts.append("".join(self.generate.stream(self.decoder, self.tokenizer, ids, sampling)))
@@ -80,17 +81,6 @@ def _prepare(place: Path) -> None:
     method = (config.get("quantization_config") or {}).get("quant_method", "")
     if method.startswith("sluice-"):
         importlib.import_module(method.removeprefix("sluice-")).register()
-
-
-def _text(value: Any, number: int, column: str) -> str:
-    """The text of a cell.
-
-    Raises:
-        ValueError: the cell is empty, or holds something else.
-    """
-    if not isinstance(value, str):
-        raise ValueError(f"row {number}: column {column} holds {value!r}; accepted: a text")
-    return value
 
 
 set_model(TextModel())

@@ -27,6 +27,7 @@ class PromptModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow sh
 
     def load_context(self, context: Any) -> None:
         """Read prompt and examples from the artifact directory `model`."""
+        self.cells = importlib.import_module("serving_cells")  # logged beside this file
         place = Path(context.artifacts["model"])
         self.prompt = yaml.safe_load((place / "prompt.yaml").read_text(encoding="utf-8"))
         self.made = importlib.import_module("prompt_rendering")  # logged beside this file
@@ -54,33 +55,11 @@ class PromptModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow sh
 
     def _messages(self, number: int, row: dict[str, Any]) -> list[dict[str, str]]:
         """The chat that asks one row."""
-        options = _texts(row.pop("choices", self.prompt["labels"]), number, "choices")
-        passages = _texts(row.pop("passages", []), number, "passages")
-        columns = {name: _text(value, number, name) for name, value in row.items()}
+        options = self.cells.texts(row.pop("choices", self.prompt["labels"]), number, "choices")
+        passages = self.cells.texts(row.pop("passages", []), number, "passages")
+        columns = {name: self.cells.text(value, number, name) for name, value in row.items()}
         made: list[dict[str, str]] = self.made.messages(self.prompt, columns, options, self.choose(columns), passages)
         return made
-
-
-def _text(value: Any, number: int, column: str) -> str:
-    """The text of a cell.
-
-    Raises:
-        ValueError: the cell is empty, or holds something else.
-    """
-    if not isinstance(value, str):
-        raise ValueError(f"row {number}: column {column} holds {value!r}; accepted: a text")
-    return value
-
-
-def _texts(value: Any, number: int, column: str) -> list[str]:
-    """The texts of a cell that holds a list.
-
-    Raises:
-        ValueError: the cell is empty, or holds something else, as a list or in it.
-    """
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
-        raise ValueError(f"row {number}: column {column} holds {value!r}; accepted: a list of texts")
-    return [_text(one, number, column) for one in value]
 
 
 set_model(PromptModel())

@@ -26,6 +26,7 @@ class RagModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ships
 
     def load_context(self, context: Any) -> None:
         """Open the artifact directory `model`."""
+        self.cells = importlib.import_module("serving_cells")  # logged beside this file
         self.assistant = importlib.import_module("assistant").Assistant.open(Path(context.artifacts["model"]))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
@@ -39,7 +40,7 @@ class RagModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ships
         sampling = self.assistant.generate.Sampling(**options)
         rows = []
         for number, question in enumerate(model_input["question"]):
-            asked = _text(question, number, "question")
+            asked = self.cells.text(question, number, "question")
             try:
                 reply = self.assistant.answer(asked, sampling=sampling)
             except ValueError as error:
@@ -47,17 +48,6 @@ class RagModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ships
             sources = json.dumps([source._asdict() for source in reply.sources], ensure_ascii=False)
             rows.append({"answer": reply.text, "sources": sources, "refused": reply.refused})
         return pd.DataFrame(rows, columns=["answer", "sources", "refused"])
-
-
-def _text(value: Any, number: int, column: str) -> str:
-    """The text of a cell.
-
-    Raises:
-        ValueError: the cell is empty, or holds something else.
-    """
-    if not isinstance(value, str):
-        raise ValueError(f"row {number}: column {column} holds {value!r}; accepted: a text")
-    return value
 
 
 set_model(RagModel())

@@ -26,6 +26,7 @@ class RetrieverModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow
 
     def load_context(self, context: Any) -> None:
         """Open the artifact directory `model`."""
+        self.cells = importlib.import_module("serving_cells")  # logged beside this file
         self.retrieval = importlib.import_module("retrieval")
         self.index = self.retrieval.Index.open(Path(context.artifacts["model"]))
 
@@ -41,7 +42,7 @@ class RetrieverModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow
             raise ValueError(f"method {options['method']!r}, count {options['count']!r}; accepted: {accepted}")
         found = []
         for number, query in enumerate(model_input["query"]):
-            asked = _text(query, number, "query")
+            asked = self.cells.text(query, number, "query")
             try:
                 passages = self.index.search(asked, int(options["count"]), method=options["method"])
             except ValueError as error:
@@ -57,17 +58,6 @@ def _row(passage: Any) -> dict[str, Any]:
         "score": float(passage.score),
         "relevance": float(passage.relevance) if passage.relevance == passage.relevance else None,
     }
-
-
-def _text(value: Any, number: int, column: str) -> str:
-    """The text of a cell.
-
-    Raises:
-        ValueError: the cell is empty, or holds something else.
-    """
-    if not isinstance(value, str):
-        raise ValueError(f"row {number}: column {column} holds {value!r}; accepted: a text")
-    return value
 
 
 set_model(RetrieverModel())

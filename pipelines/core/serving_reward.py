@@ -26,6 +26,7 @@ class RewardModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow sh
         """Load model and tokenizer from the artifact directory `model`."""
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        self.cells = importlib.import_module("serving_cells")  # logged beside this file
         place = Path(context.artifacts["model"])
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
         method = (config.get("quantization_config") or {}).get("quant_method", "")
@@ -48,7 +49,9 @@ class RewardModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow sh
         with torch.inference_mode():
             asked = zip(model_input["prompt"], model_input["response"], strict=True)
             for number, (prompt, response) in enumerate(asked):
-                tokens = self._tokens(_text(prompt, number, "prompt"), _text(response, number, "response"))
+                tokens = self._tokens(
+                    self.cells.text(prompt, number, "prompt"), self.cells.text(response, number, "response")
+                )
                 if self.longest is not None and len(tokens) > self.longest:
                     raise ValueError(
                         f"row {number}: prompt and response take {len(tokens)} tokens; the model's context is "
@@ -70,17 +73,6 @@ class RewardModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow sh
         answer = whole[len(opening) :].partition(end)[0] + end
         return [token for text in (opening, answer)
                 for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]  # fmt: skip
-
-
-def _text(value: Any, number: int, column: str) -> str:
-    """The text of a cell.
-
-    Raises:
-        ValueError: the cell is empty, or holds something else.
-    """
-    if not isinstance(value, str):
-        raise ValueError(f"row {number}: column {column} holds {value!r}; accepted: a text")
-    return value
 
 
 set_model(RewardModel())

@@ -28,6 +28,7 @@ class TaskModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
         """Load model, tokenizer and task from the artifact directory `model`."""
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        self.cells = importlib.import_module("serving_cells")  # logged beside this file
         place = Path(context.artifacts["model"])
         self.task = json.loads((place / "task.json").read_text(encoding="utf-8"))
         self.tokenizer = AutoTokenizer.from_pretrained(place)
@@ -55,10 +56,11 @@ class TaskModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
         """One row of the output."""
         import torch
 
-        choices = _texts(row.get("choices", []), number, "choices")
+        choices = self.cells.texts(row.get("choices", []), number, "choices")
         if self.task["kind"] == "choice" and not choices:
             raise ValueError(f"task {self.task['task']}: a row has no choices")
-        parts = self._encode([_text(row[name], number, name) for name in self.task["columns"] if name != "choices"])
+        columns = [name for name in self.task["columns"] if name != "choices"]
+        parts = self._encode([self.cells.text(row[name], number, name) for name in columns])
         asked = (self.task["kind"], parts, self._encode(choices), self.special, self.task["max_length"])
         with torch.inference_mode():  # one sequence at a time: padding would change the sums of some models
             found = [self._logits(torch.tensor([ids])) for ids in self.made.sequences(*asked).ids]
@@ -79,28 +81,6 @@ class TaskModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
         backend = self.tokenizer.backend_tokenizer
         backend.encode_special_tokens = True
         return [item.ids for item in backend.encode_batch(texts, add_special_tokens=False)]
-
-
-def _text(value: Any, number: int, column: str) -> str:
-    """The text of a cell.
-
-    Raises:
-        ValueError: the cell is empty, or holds something else.
-    """
-    if not isinstance(value, str):
-        raise ValueError(f"row {number}: column {column} holds {value!r}; accepted: a text")
-    return value
-
-
-def _texts(value: Any, number: int, column: str) -> list[str]:
-    """The texts of a cell that holds a list.
-
-    Raises:
-        ValueError: the cell is empty, or holds something else, as a list or in it.
-    """
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
-        raise ValueError(f"row {number}: column {column} holds {value!r}; accepted: a list of texts")
-    return [_text(one, number, column) for one in value]
 
 
 set_model(TaskModel())
