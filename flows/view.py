@@ -131,7 +131,7 @@ def stages_table(board: Board) -> Table:
     """The table at the end: one row a stage."""
     table = Table(box=None, pad_edge=False)
     for heading in ("stage", "", "time", "metric", "verdict"):
-        table.add_column(heading, no_wrap=heading != "metric")
+        table.add_column(heading, no_wrap=heading not in ("metric", "verdict"))
     for row in board.rows.values():
         state = "not run" if row.state == "waiting" else row.state
         took = "" if row.state == "cached" else duration(row.seconds)

@@ -154,6 +154,7 @@ def test_it_publishes_an_assistant_that_says_what_was_measured(made: dict[str, P
 def test_the_same_bytes_however_often_it_is_killed(
     made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(answers_generation, "BATCH", 16)
     _, whole, _ = run(made, tmp_path / "a")
     real, calls = sampling.sample, 0
     context = StageContext(stage="answers", root=tmp_path / "b", fingerprint="f" * 64)

@@ -178,3 +178,22 @@ def test_the_live_table_draws_every_state(board: Board) -> None:
 )
 def test_durations(seconds: float | None, text: str) -> None:
     assert view.duration(seconds) == text
+
+
+def test_a_long_verdict_takes_no_room_from_the_names_of_stages(tmp_path: Path) -> None:
+    """On 80 columns, as where the output is no terminal."""
+    failed = ", ".join(f"sluice-transfer-{name} 1 FAILED" for name in ("choice", "entailment", "similarity"))
+    rows = {
+        "transfer": Row(
+            "transfer", "run", seconds=83.0, metric="score 0.6776", verdict=f"0 of 3 models passed, {failed}"
+        ),
+        "tokenizer": Row("tokenizer", "cached", metric="bytes_per_token 3.449"),
+    }
+    with (page := Console(width=80)).capture() as shown:
+        page.print(view.stages_table(Board(tmp_path, rows)))
+    lines = [line.split() for line in shown.get().splitlines()]
+    assert lines[0] == ["stage", "time", "metric", "verdict"]
+    assert ["transfer", "run", "1m23s"] in [line[:3] for line in lines]
+    assert ["tokenizer", "cached"] in [line[:2] for line in lines]
+    words = " ".join(" ".join(line) for line in lines)
+    assert all(name in words for name in ("choice", "entailment", "similarity")), "nothing of it is cut off"
