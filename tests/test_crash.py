@@ -21,13 +21,15 @@ from pipelines.core import artifacts, environment, graph
 
 LATER = ("sft", "reward", "ppo", "dpo", "distill", "transfer")
 TRAINING = ("pretrain", *(pytest.param(name, marks=pytest.mark.slow) for name in LATER))
-OTHERS = ("feedback", "quantize", "rag")
+OTHERS = ("feedback", "quantize", "rag", "answers", "prompts")
 STAGES = (*TRAINING, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS))
 MOMENTS = ("at once", "a first checkpoint", "half the steps", "scoring after training")
 MOMENTS_OF = {
     "feedback": ("at once", "a first batch"),
     "quantize": ("at once", "a first variant", "a first measure"),
     "rag": ("at once", "first vectors", "ranking"),
+    "answers": ("at once", "first answers"),
+    "prompts": ("at once", "a first call"),
 }  # no training
 
 
@@ -53,6 +55,8 @@ def reached(root: Path, stage: str, moment: str) -> bool:
         "a first batch": there("*/samples/batch-*.json"),
         "a first variant": there("*/variants/*/config.json"),
         "a first measure": there("*/evaluation/measured-*.json"),
+        "first answers": there("*/answers/*.json"),
+        "a first call": there("*/calls/*.json"),
         "first vectors": there("embeddings/vectors-*/*.npy"),
         "ranking": "ranking" in live["shown"],
         "at once": place.exists(),

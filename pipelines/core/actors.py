@@ -25,7 +25,17 @@ from typing import Any, Literal
 
 import torch
 
-from pipelines.core import attention, k_way, language_models, losses, reward_model, segments, training, tuning
+from pipelines.core import (
+    attention,
+    k_way,
+    language_models,
+    losses,
+    low_rank,
+    reward_model,
+    segments,
+    training,
+    tuning,
+)
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
 from pipelines.core.params.tuning import Tuning
@@ -214,6 +224,7 @@ def shared(sft: Path, reward: Path | None, adapters: Tuning, longest: int, seed:
     reward_head, mean = None, 0.0
     if reward is None:
         model.add_adapter("value", copy.deepcopy(model.peft_config["policy"]))
+        low_rank.fuse(model)
     else:
         reward_head, mean = reward_model.load_adapter(model, reward / "adapter", sft, "reward"), _mean(reward / "model")
         reward_model.load_adapter(model, reward / "adapter", sft, "value")

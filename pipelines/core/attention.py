@@ -61,7 +61,7 @@ def grouped(
     scores = torch.bmm(scaled, key.reshape(batch * kv_heads, keys, width).transpose(1, 2))
     scores = scores.view(batch, kv_heads, group, length, keys)
     if attention_mask is not None:
-        scores = scores + attention_mask[:, :, None, :, :keys]
+        scores += attention_mask[:, :, None, :, :keys]
     weights = torch.softmax(scores, dim=-1)  # sums in fp32 whatever the type
     if dropout and module.training:
         weights = torch.dropout(weights, dropout, train=True)

@@ -9,7 +9,7 @@ import torch
 
 from pipelines.core import divergences
 from pipelines.core.divergences import Kind as Kind
-from pipelines.core.output_layer import blocks, chunks, gradients, log_softmax, summed_loss
+from pipelines.core.output_layer import gradients, log_softmax, pieces, summed_loss
 
 IGNORE = -100  # a label that is not supervised, as in torch and transformers
 ABSENT = -1e4  # log of a mass of nothing; finite, so that nothing times it is nothing
@@ -58,7 +58,7 @@ def _supervised(labels: torch.Tensor) -> int:
 def label_log_probabilities(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Log-probability in nats of each label, (N,) fp32; 0 where the label is `IGNORE`. Shapes as above."""
     parts = []
-    for part, logits in chunks(hidden, weight.to(hidden.dtype)):
+    for part, logits in pieces(hidden, weight.to(hidden.dtype)):
         gold = log_softmax(logits).gather(1, labels[part].clamp(min=0)[:, None])[:, 0]
         parts.append(gold * (labels[part] != IGNORE))
     return torch.cat(parts)
@@ -79,7 +79,7 @@ class _TokenScores(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float, spread: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         chosen, entropies = [], []
-        for part, logits in chunks(hidden, weight.to(hidden.dtype)):
+        for part, logits in pieces(hidden, weight.to(hidden.dtype)):
             scores = log_softmax(logits, temperature)
             chosen.append(scores.gather(1, labels[part, None])[:, 0])
             if spread:
@@ -169,8 +169,7 @@ def top_k(teacher_logits: torch.Tensor, k: int) -> TopK:
 @torch.no_grad()
 def linear_top_k(teacher_hidden: torch.Tensor, teacher_head: torch.Tensor, k: int) -> TopK:
     """As `top_k`, from hidden states (N, D) and the output embedding (V, D), chunk by chunk."""
-    logits_of = chunks(teacher_hidden, teacher_head.to(teacher_hidden.dtype))
-    found = [top_k(logits[rows], k) for _, logits in logits_of for rows in blocks(logits)]
+    found = [top_k(logits, k) for _, logits in pieces(teacher_hidden, teacher_head.to(teacher_hidden.dtype))]
     return TopK(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
@@ -225,7 +224,7 @@ def linear_divergence(
     divergences.check(kind, temperature, beta)
     if (len(teacher_hidden), len(teacher_head)) != (len(hidden), len(head)):
         raise ValueError("student and teacher differ in tokens or vocabulary")
-    theirs = chunks(teacher_hidden.detach(), teacher_head.detach().to(teacher_hidden.dtype))
+    theirs = pieces(teacher_hidden.detach(), teacher_head.detach().to(teacher_hidden.dtype))
 
     def compare(scores: torch.Tensor, chances: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return divergences.with_gradient(scores, chances, log_softmax(logits, temperature), kind, beta)
@@ -276,23 +275,20 @@ def _mean(
     share = labels_weight * len(hidden) / _supervised(labels) if labels is not None and labels_weight else 0.0
 
     def replace(logits: torch.Tensor, part: slice) -> torch.Tensor:
-        total = logits.new_zeros((), dtype=torch.float32)
-        teacher = answers(part)
-        for rows in blocks(logits):
-            scores = log_softmax(logits[rows], temperature)
-            chances = scores.exp()
-            values, gradient = compare(scores, chances, *(each[rows] for each in teacher))
-            total = total + temperature**2 * values.sum()
-            gradient *= temperature  # temperature^2, and 1 / temperature from the logits' division
-            if labels is not None and share:
-                if temperature != 1.0:
-                    scores = log_softmax(logits[rows])
-                    chances = scores.exp()
-                kept = share * (labels[part][rows] != IGNORE)[:, None].to(scores.dtype)
-                target = labels[part][rows].clamp(min=0)[:, None]
-                gradient.addcmul_(chances, kept).scatter_add_(1, target, -kept)
-                total = total - (scores.gather(1, target) * kept).sum()
-            logits[rows] = gradient
+        scores = log_softmax(logits, temperature)
+        chances = scores.exp()
+        values, gradient = compare(scores, chances, *answers(part))
+        total = temperature**2 * values.sum()
+        gradient *= temperature  # temperature^2, and 1 / temperature from the logits' division
+        if labels is not None and share:
+            if temperature != 1.0:
+                scores = log_softmax(logits)
+                chances = scores.exp()
+            kept = share * (labels[part] != IGNORE)[:, None].to(scores.dtype)
+            target = labels[part].clamp(min=0)[:, None]
+            gradient.addcmul_(chances, kept).scatter_add_(1, target, -kept)
+            total = total - (scores.gather(1, target) * kept).sum()
+        logits.copy_(gradient)
         return total
 
     return summed_loss(hidden, head, replace) / len(hidden)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipelines.core import distributed
+from pipelines.core import distributed, low_rank
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ParamsError
 from pipelines.core.params.tuning import MOVES_BASE, Tuning
@@ -214,7 +214,9 @@ def _with_adapters(model: Any, params: Tuning, stage: str, head: str | None, nam
         # Excluded, not handed to peft's `modules_to_save`: that keeps a second, frozen copy of the head.
         exclude_modules=None if head is None else [head],
     )
-    return get_peft_model(model, config, adapter_name=name)
+    adapted = get_peft_model(model, config, adapter_name=name)
+    low_rank.fuse(adapted)
+    return adapted
 
 
 def _refuse_targets(model: Any, params: Tuning, stage: str) -> None:
