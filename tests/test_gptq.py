@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_int8 import IDS, logits, tiny
 
-from pipelines.core import gptq, int4
+from pipelines.core import attention, gptq, int4, tuning
 from pipelines.core.errors import ArtifactError
 
 
@@ -143,6 +143,18 @@ def test_calibration_goes_through_every_block_and_helps(kind: str) -> None:
     errors = [(logits(one, ids) - exact).norm() for one in (chosen, nearest)]
     assert errors[0] < 0.95 * errors[1]
     assert torch.allclose(logits(changed, ids), logits(int4.dense(chosen), ids), atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_block_is_given_all_that_its_model_gives_it(kind: str) -> None:
+    """GPT-2's blocks get their mask without its name, and without a mask grouped attention sees what comes later."""
+    model = tiny(kind)
+    model.set_attn_implementation(attention.choose("cpu", IDS.shape[1]))
+    with torch.inference_mode():
+        wanted = model(IDS, output_hidden_states=True).hidden_states[1]
+        block = tuning.blocks(model)[0]
+        hidden, options = gptq._first_inputs(model, block, IDS)
+        assert torch.allclose(gptq._output(block(hidden, **options)), wanted, atol=1e-6)
 
 
 def test_calibration_refuses_inputs_that_are_no_numbers() -> None:

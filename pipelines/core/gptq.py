@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from inspect import signature
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -202,9 +203,11 @@ def _inputs(
 def _first_inputs(model: Any, first: Any, ids: torch.Tensor) -> _First:
     """What the model gives its first block for some rows."""
     caught: list[_First] = []
+    names = list(signature(first.forward).parameters)
 
     def hook(_: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
-        caught.append(_First(given[0] if given else options.pop("hidden_states"), options))
+        told = dict(zip(names, given, strict=False)) | options  # GPT-2's blocks get their mask without its name
+        caught.append(_First(told.pop(names[0]), told))
         raise _Caught
 
     placed = first.register_forward_pre_hook(hook, with_kwargs=True)
