@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import torch
 from models import model, tokenizer
 from pydantic import ValidationError
-from test_int8 import logits
+from test_int8 import IDS, logits, tiny
 from test_reward import write
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +23,7 @@ from pipelines.core import (
     artifacts,
     compression,
     int4,
+    int8,
     quantization,
     quantization_aware,
     quantize_evaluation,
@@ -226,6 +228,14 @@ def test_divergence_and_agreement_are_those_of_the_logits() -> None:
     assert found.kl == pytest.approx(sum(divergence) / len(divergence), rel=1e-4)
     assert found.agreement == pytest.approx(sum(same) / len(same))
     assert found.bits == pytest.approx(bits, rel=1e-4)
+
+
+def test_layers_that_lie_the_other_way_round_have_their_errors_too() -> None:
+    exact = tiny("gpt2")
+    made = int8.quantize(copy.deepcopy(exact))
+    errors = compression.layer_errors(exact, made, [IDS[0].tolist()], variants.weight_of)
+    assert len(errors) == 2 * 4 + 1  # and the head
+    assert all(0 < error < 0.02 for error in errors.values())
 
 
 def test_pairs_ranked_alike() -> None:

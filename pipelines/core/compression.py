@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
-from pipelines.core import losses, scoring
+from pipelines.core import int8, losses, scoring
 from pipelines.core.language_models import body_and_head
 
 CHUNK = 64  # tokens whose logits of both models exist at one time: at V = 49152, 25 MB; more is slower
@@ -101,11 +102,10 @@ def layer_errors(
 
     hooks = []
     for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or name not in others:
+        if not isinstance(module, torch.nn.Linear | Conv1D) or name not in others:
             continue
-        theirs = weight_of(others[name])
-        if theirs is not None and not torch.equal(theirs.float(), module.weight.float()):
-            weight = module.weight.float()
+        theirs, weight = weight_of(others[name]), int8.rows_of(module).float()
+        if theirs is not None and not torch.equal(theirs.float(), weight):
             hooks.append((module, look(name, theirs.float() - weight, weight)))
     with _hooks(hooks):
         for ids in rows:
