@@ -189,6 +189,29 @@ def test_fine_tuning_with_rounded_weights_brings_the_rounded_model_nearer(
     assert quantization_aware.fine_tuned(place, "int4", rows, params, context) == tuned  # kept, not made again
 
 
+@pytest.mark.parametrize("variant", ["int8", "int4", "nf4"])
+def test_layers_that_lie_the_other_way_round_are_fine_tuned_but_for_those_kept(
+    variant: str, context: StageContext, tmp_path: Path
+) -> None:
+    exact = model(tokenizer(), "gpt2")
+    exact.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    aware = {"variants": [variant], "steps": 2, "lr": 1e-3, "batch_size": 1}
+    keep = ["transformer.h.0.attn.c_attn", "mlp.c_proj"]
+    params = QuantizeParams(**TINY | {"variants": [variant], "aware": aware, "keep_in_high_precision": keep})
+    tuned = quantization_aware.fine_tuned(tmp_path / "model", variant, [[1, 5, 9, 2, 7, 3]], params, context)
+    was, now = exact.state_dict(), AutoModelForCausalLM.from_pretrained(tuned).state_dict()
+    moved = {name for name in was if not torch.equal(was[name], now[name])}
+    assert moved == {
+        *(f"transformer.h.{n}.attn.c_proj.weight" for n in (0, 1)), "transformer.h.1.attn.c_attn.weight",
+        *(f"transformer.h.{n}.mlp.c_fc.weight" for n in (0, 1)),
+    }  # fmt: skip
+    with pytest.raises(ParamsError, match=r"aware: keep_in_high_precision \(h\.\*\) leaves no layer"):
+        kept = QuantizeParams(**TINY | {"aware": aware, "variants": [variant], "keep_in_high_precision": ["h.*"]})
+        shutil.rmtree(context.work / "aware")
+        quantization_aware.fine_tuned(tmp_path / "model", variant, [[1, 5]], kept, context)
+
+
 def test_stopped_and_gone_on_it_ends_with_the_same_bytes(inputs: dict[str, Path], tmp_path: Path) -> None:
     aware = {"aware": {"variants": ["int4"], "steps": 6, "batch_size": 2, "lr": 1e-4}}
     _, whole, _ = run(inputs, tmp_path / "whole", **aware)

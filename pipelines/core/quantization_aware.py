@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
 
 from pipelines.core import artifacts, int4, int8, language_models, losses, segments, training, tuning
 from pipelines.core.checkpoint import Checkpoints
 from pipelines.core.context import StageContext
-from pipelines.core.params.quantize import Aware, QuantizeParams
+from pipelines.core.errors import ParamsError
+from pipelines.core.params.quantize import QuantizeParams
 
 CHECKPOINT_STEPS, CHECKPOINT_SECONDS = 50, 60.0
 
@@ -27,14 +29,15 @@ CHECKPOINT_STEPS, CHECKPOINT_SECONDS = 50, 60.0
 class Rounded(torch.nn.Module):
     """A weight as its format would keep it; the gradient passes as if it were the weight itself."""
 
-    def __init__(self, rounding: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, rounding: Callable[[torch.Tensor], torch.Tensor], turned: bool = False) -> None:
         super().__init__()
-        self.rounding = rounding
+        self.rounding, self.turned = rounding, turned
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """weight (out, in) -> the same, rounded."""
+        """weight (out, in), or (in, out) where it is `turned` -> the same, rounded."""
         with torch.no_grad():
-            gap = self.rounding(weight) - weight
+            rounded = self.rounding(weight.t().contiguous()).t() if self.turned else self.rounding(weight)
+            gap = rounded - weight
         return weight + gap
 
 
@@ -65,6 +68,8 @@ def fine_tuned(
     """A directory of the model, fine-tuned for a variant; taken from the scratch where a killed run has finished it.
 
     Raises:
+        ParamsError: no layer is left to fine-tune.
+        ValueError: a weight that the format cannot hold; the layer is named.
         ArtifactError: the loss or a gradient is not finite.
         Stopped: a signal came; the checkpoint is written.
     """
@@ -83,15 +88,18 @@ def _train(
     model: Any, original: Any, variant: str, rows: Sequence[list[int]], params: QuantizeParams, context: StageContext
 ) -> None:
     """Train the blocks' linear layers in place."""
-    aware: Aware = params.aware
-    layers = [
-        part
-        for number, block in enumerate(tuning.blocks(model))
-        for name, part in block.named_modules()
-        if isinstance(part, torch.nn.Linear) and not int8.kept(f"layers.{number}.{name}", params.keep_in_high_precision)
-    ]
+    aware, keep = params.aware, params.keep_in_high_precision
+    inside = {id(part) for block in tuning.blocks(model) for part in block.modules()}
+    layers: dict[str, Any] = {
+        name: part for name, part in int8.convertible(model) if id(part) in inside and not int8.kept(name, keep)
+    }
+    if not layers:
+        raise ParamsError(
+            f"quantize.aware: keep_in_high_precision ({', '.join(keep)}) leaves no layer of the blocks to fine-tune; "
+            "keep fewer, or set aware: {}"
+        )
     model.requires_grad_(False)
-    weights = [part.weight.requires_grad_() for part in layers]
+    weights = [part.weight.requires_grad_() for part in layers.values()]
     optimizer = training.adamw(weights, aware.lr, weight_decay=0.0)
     checkpoints = Checkpoints(
         context.work / f"aware-{variant}-checkpoints", context.fingerprint, CHECKPOINT_STEPS, CHECKPOINT_SECONDS
@@ -103,8 +111,12 @@ def _train(
             weight.data.copy_(value)
         training.load_optimizer_state(optimizer, state["optimizer"])
     sequences = [segments.Sequence(row[:-1], row[1:], [0] * (len(row) - 1)) for row in rows if len(row) > 1]
-    for part in layers:
-        parametrize.register_parametrization(part, "weight", Rounded(rounding(variant, params.group_size)))
+    for name, part in layers.items():
+        rounded = Rounded(rounding(variant, params.group_size), isinstance(part, Conv1D))
+        try:
+            parametrize.register_parametrization(part, "weight", rounded)
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from None
     heads = [language_models.body_and_head(one)[1].detach() for one in (model, original)]
     for step in range(state["step"], aware.steps):
         first = step * aware.batch_size
@@ -125,5 +137,5 @@ def _train(
             checkpoints.save(step + 1, now | {"optimizer": training.optimizer_state(optimizer)})
         if stop:
             context.stop_if_asked()
-    for part in layers:
+    for part in layers.values():
         parametrize.remove_parametrizations(part, "weight", leave_parametrized=False)
