@@ -156,6 +156,16 @@ def test_what_is_kept_in_high_precision_is_in_no_variant(inputs: dict[str, Path]
         assert "down_proj" in (out / "models" / name / "README.md").read_text()
 
 
+def test_a_layer_to_keep_need_not_be_in_the_student_or_the_reward_model(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    keep = ["model.layers.1.mlp.down_proj", "lm_head"]  # the student has one block, the reward model no such head
+    _, out, _ = run(inputs, tmp_path, variants=["int8"], keep_in_high_precision=keep)
+    kept = variants.load(out / "models/int8", "int8").get_submodule(keep[0])
+    assert type(kept) is torch.nn.Linear
+    assert variants.load(out / "models/student-int8", "int8").config.num_hidden_layers == 1
+
+
 def test_calibration_rows_are_equal_and_begin_where_a_text_begins() -> None:
     params = QuantizeParams.model_validate({**TINY, "calibration_length": 16})
     long, short = list(range(100, 130)), [[1, 2, 3, 4, 5, 6], [11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25, 26]]

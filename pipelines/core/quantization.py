@@ -93,8 +93,10 @@ def timed(subjects: Sequence[Subject], made: Mapping[str, tuple[Subject, str, Pa
 def check(subject: Subject, model: Any, params: QuantizeParams) -> None:
     """Refuse what cannot be made smaller: weights that are not finite, and patterns that name no layer.
 
+    Patterns are held against the model itself: a student has fewer blocks, and a reward model another head.
+
     Raises:
-        ArtifactError: NaN or infinity in a weight, or shapes that a variant cannot hold; the tensor is named.
+        ArtifactError: NaN or infinity in a weight; the tensor is named.
         ParamsError: an entry of `keep_in_high_precision` names no layer.
     """
     for name, value in model.named_parameters():
@@ -102,7 +104,7 @@ def check(subject: Subject, model: Any, params: QuantizeParams) -> None:
             count = int((~torch.isfinite(value)).sum())
             raise ArtifactError(f"{subject.place}: {name}: {count} of {value.numel()} weights are NaN or infinite")
     names = [name for name, _ in int8.convertible(model)]
-    for pattern in params.keep_in_high_precision:
+    for pattern in () if subject.name else params.keep_in_high_precision:
         if not any(int8.kept(name, [pattern]) for name in names):
             raise ParamsError(
                 f"quantize.keep_in_high_precision: {pattern!r} is none of the {len(names)} layers of {subject.place}, "
