@@ -114,6 +114,16 @@ def test_a_directory_loads_as_what_was_saved(kind: str, tied: bool, tmp_path: Pa
     assert torch.equal(logits(int8.load(tmp_path / "again")), logits(made))
 
 
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_head_and_the_embedding_it_is_tied_to_are_kept_together(name: str, tmp_path: Path) -> None:
+    made = int8.quantize(tiny(), [name])
+    made.save_pretrained(tmp_path)
+    for one in (made, int8.load(tmp_path)):
+        assert type(one.get_output_embeddings()) is torch.nn.Linear
+        assert type(one.get_input_embeddings()) is torch.nn.Embedding
+        assert one.get_output_embeddings().weight is one.get_input_embeddings().weight
+
+
 def test_what_is_kept_is_not_touched_and_a_name_s_end_is_enough(tmp_path: Path) -> None:
     model = tiny()
     before = copy.deepcopy(model)

@@ -132,15 +132,20 @@ def quantize(model: Any, keep: Sequence[str] = ()) -> Any:
 
     Args:
         model: a transformers model.
-        keep: names or patterns of layers that stay in bf16 (`kept`). A tied head goes with its embedding.
+        keep: names or patterns of layers that stay in bf16 (`kept`). Of a head and the embedding it is tied to both
+            stay where one is named.
 
     Raises:
         ValueError: NaN or infinity in a weight; the layer is named.
     """
-    tied = model.get_output_embeddings() is not None and model.config.get_text_config().tie_word_embeddings
+    head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and model.config.get_text_config().tie_word_embeddings
+    stay = [head, tokens] if tied else []
+    if not any(kept(name, keep) for name, module in convertible(model) if module in stay):
+        stay = stay[:1]  # the head is made of its embedding, below
     made = {}
     for name, module in list(convertible(model)):
-        if kept(name, keep) or (tied and module is model.get_output_embeddings()):
+        if kept(name, keep) or module in stay:
             continue
         try:
             weight, scale = to_int8(rows_of(module))
