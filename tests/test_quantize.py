@@ -26,6 +26,7 @@ from pipelines.core import (
     int8,
     quantization,
     quantization_aware,
+    quantize_card,
     quantize_evaluation,
     report_compression,
     reward_model,
@@ -297,6 +298,25 @@ def test_bad_input_is_told_before_anything_is_made(inputs: dict[str, Path], tmp_
     tokenizer_of.save_pretrained(tmp_path / "broken")
     with pytest.raises(ArtifactError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: 1 of .* weights are NaN"):
         run(inputs, tmp_path, model=str(tmp_path / "broken"))
+
+
+def test_a_card_says_what_was_done_to_its_own_variant_and_how_to_load_it() -> None:
+    aware = {"variants": ["int8", "int4"], "steps": 7}
+    params = QuantizeParams(**TINY | {"aware": aware, "keep_in_high_precision": ["down_proj"]})
+
+    def card(subject: str, variant: str) -> str:
+        one = quantization.Subject(subject, Path("m"), [variant], classifier=subject == "reward")
+        return quantize_card.card(quantization.full_name(one, variant), one, variant, params, {}, [])
+
+    for variant in ("int8", "int4"):
+        assert "Fine-tuned for 7 steps" in card("", variant)
+        assert "Fine-tuned" not in card("student", variant) + card("reward", variant)
+        assert f"{variant}.load(path)" in card("student", variant)
+        reward = card("reward", variant)
+        assert f"{variant}.load(path, classifier=True)" in reward and "text-classification" in reward
+    assert "GPTQ on" in card("student", "int4") and "Rounded to the nearest" in card("reward", "int4")
+    assert "GPTQ on" not in card("", "int8")
+    assert "down_proj" in card("", "int8") and "down_proj" not in card("", "gguf-q8_0")  # which keeps nothing
 
 
 def test_too_little_memory_is_told_with_the_numbers(inputs: dict[str, Path]) -> None:

@@ -21,12 +21,7 @@ HOW = {
     "gguf-q8_0": "One GGUF file for llama.cpp and Ollama, blocks of 32 in int8.",
     "gguf-q4_0": "One GGUF file for llama.cpp and Ollama, blocks of 32 in 4 bits.",
 }
-LOAD = {
-    "int8": "from pipelines.core import int8\nmodel = int8.load(path)",
-    "int4": "from pipelines.core import int4\nmodel = int4.load(path)",
-    "nf4": "from pipelines.core import bnb_variants\nmodel = bnb_variants.load(path)",
-    "llm-int8": "from pipelines.core import bnb_variants\nmodel = bnb_variants.load(path)",
-}
+LOADER = {"int8": "int8", "int4": "int4", "nf4": "bnb_variants", "llm-int8": "bnb_variants"}
 NOT_TIMED = (
     "Speed and memory were not measured: llama.cpp is not a dependency of this project (`ollama run`, `llama-bench`)."
 )
@@ -44,12 +39,13 @@ def card(
     """Model card, with the front matter the hub reads. Figures of a machine are not in it: they differ by machine."""
     gguf = variant in variants.GGUF
     library = "gguf" if gguf else "transformers"
-    lines = [f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n---\n\n# sluice-quantized-{name}\n"]
+    task = "text-classification" if subject.classifier else "text-generation"
+    lines = [f"---\nlibrary_name: {library}\npipeline_tag: {task}\n---\n\n# sluice-quantized-{name}\n"]
     lines.append(HOW[variant].format(group=params.group_size))
-    if params.keep_in_high_precision:
-        lines.append(f"Kept in high precision: {', '.join(params.keep_in_high_precision)}.")
-    if variant in CALIBRATED and not subject.classifier:
-        lines.append(_fitted(variant, params))
+    if params.keep_in_high_precision and not gguf:
+        lines.append(f"Kept in high precision, of the layers it has: {', '.join(params.keep_in_high_precision)}.")
+    if told := _fitted(subject, variant, params):
+        lines.append(told)
     rows = [
         ("bytes of weights", "bytes", "{:,.0f}"), ("share of the original's bytes in fp32", "size_ratio", "{:.3f}"),
         ("bits a weight of the quantized layers", "bits_per_weight", "{:.4f}"),
@@ -64,20 +60,29 @@ def card(
         worst = sorted(layers, key=lambda row: -row["error"])[:WORST]
         told = ", ".join(f"{row['layer']} {row['error']:.2%}" for row in worst)
         lines.append(f"Layers whose outputs are furthest off (`layers.csv` has all): {told}.")
-    lines.append(NOT_TIMED if gguf else f"```python\n{LOAD[variant]}\n```")
+    lines.append(NOT_TIMED if gguf else _loading(variant, subject.classifier))
     return "\n".join(lines) + "\n"
 
 
-def _fitted(variant: str, params: QuantizeParams) -> str:
-    """Where its codes come from."""
+def _loading(variant: str, classifier: bool) -> str:
+    """How it is loaded, in Python."""
+    module, more = LOADER[variant], ", classifier=True" if classifier else ""
+    return f"```python\nfrom pipelines.core import {module}\nmodel = {module}.load(path{more})\n```"
+
+
+def _fitted(subject: Subject, variant: str, params: QuantizeParams) -> str:
+    """Where its codes come from; nothing where its format alone says it."""
     data = (
         f"{params.calibration_rows} rows of at most {params.calibration_length} tokens of stage data's training side: "
         "demonstrations and pieces of the corpus in turns"
     )
-    how = f"Its codes were chosen by GPTQ on {data}." if params.calibrate else "Rounded to the nearest."
-    if variant in params.aware.variants:
-        how = f"Fine-tuned for {params.aware.steps} steps with rounded weights on {data}. {how}"
-    return how
+    told = []
+    if variant in params.aware.variants and not subject.name:
+        told.append(f"Fine-tuned for {params.aware.steps} steps with rounded weights on {data}.")
+    if variant in CALIBRATED:
+        calibrated = params.calibrate and not subject.classifier
+        told.append(f"Its codes were chosen by GPTQ on {data}." if calibrated else "Rounded to the nearest.")
+    return " ".join(told)
 
 
 def pareto(
