@@ -319,6 +319,14 @@ def test_a_card_says_what_was_done_to_its_own_variant_and_how_to_load_it() -> No
     assert "down_proj" in card("", "int8") and "down_proj" not in card("", "gguf-q8_0")  # which keeps nothing
 
 
+def test_a_variant_that_would_change_nothing_is_refused() -> None:
+    params = QuantizeParams(**TINY | ONE)
+    subject = quantization.Subject("", Path("m"), ["dynamic-int8"], classifier=False)
+    quantization.check(subject, tiny("llama"), params)
+    with pytest.raises(ParamsError, match=r"dynamic-int8: torch's .* none of the layers of architecture gpt2"):
+        quantization.check(subject, tiny("gpt2"), params)
+
+
 def test_too_little_memory_is_told_with_the_numbers(inputs: dict[str, Path]) -> None:
     subject = quantization.Subject("", inputs["ppo"] / "model", ["int8"], False)
     size = variants.size(subject.place)

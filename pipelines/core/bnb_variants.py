@@ -90,14 +90,18 @@ def guarded(model: Any) -> Any:
 
 def dynamic_int8(model: Any) -> Any:
     """A copy with torch's dynamic quantization of the blocks: int8 weights, activations rounded tensor by tensor."""
-    head = model.get_output_embeddings()
-    names = {name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and part is not head}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is deprecated in favour of torchao
         made: Any = torch.ao.quantization.quantize_dynamic(  # type: ignore[no-untyped-call]
-            copy.deepcopy(model), names, dtype=torch.qint8
+            copy.deepcopy(model), dynamic_names(model), dtype=torch.qint8
         )
         return made
+
+
+def dynamic_names(model: Any) -> set[str]:
+    """The layers that `dynamic_int8` rounds; none of GPT-2's, which are of another class."""
+    head = model.get_output_embeddings()
+    return {name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and part is not head}
 
 
 def weight_of(layer: Any) -> torch.Tensor | None:

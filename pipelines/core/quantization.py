@@ -97,7 +97,7 @@ def check(subject: Subject, model: Any, params: QuantizeParams) -> None:
 
     Raises:
         ArtifactError: NaN or infinity in a weight; the tensor is named.
-        ParamsError: an entry of `keep_in_high_precision` names no layer.
+        ParamsError: an entry of `keep_in_high_precision` names no layer; a variant that knows none of the layers.
     """
     for name, value in model.named_parameters():
         if not bool(torch.isfinite(value).all()):
@@ -110,6 +110,11 @@ def check(subject: Subject, model: Any, params: QuantizeParams) -> None:
                 f"quantize.keep_in_high_precision: {pattern!r} is none of the {len(names)} layers of {subject.place}, "
                 f"for example {names[0]}, {names[-1]}; patterns such as *.down_proj are accepted"
             )
+    if variants.DYNAMIC in subject.variants and not bnb_variants.dynamic_names(model):
+        raise ParamsError(
+            f"quantize.variants: {variants.DYNAMIC}: torch's dynamic quantization knows none of the layers of "
+            f"architecture {model.config.model_type}, so it would change nothing; leave it out"
+        )
 
 
 def check_memory(subjects: Sequence[Subject], available: int) -> None:
