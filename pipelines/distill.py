@@ -144,7 +144,7 @@ def _student(
     """The student before training, in fp32, and which of the teacher's blocks it is made of, if it is.
 
     Raises:
-        ParamsError: `keep_layers` is more than the teacher has.
+        ParamsError: `keep_layers` is more than the teacher has; what is to be read does not fit the context.
         ArtifactError: another tokenizer, or more parameters than the teacher has.
     """
     import torch
@@ -167,6 +167,7 @@ def _student(
     model = model.float().to(context.device)
     student_checks.check_smaller(teacher, model)
     student_checks.check_same_rows(teacher, model)
+    student_checks.check_context(params, teacher, model)
     language_models.body_and_head(model)
     for value in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
         value.requires_grad_(params.train_embedding)

@@ -192,6 +192,8 @@ def test_bad_input_is_told_before_training(inputs: dict[str, Path], tmp_path: Pa
         run(inputs, tmp_path, keep_layers=4)
     with pytest.raises(ParamsError, match="more than|at most as many"):
         run(inputs, tmp_path, student="random", keep_layers=None, depth=5)
+    with pytest.raises(ParamsError, match=r"distill\.max_length is 300, .* 70 tokens; the context .* is 256: lower"):
+        run(inputs, tmp_path, max_length=300)
     with pytest.raises(
         DataError, match=r"the training corpus has .* pieces of 48 tokens .*distill.texts asks for 99999"
     ):

@@ -23,6 +23,7 @@ from pipelines.core import (
     quantization_aware,
     reading,
     reward_model,
+    sampling,
     scoring,
     variants,
 )
@@ -91,14 +92,23 @@ def timed(subjects: Sequence[Subject], made: Mapping[str, tuple[Subject, str, Pa
 
 
 def check(subject: Subject, model: Any, params: QuantizeParams) -> None:
-    """Refuse what cannot be made smaller: weights that are not finite, and patterns that name no layer.
+    """Refuse what cannot be made smaller, or read as it is asked: weights that are not finite, patterns that name no
+    layer, rows beyond the context.
 
     Patterns are held against the model itself: a student has fewer blocks, and a reward model another head.
 
     Raises:
         ArtifactError: NaN or infinity in a weight; the tensor is named.
-        ParamsError: an entry of `keep_in_high_precision` names no layer; a variant that knows none of the layers.
+        ParamsError: an entry of `keep_in_high_precision` names no layer; a variant that knows none of the layers; what
+            is to be read does not fit the context.
     """
+    room = sampling.context_length(model.config)
+    asked = params.max_prompt_tokens + params.max_new_tokens
+    if room is not None and max(params.calibration_length, asked) > room:
+        raise ParamsError(
+            f"quantize.calibration_length is {params.calibration_length}, quantize.max_prompt_tokens + "
+            f"quantize.max_new_tokens {asked} tokens; the context of {subject.place} is {room}: lower them"
+        )
     for name, value in model.named_parameters():
         if not bool(torch.isfinite(value).all()):
             count = int((~torch.isfinite(value)).sum())

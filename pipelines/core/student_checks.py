@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipelines.core import language_models
+from pipelines.core import language_models, sampling
 from pipelines.core.errors import ArtifactError, ParamsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from pipelines.core.params.distill import DistillParams
 
 PARTS = ("model", "normalizer", "pre_tokenizer")  # of tokenizer.json: what decides which ids a text gets
 
@@ -50,6 +52,17 @@ def check_finite(model: PreTrainedModel, place: Path | str) -> None:
         raise ArtifactError(
             f"{place}: weight {name} has {int(bad.sum())} values of {values.numel()} that are NaN or infinite, the "
             f"first at {first}: {values[first].item()}; only finite weights are accepted: train or copy it again"
+        )
+
+
+def check_context(params: DistillParams, *models: PreTrainedModel) -> None:
+    """Raises ParamsError where what is to be read does not fit the context of teacher and student."""
+    rooms = [room for model in models if (room := sampling.context_length(model.config)) is not None]
+    asked = params.max_prompt_tokens + params.max_new_tokens
+    if rooms and max(params.max_length, asked) > min(rooms):
+        raise ParamsError(
+            f"distill.max_length is {params.max_length}, distill.max_prompt_tokens + distill.max_new_tokens {asked} "
+            f"tokens; the context of teacher and student is {min(rooms)}: lower them"
         )
 
 
