@@ -34,7 +34,7 @@ from pipelines.core import (
     variants,
 )
 from pipelines.core.context import StageContext, Stopped
-from pipelines.core.errors import ArtifactError, ParamsError
+from pipelines.core.errors import ArtifactError, DataError, ParamsError
 from pipelines.core.params.quantize import QuantizeParams
 from pipelines.core.report_inputs import Stage
 from pipelines.tokenizer import CHAT_TEMPLATE
@@ -288,6 +288,8 @@ def test_bad_input_is_told_before_anything_is_made(inputs: dict[str, Path], tmp_
         QuantizeParams(**TINY | ONE | {"aware": {"variants": ["nf4"]}})
     with pytest.raises(ParamsError, match=r"keep_in_high_precision: 'down_porj' is none of the 16 layers"):
         run(inputs, tmp_path, keep_in_high_precision=["down_porj"])
+    with pytest.raises(DataError, match=r"so none is left: raise quantize\.calibration_length"):
+        run(inputs, tmp_path, calibration_length=16)
     with pytest.raises(ParamsError, match=r"calibration_length is 300, .* 70 tokens; the context of .* is 256: lower"):
         run(inputs, tmp_path, calibration_length=300)
     with pytest.raises(ArtifactError, match=r"model\.layers\.0\..*inputs are no multiple of group_size 64|no multiple"):

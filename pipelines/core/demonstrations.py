@@ -56,13 +56,14 @@ def choose(
     longest: int,
     too_long: Literal["refuse", "drop"],
     section: str = "sft",
+    dial: str = "max_length",
 ) -> Chosen:
     """At most `count` demonstrations of the kinds (none named: all), those whose hashed ids come first.
 
     Args:
         longest: tokens of a chat that are accepted.
         too_long: whether a longer one stops the stage, or is left out and counted.
-        section: of `params.yaml`, for messages.
+        section: of `params.yaml`, for messages; `dial` of it sets `longest`.
 
     Raises:
         ArtifactError: the data have no demonstrations.
@@ -81,7 +82,7 @@ def choose(
             long.append((row["id"], len(chat.ids)))
             if too_long == "refuse":
                 raise DataError(
-                    f"{where}: {len(chat.ids)} tokens, accepted are {longest}. Shorten it, raise {section}.max_length "
+                    f"{where}: {len(chat.ids)} tokens, accepted are {longest}. Shorten it, raise {section}.{dial} "
                     f"(up to the model's context), or set {section}.too_long: drop"
                 )
         else:
@@ -90,7 +91,7 @@ def choose(
         told = f"{TABLE}/{split}.parquet: {len(long)} of {len(rows)} chats are longer than {longest} tokens"
         first = f"the first is row {long[0][0]} with {long[0][1]}"
         if not kept:
-            raise DataError(f"{told} ({first}), so none is left: raise {section}.max_length or use shorter chats")
+            raise DataError(f"{told} ({first}), so none is left: raise {section}.{dial} or use shorter chats")
         print(f"{told} and dropped; {first}", flush=True)
     return Chosen(kept, len(long))
 

@@ -71,8 +71,9 @@ def calibration_rows(params: QuantizeParams, data: Path, tokenizer: Any) -> list
         DataError: they have none that is short enough.
     """
     count = -(-params.calibration_rows // 2)
-    length = params.calibration_length
-    chosen = demonstrations.choose(data, "train", tokenizer, (), count, length, "drop", "quantize").kept
+    chosen = demonstrations.choose(
+        data, "train", tokenizer, (), count, params.calibration_length, "drop", "quantize", "calibration_length"
+    ).kept
     share = count * params.calibration_length * packing.LONGEST_TOKEN * 4 / max(1, reading.corpus_bytes(data, "train"))
     texts = itertools.islice(reading.sample(data, "train", share, params.seed), count)
     separator = packing.separator_id(tokenizer)
