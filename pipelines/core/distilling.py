@@ -104,7 +104,7 @@ def _backward(
     sequences = [arm.sequences[number] for number in chosen]
     found: dict[str, float] = {"loss": 0.0}
     total = sum(label != segments.UNSUPERVISED for sequence in sequences for label in sequence.labels)
-    for rows, texts in _rows(sequences, params.micro_tokens, plan.pad):
+    for rows, texts in _rows(sequences, params.micro_tokens, plan.pad) if arm.weights.of_data else ():
         terms = _terms(arm, params, learner, rows, [[chosen[text] for text in texts]], context)
         share = int((rows.labels != losses.IGNORE).sum()) / total
         _add(found, terms, arm.weights, share)

@@ -38,6 +38,11 @@ class Terms(Section):
         """Whether the teacher's inner states are needed."""
         return self.hidden + self.cosine + self.attention > 0
 
+    @property
+    def of_data(self) -> bool:
+        """Whether anything is learned from texts and chats; else from the student's own answers alone."""
+        return self.labels > 0 or bool(self.of_logits) or self.of_features
+
 
 class DistillParams(Section):
     """Stage `distill`."""
@@ -79,7 +84,8 @@ class DistillParams(Section):
     @model_validator(mode="after")
     def _terms_that_fit(self) -> DistillParams:
         weights = self.weights
-        if not (weights.of_logits or weights.of_features or weights.on_policy) and self.answers == "people":
+        of_teacher = weights.of_logits or weights.of_features or weights.on_policy
+        if not (of_teacher or (weights.labels and self.answers != "people")):
             raise ValueError(
                 "weights: nothing of the teacher weighs more than 0; accepted: a weight of forward, reverse, jsd, "
                 "hidden, cosine, attention or on_policy above 0, or answers: teacher with labels above 0"
