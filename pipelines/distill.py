@@ -185,7 +185,7 @@ def _arms(
     context: StageContext,
 ) -> list[Arm]:
     """With the teacher, and with the labels alone."""
-    from pipelines.core import chats, distill_data, distill_features, students, teacher_cache
+    from pipelines.core import distill_data, distill_features, students, teacher_cache
     from pipelines.core.distilling import Arm, Teacher
 
     sequences = people
@@ -202,8 +202,8 @@ def _arms(
     if params.top_k is not None and weights.of_logits:
         cache = teacher_cache.of(teacher, sequences, params.top_k, params.micro_tokens, tokenizer.pad_token_id, context)
     if weights.on_policy:
-        every = distill_data.chosen(params, data, tokenizer)
-        asked = [chats.encode_prompt(tokenizer, example.prompt)[-params.max_prompt_tokens :] for example in every]
+        limit = params.max_prompt_tokens, "distill.max_prompt_tokens"
+        asked = distill_data.prompts(params, data, tokenizer, *limit, context)
     with_teacher = Arm("", weights, sequences, Teacher(teacher, cache, matching, asked))
     return [with_teacher, Arm("no_teacher_", Terms(labels=1.0), people, None)]
 

@@ -181,6 +181,7 @@ def test_sequences_of_answers_supervise_the_answer_alone() -> None:
         ({"weights": {"forwards": 1.0}}, "forwards"),
         ({"temperature": 2.0}, "top_k: kept tokens are those of temperature 1"),
         ({"weights": {"hidden": 1.0}}, "top_k: hidden, cosine and attention need the teacher in every step"),
+        ({"answers": "both", "max_new_tokens": 48}, r"max_new_tokens \(48\) must be less than max_length \(48\)"),
         ({"keep_layers": None}, "keep_layers: student: layers needs it"),
         ({"depth": 2}, "depth: used by student: random"),
     ],
@@ -188,6 +189,19 @@ def test_sequences_of_answers_supervise_the_answer_alone() -> None:
 def test_params_that_do_not_fit_together(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         DistillParams(**TINY | changes)
+
+
+def test_no_prompt_loses_its_beginning(inputs: dict[str, Path], context: StageContext) -> None:
+    params, known = DistillParams(**TINY | WHOLE | {"answers": "teacher", "max_new_tokens": 28}), tokenizer()
+    known.chat_template = CHAT_TEMPLATE
+    whole = distill_data.prompts(params, inputs["data"], known, 48, "", context)
+    length = len(whole[0])
+    assert len(whole) == 8 and length > 20
+    told = rf"row d\d: its prompt has {length} tokens; distill\."
+    with pytest.raises(DataError, match=told + r"max_length less distill\.max_new_tokens accept 20 \(8 of 8"):
+        distill_data.of_teacher(params, inputs["data"], known, None, context)
+    with pytest.raises(DataError, match=told + rf"max_prompt_tokens accept {length - 1} \(8 of 8"):
+        distill_data.prompts(params, inputs["data"], known, length - 1, "distill.max_prompt_tokens", context)
 
 
 def test_bad_input_is_told_before_training(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -40,6 +40,34 @@ def chosen(params: DistillParams, data: Path, tokenizer: Any) -> list[demonstrat
     return demonstrations.choose(data, "train", tokenizer, (), *limits).kept
 
 
+def prompts(
+    params: DistillParams, data: Path, tokenizer: Any, longest: int, dials: str, context: StageContext
+) -> list[list[int]]:
+    """Tokens of what the demonstrations answer, up to where the answer begins; never a part of a prompt.
+
+    Args:
+        longest: tokens that are accepted; `dials` say it, for messages.
+
+    Raises:
+        DataError: one is longer (`too_long: refuse`), or all are.
+    """
+    every = [(one.id, chats.encode_prompt(tokenizer, one.prompt)) for one in chosen(params, data, tokenizer)]
+    found = [ids for _, ids in every if len(ids) <= longest]
+    long = [
+        f"demonstrations/train.parquet, row {name}: its prompt has {len(ids)} tokens; {dials} accept {longest}"
+        for name, ids in every
+        if len(ids) > longest
+    ]
+    if long and (params.too_long == "refuse" or not found):
+        raise DataError(
+            f"{long[0]} ({len(long)} of {len(every)} are too long). Shorten it, change them, or set "
+            "distill.too_long: drop"
+        )
+    if long:
+        context.say(f"{len(long)} of {len(every)} prompts are not answered: {long[0]}")
+    return found
+
+
 def of_teacher(
     params: DistillParams, data: Path, tokenizer: Any, teacher: Any, context: StageContext
 ) -> list[segments.Sequence]:
@@ -50,22 +78,21 @@ def of_teacher(
 
     Raises:
         ArtifactError: prompt and answer do not fit the teacher's context.
+        DataError: as `prompts`.
     """
-    prompts = [
-        chats.encode_prompt(tokenizer, example.prompt)[-(params.max_length - params.max_new_tokens) :]
-        for example in chosen(params, data, tokenizer)
-    ]
+    longest = params.max_length - params.max_new_tokens
+    asked = prompts(params, data, tokenizer, longest, "distill.max_length less distill.max_new_tokens", context)
 
     def make() -> list[list[int]]:
         found = sampling.sample(
-            teacher, prompts, count=1, tokens=params.max_new_tokens, stops=[tokenizer.eos_token_id],
+            teacher, asked, count=1, tokens=params.max_new_tokens, stops=[tokenizer.eos_token_id],
             pad=tokenizer.pad_token_id, temperature=1.0, seed=params.seed, precision=context.precision,
             tell=lambda done, total: context.progress(done, total, sampling="the teacher's answers"),
         )  # fmt: skip
         return [one for (one,) in found.ids]
 
     answers: list[list[int]] = policy_answers.kept(context, "teacher-answers", make)
-    return [_whole([*prompt, *answer]) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [_whole([*prompt, *answer]) for prompt, answer in zip(asked, answers, strict=True)]
 
 
 def of_answer(prompt: Sequence[int], answer: Sequence[int]) -> segments.Sequence:

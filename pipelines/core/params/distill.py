@@ -99,8 +99,11 @@ class DistillParams(Section):
             raise ValueError(
                 "top_k: hidden, cosine and attention need the teacher in every step; accepted: top_k: null"
             )
-        if self.examples == 0 and self.texts == 0:
-            raise ValueError("examples and texts: nothing to learn from")
+        if self.answers != "people" and self.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"max_new_tokens ({self.max_new_tokens}) must be less than max_length ({self.max_length}): with "
+                f"answers: {self.answers} a prompt with the teacher's answer is one sequence"
+            )
         return self
 
     @model_validator(mode="after")
