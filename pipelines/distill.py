@@ -169,8 +169,7 @@ def _student(
     student_checks.check_same_rows(teacher, model)
     student_checks.check_context(params, teacher, model)
     language_models.body_and_head(model)
-    for value in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-        value.requires_grad_(params.train_embedding)
+    model.get_input_embeddings().weight.requires_grad_(params.train_embedding)
     return model, kept
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import model, tokenizer
 from pydantic import ValidationError
+from test_int8 import tiny
 from test_reward import write
 from transformers import AutoModelForCausalLM
 
@@ -30,6 +31,7 @@ TINY: dict[str, Any] = {
     "max_prompt_tokens": 64, "checkpoint_steps": 2, "checkpoint_seconds": 1e9, "samples": 1,
 }  # fmt: skip
 WHOLE = {"top_k": None}
+RANDOM = {"student": "random", "keep_layers": None, "depth": 1, "train_embedding": True}
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +119,8 @@ def test_both_arms_begin_alike_and_see_the_same_tokens(inputs: dict[str, Path], 
         WHOLE | {"weights": {"forward": 1.0, "on_policy": 0.5}},
         {"weights": {"on_policy": 1.0}},
         {"answers": "teacher", "weights": {"labels": 1.0}, **WHOLE},
-        {"student": "random", "keep_layers": None, "depth": 1},
-        WHOLE | {"student": "random", "keep_layers": None, "depth": 1, "weights": {"hidden": 1.0}},
+        RANDOM,
+        WHOLE | RANDOM | {"weights": {"hidden": 1.0}},
         {"train_embedding": True},
     ],
 )
@@ -129,6 +131,16 @@ def test_every_term_and_student_is_trained(changes: dict[str, Any], inputs: dict
     for name in changes.get("weights", {"forward": 1.0}):
         assert any(name in row for row in context.history), name
     assert AutoModelForCausalLM.from_pretrained(out / "model").config.vocab_size
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_stays_is_the_embedding_and_a_head_tied_to_it(
+    tied: bool, inputs: dict[str, Path], context: StageContext
+) -> None:
+    params, place = DistillParams(**TINY), inputs["ppo"] / "model"
+    student, _ = distill._student(params, tiny("llama", tied), place, tokenizer(), context)
+    assert not student.get_input_embeddings().weight.requires_grad
+    assert student.get_output_embeddings().weight.requires_grad is not tied
 
 
 def test_the_kept_answers_and_the_running_teacher_teach_the_same(inputs: dict[str, Path], tmp_path: Path) -> None:
@@ -184,6 +196,7 @@ def test_sequences_of_answers_supervise_the_answer_alone() -> None:
         ({"answers": "both", "max_new_tokens": 48}, r"max_new_tokens \(48\) must be less than max_length \(48\)"),
         ({"keep_layers": None}, "keep_layers: student: layers needs it"),
         ({"depth": 2}, "depth: used by student: random"),
+        (RANDOM | {"train_embedding": False}, "train_embedding: .* begins with a random embedding"),
     ],
 )
 def test_params_that_do_not_fit_together(changes: dict[str, Any], message: str) -> None:
@@ -208,7 +221,7 @@ def test_bad_input_is_told_before_training(inputs: dict[str, Path], tmp_path: Pa
     with pytest.raises(ParamsError, match=r"distill\.keep_layers: 4; the teacher has 3 blocks"):
         run(inputs, tmp_path, keep_layers=4)
     with pytest.raises(ParamsError, match="more than|at most as many"):
-        run(inputs, tmp_path, student="random", keep_layers=None, depth=5)
+        run(inputs, tmp_path, **RANDOM | {"depth": 5})
     with pytest.raises(ParamsError, match=r"distill\.max_length is 300, .* 70 tokens; the context .* is 256: lower"):
         run(inputs, tmp_path, max_length=300)
     with pytest.raises(

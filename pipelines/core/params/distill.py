@@ -115,4 +115,8 @@ class DistillParams(Section):
                 raise ValueError(f"{key}: student: {student} needs it; accepted: a whole number from 1")
             if self.student != student and value is not None:
                 raise ValueError(f"{key}: used by student: {student} (found student: {self.student}); set it to null")
+        if self.student == "random" and not self.train_embedding:
+            raise ValueError(
+                "train_embedding: student: random begins with a random embedding, and false keeps it; accepted: true"
+            )
         return self
