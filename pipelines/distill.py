@@ -75,6 +75,7 @@ def run(params: DistillParams, inputs: dict[str, Path], outputs: Path, context: 
     people = distill_data.of_people(params, inputs["data"], tokenizer)
     teacher = _load(params, str(place), context.dtype, context).eval()
     student_checks.check_finite(teacher, place)
+    student_checks.check_top_k(params.top_k, teacher)
     before, kept = _student(params, teacher, place, tokenizer, context)
     start = context.work / "before"
     shutil.rmtree(start, ignore_errors=True)

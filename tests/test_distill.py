@@ -222,6 +222,8 @@ def test_bad_input_is_told_before_training(inputs: dict[str, Path], tmp_path: Pa
         run(inputs, tmp_path, keep_layers=4)
     with pytest.raises(ParamsError, match="more than|at most as many"):
         run(inputs, tmp_path, **RANDOM | {"depth": 5})
+    with pytest.raises(ParamsError, match=r"distill\.top_k: 9999; the teacher has \d+ tokens; accepted: 1 to "):
+        run(inputs, tmp_path, top_k=9999)
     with pytest.raises(ParamsError, match=r"distill\.max_length is 300, .* 70 tokens; the context .* is 256: lower"):
         run(inputs, tmp_path, max_length=300)
     with pytest.raises(

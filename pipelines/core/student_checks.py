@@ -66,6 +66,13 @@ def check_context(params: DistillParams, *models: PreTrainedModel) -> None:
         )
 
 
+def check_top_k(k: int | None, teacher: PreTrainedModel) -> None:
+    """Raises ParamsError where more of the teacher's likeliest tokens are to be kept than there are."""
+    rows = teacher.get_output_embeddings().weight.shape[0]
+    if k is not None and k > rows:
+        raise ParamsError(f"distill.top_k: {k}; the teacher has {rows} tokens; accepted: 1 to {rows}, or null")
+
+
 def check_same_rows(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     """Raises ArtifactError where the logits differ in width, which padding beyond the tokenizer's tokens can do."""
     wanted, found = (model.get_output_embeddings().weight.shape[0] for model in (teacher, student))
