@@ -69,12 +69,14 @@ def train(arm: Arm, params: DistillParams, plan: Plan, student: Any, context: St
     place = context.work / f"{arm.name}checkpoints"
     checkpoints = Checkpoints(place, context.fingerprint, params.checkpoint_steps, params.checkpoint_seconds)
     state = checkpoints.newest() or {"step": 0}
+    torch.manual_seed(params.seed)  # where the architecture drops something out, both arms drop alike
     if state["step"]:
         context.say(
             f"{arm.name.rstrip('_') or 'with the teacher'}: resuming after step {state['step']} of {plan.steps}"
         )
         training.load_trained_state(trained, state["trained"])
         training.load_optimizer_state(optimizer, state["optimizer"])
+        training.set_random_state(state["random"])
         context.resume(state["history"])
     order = demonstrations.order(len(arm.sequences), params.epochs, params.seed)
     student.train()
@@ -91,7 +93,8 @@ def train(arm: Arm, params: DistillParams, plan: Plan, student: Any, context: St
         due, stop = context.after_step(checkpoints.due(step + 1) or step + 1 == plan.steps)
         if due:
             learned = {"trained": training.trained_state(trained), "optimizer": training.optimizer_state(optimizer)}
-            checkpoints.save(step + 1, {**learned, "step": step + 1, "history": context.history})
+            reached = {"step": step + 1, "random": training.random_state(), "history": context.history}
+            checkpoints.save(step + 1, learned | reached)
         if stop:
             context.stop_if_asked()
 
