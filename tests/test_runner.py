@@ -111,6 +111,14 @@ def test_a_reward_dvc_would_not_notice(tmp_path: Path) -> None:
     runner._check_files(tmp_path, spec, every)
 
 
+def test_distill_trains_in_one_process(tmp_path: Path) -> None:
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(Path(__file__).parents[1] / name, tmp_path)
+    edit(tmp_path / "params.yaml", "  processes: 1 ", "  processes: 2 ")
+    asked = {stage for stage in graph.load(tmp_path) if runner._processes(stage, tmp_path) is not None}
+    assert asked == {"pretrain", "sft", "reward", "ppo", "dpo", "transfer"}
+
+
 def test_no_such_stage_and_no_stage(workspace: Path) -> None:
     run = run_stage(workspace, "nosuch", check=False)
     assert run.returncode == 2 and "no stage 'nosuch' in dvc.yaml; there are: data" in run.stderr

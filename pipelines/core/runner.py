@@ -76,9 +76,8 @@ def execute(name: str, root: Path) -> dict[str, float]:
     environment.allow_hub(_names_hub(every))
     with _thin_imports():
         module = importlib.import_module(f"pipelines.{name}")
-    trains = _trains(section)
-    machine = hardware.choose(every.compute, root, every.compute.processes if trains else 1)
-    world = distributed.join(every.compute) if trains else distributed.World()
+    machine = hardware.choose(every.compute, root, every.compute.processes if _shared(section) else 1)
+    world = distributed.join(every.compute) if _shared(section) else distributed.World()
     fingerprint = _fingerprint(root, spec, section, machine, world)
     run = context.StageContext(
         stage=name, root=root, fingerprint=fingerprint, world=world,
@@ -115,15 +114,20 @@ def execute(name: str, root: Path) -> dict[str, float]:
 
 
 def _trains(section: Section) -> bool:
-    """Whether a stage trains: it keeps checkpoints, and several processes can share its work."""
+    """Whether a stage trains: it keeps checkpoints."""
     return hasattr(section, "checkpoint_steps")
+
+
+def _shared(section: Section) -> bool:
+    """Whether several processes can share a stage's work: it trains, and does not say that it does so alone."""
+    return _trains(section) and not getattr(section, "ALONE", False)
 
 
 def _processes(name: str, root: Path) -> ComputeParams | None:
     """The `compute` section where it asks for several processes and nobody has started them yet."""
     graph.stage(root, name)
     every = whole.load(root / "params.yaml")
-    return every.compute if _trains(getattr(every, name)) and distributed.must_launch(every.compute) else None
+    return every.compute if _shared(getattr(every, name)) and distributed.must_launch(every.compute) else None
 
 
 def _what_next(name: str, root: Path) -> str:

@@ -17,7 +17,9 @@ class ComputeParams(Section):
         "auto", description="auto: time both once on this machine, take the faster"
     )
     threads: int = Field(0, ge=0, description="0: as many as the cores this process may use")
-    processes: int = Field(1, ge=1, description="of each node; training stages split their batches over them")
+    processes: int = Field(
+        1, ge=1, description="of each node; training stages but distill split their batches over them"
+    )
     nodes: int = Field(1, ge=1, description="machines that share this folder; torchrun starts the stage on each")
     sharding: Literal["none", "full"] = Field(
         "none", description="none: every process has the whole model (DDP); full: its blocks are split (FSDP)"

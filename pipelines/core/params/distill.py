@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -46,6 +46,8 @@ class Terms(Section):
 
 class DistillParams(Section):
     """Stage `distill`."""
+
+    ALONE: ClassVar[bool] = True  # it trains in one process, whatever `compute.processes` says
 
     seed: int = Field(ge=0)
     teacher: str | None = Field(description="null: the policy of stage ppo; a directory or hub id")
