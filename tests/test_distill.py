@@ -248,3 +248,8 @@ def test_bad_input_is_told_before_training(inputs: dict[str, Path], tmp_path: Pa
     tokenizer_of.save_pretrained(tmp_path / "bad")
     with pytest.raises(ArtifactError, match="NaN"):
         run(inputs, tmp_path, teacher=str(tmp_path / "bad"))
+    tokenizer_of.chat_template = tokenizer_of.pad_token = None
+    tokenizer_of.save_pretrained(tmp_path / "bare")
+    bad.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ArtifactError, match=r"bare: its tokenizer has no chat_template, no pad_token, so"):
+        run(inputs, tmp_path, teacher=str(tmp_path / "bare"))

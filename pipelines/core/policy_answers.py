@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipelines.core import artifacts, attention, chats, completions, judges, k_way, language_models, sampling, segments
 from pipelines.core.completions import Prompt
 from pipelines.core.context import StageContext
-from pipelines.core.errors import DataError
+from pipelines.core.errors import ArtifactError, DataError
 from pipelines.core.labelers import drawn
 
 if TYPE_CHECKING:
@@ -52,9 +52,14 @@ def held_out(params: Params, data: Path, tokenizer: Any, context: StageContext) 
     were too long is said.
 
     Raises:
-        ArtifactError: the data have no prompts.
+        ArtifactError: the data have no prompts; a tokenizer that cannot put them to a model.
         DataError: there is none; one is too long; `judge: slots` and a prompt that lists no attributes.
     """
+    if lacking := [part for part in ("chat_template", "eos_token", "pad_token") if not getattr(tokenizer, part)]:
+        raise ArtifactError(
+            f"{tokenizer.name_or_path}: its tokenizer has no {', no '.join(lacking)}, so the model can be asked "
+            "nothing; set and save what is missing, or name another model"
+        )
     limits = completions.Limits(context.stage, params.seed, params.max_prompt_tokens, params.too_long)
     found: list[Prompt] = []
     for with_reference in (True, False) if params.judge == "overlap" else (False,):
