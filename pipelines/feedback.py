@@ -69,7 +69,8 @@ def run(params: FeedbackParams, inputs: dict[str, Path], outputs: Path, context:
 
     Raises:
         ArtifactError: the data have no prompts (or, for `labeler: data`, no comparisons); a tokenizer that cannot chat.
-        DataError: rankings that are missing, not whole, or of other answers; rankings with nothing to learn.
+        DataError: prompts that the judge cannot judge; rankings that are missing, not whole, or of other answers;
+            rankings with nothing to learn.
         Stopped: a signal came; the answers so far are kept.
     """
     # 1. What is to be ranked: K answers a prompt. Only held-out ones where comparisons are given.
@@ -129,6 +130,8 @@ def _sample(params: FeedbackParams, inputs: dict[str, Path], context: StageConte
                 f"prompts/{split} has no prompt with a reference, which judge: overlap needs: give data.sources with "
                 "table: prompts a column reference, or set feedback.labeler: file"
             )
+        for prompt in found if params.judge == "slots" else ():
+            judges.gold(params.judge, prompt.text, "", None)  # now, not after the sampling
         completions.tell_dropped(too_long, len(found), limits, split, context)
         prompts, dropped = prompts + found, dropped + too_long
     sample = _once if params.labeler == "file" else completions.complete

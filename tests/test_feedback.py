@@ -295,6 +295,7 @@ def test_slots_need_no_reference(inputs: dict[str, Path], tmp_path: Path) -> Non
     assert set(gold) <= {0.0, 1 / 3, 2 / 3, 1.0} and metrics["gold_mean"] == pytest.approx(sum(gold) / len(gold))
     with pytest.raises(DataError, match="slots needs prompts that list attributes"):
         run(inputs, tmp_path / "plain", judge="slots")
+    assert not list((tmp_path / "plain").rglob("batch-*.json")), "told before the first answer is sampled"
 
 
 @pytest.mark.parametrize(
