@@ -21,9 +21,11 @@ from transformers import AutoModelForCausalLM
 from pipelines import quantize
 from pipelines.core import (
     artifacts,
+    completions,
     compression,
     int4,
     int8,
+    policy_answers,
     quantization,
     quantization_aware,
     quantize_card,
@@ -275,8 +277,14 @@ def test_layers_that_lie_the_other_way_round_have_their_errors_too() -> None:
 def test_pairs_ranked_alike() -> None:
     agreement = quantize_evaluation.rank_agreement
     assert agreement([[1, 2, 3], [1, 1]], [[1, 3, 2], [5, 6]]) == (1 + 1 + 0 + 0.5) / 4
-    with pytest.raises(ValueError, match="no prompt has two different answers"):
-        agreement([[1.0]], [[2.0]])
+
+
+def test_one_and_the_same_answer_is_no_order(context: StageContext) -> None:
+    prompts = [completions.Prompt("p", "p", "test", "what?", None, [1])]
+    same = policy_answers.Answers([["w", "w"]], [[[1], [1]]], [[0.0, 0.0]], [[True, True]])
+    subject = quantization.Subject("reward", Path("m"), ["int8"], classifier=True)
+    with pytest.raises(DataError, match=r"one and the same answer to each of the 1 held-out prompts"):
+        quantize_evaluation.reward(subject, {}, prompts, [policy_answers.Said(same, same)], context)
 
 
 def test_bad_input_is_told_before_anything_is_made(inputs: dict[str, Path], tmp_path: Path) -> None:

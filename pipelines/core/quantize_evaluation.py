@@ -25,6 +25,7 @@ from pipelines.core import (
 )
 from pipelines.core.completions import Prompt
 from pipelines.core.context import StageContext
+from pipelines.core.errors import DataError
 from pipelines.core.held_out import HeldOut
 from pipelines.core.params.quantize import QuantizeParams
 from pipelines.core.policy_answers import Said, ask, kept
@@ -146,6 +147,9 @@ def reward(
 
     The answers are what the policy and all its variants said to the held-out prompts, and people's. Agreement is over
     all pairs of different answers to one prompt; a pair that either model finds equal counts one half.
+
+    Raises:
+        DataError: there is no such pair.
     """
     items = []
     for number, prompt in enumerate(prompts):
@@ -153,6 +157,11 @@ def reward(
         known = [] if prompt.reference is None else [prompt.reference]
         items.append((prompt.text, list(dict.fromkeys([*answers, *known]))))
     asked = [item for item in items if len(item[1]) > 1]
+    if not asked:
+        raise DataError(
+            f"quantize: the models gave one and the same answer to each of the {len(prompts)} held-out prompts, so the "
+            "reward model has nothing to put into an order; raise quantize.eval_prompts, or set reward_variants: []"
+        )
     model, tokenizer = reward_model.load(subject.place, context)
     parameters = sum(value.numel() for value in model.parameters())
 
@@ -177,19 +186,13 @@ def reward(
 
 
 def rank_agreement(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
-    """Share of the pairs of a prompt's answers that both put into the same order; equal in either: one half.
-
-    Raises:
-        ValueError: no prompt has two answers.
-    """
+    """Share of the pairs of a prompt's answers that both put into the same order; equal in either: one half."""
     same: list[float] = []
     for ours, theirs in zip(first, second, strict=True):
         for a in range(len(ours)):
             for b in range(a):
                 product = (ours[a] - ours[b]) * (theirs[a] - theirs[b])
                 same.append(0.5 if product == 0 else float(product > 0))
-    if not same:
-        raise ValueError("no prompt has two different answers to put into an order")
     return fmean(same)
 
 
