@@ -98,6 +98,7 @@ def run(params: DistillParams, inputs: dict[str, Path], outputs: Path, context: 
         shutil.rmtree(saved, ignore_errors=True)
         _save(before, tokenizer, saved, context)
     context.write_history(outputs / "history.csv")
+    tokens = distilling.tokens(arms[0], params, plan)
     del teacher, before, arms, first
 
     # 3. Measure what was saved.
@@ -110,7 +111,7 @@ def run(params: DistillParams, inputs: dict[str, Path], outputs: Path, context: 
         "size_ratio": sizes[""] / sizes["_teacher"],
         "trained_parameters": float(trained),
         "steps": float(plan.steps),
-        "training_tokens": float(params.epochs * sum(len(sequence.ids) for sequence in people)),
+        "training_tokens": float(tokens),
         "prompts_test": float(len(prompts)),
     }
     samples = distill_card.samples(found, params.samples)
@@ -212,9 +213,9 @@ def _plan(params: DistillParams, sequences: int, student: Any, tokenizer: Any) -
     """How long and how fast: the same for both arms."""
     from pipelines.core.distilling import Plan
 
-    steps = math.ceil(sequences * params.epochs / params.batch_size)
+    seen = sequences * params.epochs
     lr = params.lr or language_models.learning_rate(student.config.hidden_size)
-    return Plan(steps, lr, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return Plan(seen, math.ceil(seen / params.batch_size), lr, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def _save(model: Any, tokenizer: Any, place: Path, context: StageContext) -> None:

@@ -16,10 +16,10 @@ from test_reward import write
 from transformers import AutoModelForCausalLM
 
 from pipelines import distill
-from pipelines.core import artifacts, distill_data, segments, speed
+from pipelines.core import artifacts, distill_data, distilling, segments, speed
 from pipelines.core.context import StageContext, Stopped
 from pipelines.core.errors import ArtifactError, DataError, ParamsError
-from pipelines.core.params.distill import DistillParams
+from pipelines.core.params.distill import DistillParams, Terms
 from pipelines.tokenizer import CHAT_TEMPLATE
 
 TINY: dict[str, Any] = {
@@ -186,6 +186,17 @@ def test_stopped_and_gone_on_it_ends_with_the_same_bytes(
     torch.manual_seed(1)  # another process has another state
     _, out, _ = run(inputs, tmp_path / "cut", context, **changes)
     assert artifacts.content_hash(out) == artifacts.content_hash(whole)
+
+
+@pytest.mark.parametrize("count", [2, 6, 9])
+def test_an_arm_with_fewer_or_more_sequences_learns_from_as_many(count: int) -> None:
+    params, plan = DistillParams(**TINY | {"epochs": 2}), distilling.Plan(12, 3, 1e-3, 0, 0)
+    sequences = [segments.Sequence([1] * (n + 1), [1] * (n + 1), [0] * (n + 1)) for n in range(count)]
+    arm = distilling.Arm("", Terms(forward=1.0), sequences, None)
+    order = distilling._order(arm, params, plan)
+    assert len(order) == 12 and sorted(order[:count]) == list(range(count))
+    assert distilling.tokens(arm, params, plan) == sum(int(number) + 1 for number in order)
+    assert distilling.tokens(arm._replace(weights=Terms(on_policy=1.0)), params, plan) == 0
 
 
 def test_sequences_of_answers_supervise_the_answer_alone() -> None:

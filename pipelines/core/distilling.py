@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipelines.core import demonstrations, distill_features, language_models, losses, sampling, segments, training
 from pipelines.core.checkpoint import Checkpoints
@@ -48,6 +50,7 @@ class Learner(NamedTuple):
 class Plan(NamedTuple):
     """Numbers that follow from the params and the data."""
 
+    sequences: int  # that either arm learns from
     steps: int
     lr: float
     end: int  # token that ends an answer
@@ -78,7 +81,7 @@ def train(arm: Arm, params: DistillParams, plan: Plan, student: Any, context: St
         training.load_optimizer_state(optimizer, state["optimizer"])
         training.set_random_state(state["random"])
         context.resume(state["history"])
-    order = demonstrations.order(len(arm.sequences), params.epochs, params.seed)
+    order = _order(arm, params, plan)
     student.train()
     head = language_models.body_and_head(student)[1]
     learner = Learner(student, head if head.requires_grad else head.to(context.dtype))
@@ -97,6 +100,19 @@ def train(arm: Arm, params: DistillParams, plan: Plan, student: Any, context: St
             checkpoints.save(step + 1, learned | reached)
         if stop:
             context.stop_if_asked()
+
+
+def tokens(arm: Arm, params: DistillParams, plan: Plan) -> int:
+    """How many tokens of texts and chats an arm learns from; the student's own answers are not among them."""
+    if not arm.weights.of_data:
+        return 0
+    return sum(len(arm.sequences[int(number)].ids) for number in _order(arm, params, plan))
+
+
+def _order(arm: Arm, params: DistillParams, plan: Plan) -> NDArray[np.int64]:
+    """Which sequence comes when: as many in both arms, epoch after epoch, whichever of them has more to begin with."""
+    count = len(arm.sequences)
+    return demonstrations.order(count, -(-plan.sequences // count), params.seed)[: plan.sequences]
 
 
 def _backward(
