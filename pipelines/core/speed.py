@@ -148,7 +148,9 @@ def _serve(pipe: Connection, place: str, kind: str, threads: int) -> None:
     quick = decoding.unsupported(model) is None
     decoder = decoding.Decoder(model, PREFILL_TOKENS + DECODE_TOKENS + 1) if quick else None
     pipe.send((seconds, quick))
-    ids = np.random.default_rng(17).integers(0, model.config.vocab_size, PREFILL_TOKENS).tolist()
+    room = getattr(model.config, "max_position_embeddings", None) or PREFILL_TOKENS + DECODE_TOKENS + 1
+    length = max(1, min(PREFILL_TOKENS, room - DECODE_TOKENS - 1))
+    ids = np.random.default_rng(17).integers(0, model.config.vocab_size, length).tolist()
     while (asked := pipe.recv()) != END:
         pipe.send(_round(model, decoder, ids, asked == READ))
     pipe.send(max(0.0, _resident() - before) / 2**20)
