@@ -34,8 +34,8 @@ Round = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 Rounding = Callable[[str, torch.Tensor], Round | None]
 
 
-class _First(NamedTuple):
-    """What a model gives its first block."""
+class _Given(NamedTuple):
+    """What a model gives a block."""
 
     hidden: torch.Tensor
     options: dict[str, Any]
@@ -63,10 +63,9 @@ def calibrate(
     if stack is None:
         raise ArtifactError(f"architecture {model.config.model_type}: no list of blocks is known in it")
     prefix = next(name for name, module in model.named_modules() if module is stack)
-    hidden, options = _first_inputs(model, stack[0], ids)
-    exact_hidden = hidden
+    exact_hidden = hidden = _first_inputs(model, stack[0], ids)
     found: dict[str, torch.Tensor] = {}
-    for number, block in enumerate(stack):
+    for number, (block, options) in enumerate(zip(stack, _options(model, stack, ids[:1]), strict=True)):
         linear = {
             f"{prefix}.{number}.{name}": module
             for name, module in block.named_modules()
@@ -200,24 +199,44 @@ def _inputs(
         return found, _output(block(hidden, **options))
 
 
-def _first_inputs(model: Any, first: Any, ids: torch.Tensor) -> _First:
+def _first_inputs(model: Any, first: Any, ids: torch.Tensor) -> torch.Tensor:
     """What the model gives its first block for some rows."""
-    caught: list[_First] = []
-    names = list(signature(first.forward).parameters)
+    caught: list[_Given] = []
 
-    def hook(_: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
-        told = dict(zip(names, given, strict=False)) | options  # GPT-2's blocks get their mask without its name
-        caught.append(_First(told.pop(names[0]), told))
+    def hook(block: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+        caught.append(_named(block, given, options))
         raise _Caught
 
     placed = first.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         model.base_model(input_ids=ids, use_cache=False)
     except _Caught:
-        return caught[0]
+        return caught[0].hidden
     finally:
         placed.remove()
     raise ArtifactError(f"architecture {model.config.model_type}: its first block is not called by its body")
+
+
+def _options(model: Any, stack: Any, row: torch.Tensor) -> list[dict[str, Any]]:
+    """What the model tells each block beside what it is to read: blocks of several kinds have masks and rotations of
+    their own. Of one row (1, length); they are those of any other."""
+    found: list[dict[str, Any]] = []
+
+    def hook(block: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+        found.append(_named(block, given, options).options)
+
+    with ExitStack() as placed:
+        for block in stack:
+            placed.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        model.base_model(input_ids=row, use_cache=False)
+    return found
+
+
+def _named(block: Any, given: tuple[Any, ...], options: dict[str, Any]) -> _Given:
+    """A call of a block, all but its input by name: GPT-2's blocks get their mask without."""
+    names = list(signature(block.forward).parameters)
+    told = dict(zip(names, given, strict=False)) | options
+    return _Given(told.pop(names[0]), told)
 
 
 def _output(given: Any) -> torch.Tensor:
