@@ -339,6 +339,12 @@ def test_a_variant_that_would_change_nothing_is_refused() -> None:
         quantization.check(subject, tiny("gpt2"), params)
 
 
+def test_a_quantized_model_is_not_made_smaller_again(inputs: dict[str, Path], tmp_path: Path) -> None:
+    _, out, _ = run(inputs, tmp_path, **ONE | {"variants": ["nf4"], "calibrate": False})
+    with pytest.raises(ArtifactError, match=r"models/nf4: the model is quantized; name the one it was made from"):
+        run(inputs, tmp_path / "again", **ONE | {"model": str(out / "models/nf4")})
+
+
 def test_too_little_memory_is_told_with_the_numbers(inputs: dict[str, Path]) -> None:
     subject = quantization.Subject("", inputs["ppo"] / "model", ["int8"], False)
     size = variants.size(subject.place)

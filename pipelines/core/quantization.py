@@ -93,16 +93,18 @@ def timed(subjects: Sequence[Subject], made: Mapping[str, tuple[Subject, str, Pa
 
 
 def check(subject: Subject, model: Any, params: QuantizeParams) -> None:
-    """Refuse what cannot be made smaller, or read as it is asked: weights that are not finite, patterns that name no
-    layer, rows beyond the context.
+    """Refuse what cannot be made smaller, or read as it is asked: weights that are packed already or not finite,
+    patterns that name no layer, rows beyond the context.
 
     Patterns are held against the model itself: a student has fewer blocks, and a reward model another head.
 
     Raises:
-        ArtifactError: NaN or infinity in a weight; the tensor is named.
+        ArtifactError: a quantized model; NaN or infinity in a weight, the tensor is named.
         ParamsError: an entry of `keep_in_high_precision` names no layer; a variant that knows none of the layers; what
             is to be read does not fit the context.
     """
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ArtifactError(f"{subject.place}: the model is quantized; name the one it was made from")
     room = sampling.context_length(model.config)
     asked = params.max_prompt_tokens + params.max_new_tokens
     if room is not None and max(params.calibration_length, asked) > room:
