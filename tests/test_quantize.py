@@ -177,6 +177,16 @@ def test_calibration_rows_are_equal_and_begin_where_a_text_begins() -> None:
     assert quantization._equal([[1, 2], [3]], params).tolist() == [[1, 2, 3]]
 
 
+def test_few_long_documents_give_rows_too(inputs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(inputs["data"] / "demonstrations", tmp_path / "demonstrations")
+    texts = [{"id": f"t{n}", "group": f"t{n}", "text": "Return the area of a shape.\n" * 9000} for n in range(3)]
+    write(tmp_path / "corpus/train.parquet", texts)
+    known = tokenizer()
+    known.chat_template = CHAT_TEMPLATE
+    rows = quantization.calibration_rows(QuantizeParams(**TINY), tmp_path, known)
+    assert len(rows) == 6 and sum(len(row) == 48 and row == rows[1] for row in rows) == 3
+
+
 def test_calibration_lowers_what_four_bits_cost(inputs: dict[str, Path], tmp_path: Path) -> None:
     chosen, *_ = run(inputs, tmp_path / "chosen", variants=["int4"], student_variants=[], reward_variants=[])
     plain, *_ = run(

@@ -75,9 +75,12 @@ def calibration_rows(params: QuantizeParams, data: Path, tokenizer: Any) -> list
         data, "train", tokenizer, (), count, params.calibration_length, "drop", "quantize", "calibration_length"
     ).kept
     share = count * params.calibration_length * packing.LONGEST_TOKEN * 4 / max(1, reading.corpus_bytes(data, "train"))
-    texts = itertools.islice(reading.sample(data, "train", share, params.seed), count)
+    texts = list(itertools.islice(reading.sample(data, "train", share, params.seed), count))
+    while len(texts) < count and share < 1:  # long documents are few for their bytes
+        share *= 4
+        texts = list(itertools.islice(reading.sample(data, "train", share, params.seed), count))
     separator = packing.separator_id(tokenizer)
-    pieces = [[separator, *ids][: params.calibration_length] for ids in packing.encode(tokenizer, list(texts)) if ids]
+    pieces = [[separator, *ids][: params.calibration_length] for ids in packing.encode(tokenizer, texts) if ids]
     turns = itertools.zip_longest((one.chat.ids for one in chosen), pieces)
     return [row for both in turns for row in both if row is not None][: params.calibration_rows]
 

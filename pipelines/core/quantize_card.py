@@ -73,7 +73,7 @@ def _loading(variant: str, classifier: bool) -> str:
 def _fitted(subject: Subject, variant: str, params: QuantizeParams) -> str:
     """Where its codes come from; nothing where its format alone says it."""
     data = (
-        f"{params.calibration_rows} rows of at most {params.calibration_length} tokens of stage data's training side: "
+        f"up to {params.calibration_rows} rows of {params.calibration_length} tokens of stage data's training side: "
         "demonstrations and pieces of the corpus in turns"
     )
     told = []
