@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from models import TEXTS, model, tokenizer
+from test_reward import write
 
-from pipelines.core import attention, packing, scoring
+from pipelines.core import attention, packing, reading, scoring
+from pipelines.core.context import StageContext
 from pipelines.core.errors import DataError
+from pipelines.core.held_out import HeldOut
 from pipelines.core.language_models import body_and_head
 
 
@@ -22,6 +25,19 @@ def known() -> object:
 def rows_of(known: object, texts: list[str], place: Path, length: int, seed: int = 0) -> packing.PackedRows:
     packing.write_stream(known, texts, place, batch=7)
     return packing.PackedRows(place, length, packing.separator_id(known), seed)
+
+
+def test_few_long_documents_are_enough(
+    known: object, context: StageContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share of them by hash is none at first."""
+    texts = [{"id": f"t{n}", "group": f"t{n}", "text": "Return the area of a shape.\n" * 9000} for n in range(3)]
+    write(tmp_path / "corpus/train.parquet", texts)
+    assert not list(reading.sample(tmp_path, "train", 0.01, 1))
+    assert packing.of_corpus(tmp_path, known, 1000, 32, "ppo.ptx_length", 1, context).rows * 32 >= 1000
+    monkeypatch.setattr(scoring, "PRIMER_BYTES", 1000)
+    held_out = HeldOut(("a",), ("a",), ("Return the area of a shape.\n" * 9,))
+    assert held_out.classical_bits(tmp_path, 1)[0] < 4 * held_out.sizes[0]
 
 
 def test_no_token_is_lost(known: object, tmp_path: Path) -> None:

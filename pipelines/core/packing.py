@@ -134,7 +134,8 @@ def of_corpus(
         if not place.exists():
             share = tokens * LONGEST_TOKEN / max(1, reading.corpus_bytes(data, "train"))
             draft = place.with_suffix(".partial")
-            write_stream(tokenizer, reading.sample(data, "train", share, seed), draft)
+            while write_stream(tokenizer, reading.sample(data, "train", share, seed), draft) < tokens and share < 1:
+                share *= 4  # of long documents a share may be none
             draft.rename(place)
     return PackedRows(place, length, separator_id(tokenizer), seed, key)
 
