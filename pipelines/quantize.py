@@ -72,7 +72,6 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
     prompts = policy_answers.held_out(params, inputs["data"], tokenizer, context)
     held_out = HeldOut.of(inputs["data"], params.eval_bytes)
     quantization.check_memory(subjects, hardware.available_memory_bytes())
-    rows = quantization.calibration_rows(params, inputs["data"], tokenizer)
 
     # 2. Make and measure, one model after another: one of them is in memory at a time.
     metrics: dict[str, float] = {"prompts_test": float(len(prompts))}
@@ -81,6 +80,8 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
     for subject in subjects:
         original = quantization.load(subject, context)
         quantization.check(subject, original, params)
+        tokenizer = language_models.load_tokenizer(str(subject.place))  # a model of one's own may have another
+        rows = [] if subject.classifier else quantization.calibration_rows(params, inputs["data"], tokenizer)
         own: dict[str, Path] = {}
         for variant in subject.variants:
             context.progress(0, None, making=quantization.full_name(subject, variant))

@@ -177,6 +177,19 @@ def test_calibration_rows_are_equal_and_begin_where_a_text_begins() -> None:
     assert quantization._equal([[1, 2], [3]], params).tolist() == [[1, 2, 3]]
 
 
+def test_each_model_is_read_with_its_own_tokenizer(inputs: dict[str, Path], tmp_path: Path) -> None:
+    known = tokenizer(340)
+    known.chat_template = CHAT_TEMPLATE
+    model(known, depth=2, length=256).save_pretrained(tmp_path / "other")
+    known.save_pretrained(tmp_path / "other")
+    changes = {"variants": ["int8"], "student_variants": ["int4"], "reward_variants": []}
+    plain, *_ = run(inputs, tmp_path / "plain", **changes)
+    other, *_ = run(inputs, tmp_path / "own", **changes, model=str(tmp_path / "other"))
+    assert plain["original/bits_per_byte"] != other["original/bits_per_byte"]
+    for key in ("student/bits_per_byte", "student-int4/bits_per_byte", "student-int4/kl"):
+        assert plain[key] == other[key]
+
+
 def test_few_long_documents_give_rows_too(inputs: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(inputs["data"] / "demonstrations", tmp_path / "demonstrations")
     texts = [{"id": f"t{n}", "group": f"t{n}", "text": "Return the area of a shape.\n" * 9000} for n in range(3)]
