@@ -8,13 +8,15 @@ implicit reward puts in the right order), `tax.parquet` (one row a held-out text
 `samples.md`.
 
 Paper: Rafailov et al., "Direct Preference Optimization: Your Language Model is Secretly a Reward Model" (2023), section
-4 and appendix B. As there: beta 0.1, a linear warm-up. Departures:
+4 and appendix B. As there: a linear warm-up. Departures:
 
 1. All pairs of K responses are one batch element, as in InstructGPT's reward model; K = 2 is the paper's loss.
 2. AdamW and a cosine after the warm-up in place of RMSprop and a constant rate.
 3. `method: lora`, at ten times the rate of all weights; rates follow the width from the paper's 1e-6 (2.8B).
 4. Log-probabilities of the SFT model are computed once, before the first step; dropout is off throughout, so they are
    those of the policy itself, and the loss begins at log 2.
+5. By default beta is 0.2 (paper: 0.1, and 0.5 to summarize) and a batch 6 prompts (paper: 64 pairs): a few hundred
+   rankings are few steps, and at 0.1 answers forgot to end (docs/notes.md).
 """
 
 from __future__ import annotations
