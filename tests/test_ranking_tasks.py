@@ -80,7 +80,7 @@ def test_label_studio_order_without_buckets() -> None:
 def test_argilla_round_trip() -> None:
     records = json.loads(export(TASKS, "argilla"))
     assert set(records[0]) == {"id", "fields", "metadata", "suggestions", "responses", "vectors"}
-    for record in records:  # as `records.to_json` of Argilla 2 writes what two users answered
+    for record in records:  # as `records.to_json` writes what two users answered, with ranks
         ranking = [{"value": f"response_{n}", "rank": rank} for n, rank in enumerate(RANKS[record["id"]], 1)]
         users = ("0f0b6a6e-ada", "77c1-ben")
         record["responses"] = {
@@ -90,6 +90,24 @@ def test_argilla_round_trip() -> None:
         record["_server_id"] = "8c0f"
     want = [Ranking(one.id, who, RANKS[one.id]) for one in TASKS for who in ("0f0b6a6e-ada", "77c1-ben")]
     assert read(json.dumps(records), BY_ID, "a.json") == want
+
+
+def test_argilla_s_client_leaves_the_ranks_out() -> None:
+    """Argilla 2: `UserResponse.from_model` takes the names alone, which the page sends in the question's order."""
+    record = json.loads(export(TASKS, "argilla"))[0]
+    names = [f"response_{n}" for n in range(1, 5)]
+    record["responses"] = {"ranking": [{"value": names, "user_id": "u1", "status": "submitted"}]}
+    with pytest.raises(DataError, match=r"a\.json, record 1: the ranking by u1 has no ranks, .* records of its server"):
+        read(json.dumps([record]), BY_ID, "a.json")
+    record["responses"] = {"colours": [{"value": ["red", "blue"], "user_id": "u1"}]}
+    assert read(json.dumps([record]), BY_ID, "a.json") == []
+
+
+def test_records_of_argilla_s_server() -> None:
+    ranking = [{"value": f"response_{n}", "rank": rank} for n, rank in enumerate([2, 1, 4, 4], 1)]
+    answered = [{"user_id": "u1", "status": "submitted", "values": {"ranking": {"value": ranking}}}]
+    record = {"id": "5f0c-of-the-server", "external_id": FIRST.id, "fields": {"prompt": "…"}, "responses": answered}
+    assert read(json.dumps([record]), BY_ID, "a.json") == [Ranking(FIRST.id, "u1", [2, 1, 3, 3])]
 
 
 def test_argilla_1_records() -> None:

@@ -8,8 +8,9 @@ of other answers. Three formats, told apart by what they hold:
 * `label-studio`: the task list that Label Studio imports, for a `List` ranked with a `Ranker` whose buckets are the
   ranks (answers in one bucket are tied); back comes its export "JSON" (not JSON-MIN). A `Ranker` without buckets is
   read too: its one list is an order without ties. https://labelstud.io/tags/ranker.html
-* `argilla`: records as `rg.Dataset.records.from_json` reads and `to_json` writes them, with a ranking question over
-  `response_1` and so on; exports of Argilla 1 (a list of responses with `values`) are read too.
+* `argilla`: records as `rg.Dataset.records.from_json` reads them, for a ranking question over `response_1` and so on;
+  back come those of Argilla's server (`SERVER`), or of an Argilla 1 export. What the client of Argilla 2 exports
+  (`records.to_json`) holds the responses' names in the question's order and no ranks; it is read where it has ranks.
   https://docs.argilla.io/latest/reference/argilla/records/records/
 """
 
@@ -29,9 +30,10 @@ from pipelines.core.fields import filled, whole
 Format = Literal["jsonl", "label-studio", "argilla"]
 EMPTY = "(an empty answer)"  # annotation tools do not show, or refuse, an item without text
 TOLD = 10
+SERVER = 'GET /api/v1/datasets/ID/records?include=responses, the list under "items"'
 ACCEPTED = (
     'JSON lines {"task", "labeler", "ranks" or "scores"}, Label Studio\'s export "JSON" (tasks with annotations), '
-    "or Argilla's records.to_json"
+    f"or the records of Argilla's server ({SERVER})"
 )
 
 
@@ -255,7 +257,7 @@ def _argilla_record(one: Task) -> dict[str, Any]:
 
 
 def _answers(where: str, record: dict[str, Any]) -> Iterator[_Raw]:
-    """Rankings of one Argilla record: version 2 keys responses by question, version 1 by user."""
+    """Rankings of one Argilla record: the client keys responses by question, the server and version 1 by user."""
     given = record.get("responses") or {}
     if isinstance(given, dict):
         pairs = [(one.get("user_id"), one) for answers in given.values() for one in answers]
@@ -266,7 +268,12 @@ def _answers(where: str, record: dict[str, Any]) -> Iterator[_Raw]:
         value = one.get("value")
         if one.get("status", "submitted") != "submitted" or not isinstance(value, list):
             continue  # a draft, or another kind of question
+        if value and all(isinstance(item, str) and re.fullmatch(r"response[_-]\d+", item) for item in value):
+            raise DataError(
+                f"{where}: the ranking by {who} has no ranks, which Argilla's Python client leaves out of what it "
+                f"exports; accepted: the records of its server ({SERVER})"
+            )
         if not all(isinstance(item, dict) and "rank" in item for item in value):
             continue
         values = {re.sub(r"^response[_-]", "", str(item.get("value"))): item["rank"] for item in value}
-        yield _Raw(where, record.get("id") or record.get("external_id"), who, values)
+        yield _Raw(where, record.get("external_id") or record.get("id"), who, values)
