@@ -91,7 +91,8 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         if actors.reward_head is None:  # the reward model was trained whole: it is no adapter of the backbone
             names = (str(inputs["reward"] / "model"),)
             score = partial(ppo_setup.score, reward_functions.load(names, context.root, tokenizer, context))
-        task = ppo_setup.Task(tokenizer, ppo_setup.prompts(params, inputs["data"], tokenizer), score, inputs["data"])
+        prompts = ppo_setup.prompts(params, inputs["data"], tokenizer, context)
+        task = ppo_setup.Task(tokenizer, prompts, score, inputs["data"])
         plan = ppo_setup.plan(params, actors)
         loaded, start = hardware.peak_memory_bytes(), time.perf_counter()
         ppo._train(ppo.Arm("", 0.0), params, plan, actors, task, context)
@@ -177,11 +178,13 @@ def theirs(options: argparse.Namespace) -> dict[str, Any]:
     from trl.experimental.ppo import ppo_trainer
 
     from pipelines.core import chats, episodes, hardware, judges, language_models, ppo_setup
+    from pipelines.core.context import StageContext
 
     params = params_of(options)
     tokenizer = language_models.load_tokenizer(str(options.artifacts / "sft/model"))
     tokenizer.padding_side = "left"
-    prompts = ppo_setup.prompts(params, options.artifacts / "data", tokenizer)
+    context = StageContext("ppo", options.artifacts, "0" * 64)  # for what is said alone
+    prompts = ppo_setup.prompts(params, options.artifacts / "data", tokenizer, context)
     asked = [
         prompts[number]
         for iteration in range(params.iterations)
