@@ -121,8 +121,11 @@ def measure(
 ) -> None:
     """Ask another model of one task, such as today's champion, the test examples of `run`; writes its column `score`.
 
+    Its classes are compared by their names, since data that gained or lost a class number them otherwise.
+
     Raises:
-        ArtifactError: the directory holds no task model, or one of a task that is no longer learned.
+        ArtifactError: the directory holds no task model, or one of a task that is no longer learned, or now asks
+            something else.
     """
     from pipelines.core import k_way, task_evaluation, task_metrics, task_saved, task_training
 
@@ -131,14 +134,24 @@ def measure(
     asked = next((task for task in tasks if task.name == saved.task["task"]), None)
     if asked is None:
         raise ArtifactError(f"{model}: a model of task {saved.task['task']}, which is none of today's")
+    if (asked.kind, asked.regression) != (saved.task["kind"], saved.task["regression"]):
+        now = f"{asked.kind}{' with scores' * asked.regression}"
+        raise ArtifactError(
+            f"{model}: a model of task {asked.name} when it was a {saved.task['kind']}; today's rows make it: {now}. "
+            "Give the task another name in data.sources"
+        )
     # In the champion's own tokens, cut to its own length: rows of the same ids, as it would be asked in use.
     special = task_inputs.add_special(saved.tokenizer)
     limits = _limits(params.of(asked.name))._replace(max_length=saved.task["max_length"])
     own = task_inputs.load(inputs["data"], asked.name, saved.tokenizer, special, limits)
     tell = k_way.teller(context, f"the champion of {own.name}")
     said = task_evaluation.answers(own, task_training.predict(saved.model, own.kind, own.test, context, tell))
+    predictions = said.predictions
+    if own.labels:
+        today = {label: float(number) for number, label in enumerate(own.labels)}
+        predictions = [today.get(saved.task["labels"][int(number)], -1.0) for number in predictions]
     none = {task.name: [0.0] * len(task.test) for task in tasks}
-    scores = none | {own.name: task_metrics.example_scores(own, said.predictions)}
+    scores = none | {own.name: task_metrics.example_scores(own, predictions)}
     reading.write_evaluation(evaluation, task_evaluation.rows(tasks, [{"score": scores[task.name]} for task in tasks]))
 
 

@@ -121,6 +121,36 @@ def test_learns_what_words_tell_and_random_weights_learn_less_of_a_frozen_body(
     assert 0 < frozen["trained_share"] < 0.01
 
 
+def test_a_champion_is_measured_as_the_stage_measured_it_and_by_the_names_of_its_classes(
+    inputs: dict[str, Path], tmp_path: Path, context: StageContext
+) -> None:
+    asked: dict[str, Any] = {"tasks": ("kind",), "epochs": 12, "lr": 5e-3}
+    run(inputs, tmp_path / "out", context, **asked)
+    ours = pq.read_table(tmp_path / "out/evaluation.parquet").to_pandas()
+    assert ours.score.mean() == 1.0
+
+    def measured(data: Path) -> pd.DataFrame:
+        model, place = tmp_path / "out/models/kind", tmp_path / "measured.parquet"
+        transfer.measure(toy_tasks.params(**FAST | asked), inputs | {"data": data}, context, model, place)
+        return pq.read_table(place).to_pandas()
+
+    same = measured(inputs["data"])
+    assert same.id.equals(ours.id) and same.score.equals(ours.score)
+
+    for split, count in (("train", 24), ("validation", 8), ("test", 12)):
+        table = [row | {"label": row["label"] + 1} for row in rows("kind", split, count)]
+        table.append(table[0] | {"id": f"{split} new", "group": "new", "label": 0, "label_text": "maybe"})
+        for task, made in (("kind", table), ("fits", rows("fits", split, count))):
+            place = tmp_path / task / "tasks/kind" / f"{split}.parquet"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(made), place)
+    more = measured(tmp_path / "kind").set_index("id").score
+    assert more.pop("kind:test new") == 0.0, "it does not know the new class"
+    assert len(more) == 12 and (more == 1.0).all(), "classes it knows have other numbers now"
+    with pytest.raises(ArtifactError, match="when it was a classification; today's rows make it: entailment"):
+        measured(tmp_path / "fits")
+
+
 def context_at(root: Path) -> StageContext:
     root.mkdir(parents=True, exist_ok=True)
     return StageContext("transfer", root, "f" * 64)
