@@ -113,21 +113,28 @@ def measure(
 ) -> None:
     """Ask the test questions with another prompt, such as today's champion; writes its column `score`.
 
+    What calibrates it is a number a label: where the labels are others now, today's validation side gives it anew.
+
     Raises:
         ArtifactError: the directory holds no chosen prompt, or one of a task or model that is none of today's.
     """
+    from functools import partial
+
     from pipelines.core import prompt_cells, prompt_choice, prompts_card
 
-    name, speaker, use, prior = prompts_card.read(model)
+    name, model_of, use, prior, labels = prompts_card.read(model)
     first = _speaker(params, params.models[0], inputs, context)
     _, tasks = _read(params, inputs, first, context)
-    asked = next((task for task in tasks if task.name == name), None)
-    if asked is None or speaker not in inputs:
-        raise ArtifactError(f"{model}: a prompt for task {name} and model {speaker}, one of which is none of today's")
+    asked = next((task for task in tasks if (task.name, task.kind) == (name, use.kind)), None)
+    if asked is None or model_of not in inputs:
+        told = f"a prompt for task {name} ({use.kind}) and model {model_of}, one of which is none of today's"
+        raise ArtifactError(f"{model}: {told}")
     find = _finder(params, {name: [use]}, inputs)
-    said = prompt_cells.ask(
-        params, use, asked, asked.test, _speaker(params, speaker, inputs, context), prior=prior, find=find
-    )
+    speaker = _speaker(params, model_of, inputs, context)
+    ask = partial(prompt_cells.ask, params, use, asked, speaker=speaker, find=find)
+    if prior and labels != asked.labels:
+        prior = ask(questions=asked.validation).prior
+    said = ask(questions=asked.test, prior=prior)
     scores = [{"score": said.scores if task is asked else [0.0] * len(task.test)} for task in tasks]
     reading.write_evaluation(evaluation, prompt_choice.evaluation(tasks, scores))
 

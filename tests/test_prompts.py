@@ -196,6 +196,30 @@ def test_the_champion_is_measured_as_the_stage_measured_it(
         prompts.measure(told, inputs, context, tmp_path / "out/models/kind", tmp_path / "x.parquet")
 
 
+def test_a_champion_of_other_labels_is_calibrated_by_todays(
+    inputs: dict[str, Path], tmp_path: Path, context: StageContext
+) -> None:
+    asked: dict[str, Any] = {"tasks": ("kind",), "strategies": ("zero_shot",)}
+    run(inputs, tmp_path / "out", context, **asked)
+    for side, count in (("train", 24), ("validation", 8), ("test", 12)):
+        table = [row | {"label": row["label"] + 1} for row in rows("kind", side, count)]
+        table.append(table[0] | {"id": f"{side} new", "group": "new", "label": 0, "label_text": "maybe"})
+        for name, made in (("more", table), ("other", rows("fits", side, count))):
+            place = tmp_path / name / "tasks/kind" / f"{side}.parquet"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(made), place)
+    model, place = tmp_path / "out/models/kind", tmp_path / "champion.parquet"
+    today = inputs | {"data": tmp_path / "more"}
+    prompts.measure(prompt_toys.params(**asked), today, context, model, place)
+    run(today, tmp_path / "today", context, **asked)
+    ours = pq.read_table(tmp_path / "today/evaluation.parquet").to_pandas()
+    assert pq.read_table(place).to_pandas().score.equals(ours.score), "the same prompt and model, on the same rows"
+    with pytest.raises(ArtifactError, match=r"task kind \(classification\) .* none of today's"):
+        prompts.measure(
+            prompt_toys.params(**asked), inputs | {"data": tmp_path / "other"}, context, model, tmp_path / "x.parquet"
+        )
+
+
 def test_passages_are_shown_and_an_index_that_is_damaged_is_told(
     inputs: dict[str, Path], tmp_path: Path, context: StageContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,9 +329,9 @@ def test_tables_that_cannot_be_asked(inputs: dict[str, Path], tmp_path: Path, co
 
 def test_what_is_written_is_read_again(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
     run(inputs, tmp_path / "out", context, tasks=("pick",), strategies=("zero_shot",))
-    task, who, use, prior = prompts_card.read(tmp_path / "out/models/pick")
+    task, who, use, prior, labels = prompts_card.read(tmp_path / "out/models/pick")
     told = yaml.safe_load((tmp_path / "out/models/pick/prompt.yaml").read_text())
     assert (task, who, use.strategy, prior) == ("pick", "sft", "zero_shot", [])
-    assert told["columns"] == ["context", "choices"] and told["labels"] == []
+    assert told["columns"] == ["context", "choices"] and told["labels"] == [] and labels == ()
     assert use.version == prompt_files.load(FILES)["choice-plain"].version and use.pool == ()
     assert json.dumps(told)  # plain values only

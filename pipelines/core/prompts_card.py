@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 
 PROMPT, EXAMPLES = "prompt.yaml", "examples.jsonl"
 _OF_USE = ("strategy", "name", "version", "kind", "system", "instruction", "template", "answer")
+
+
+class Chosen(NamedTuple):
+    """What `publish` wrote, read."""
+
+    task: str
+    model: str  # of which stage
+    use: Use
+    prior: list[float]  # a number a label, or [] where nothing calibrates
+    labels: tuple[str, ...]
 
 
 def publish(place: Path, task: Task, judged: Judged, page: str) -> None:
@@ -45,8 +55,8 @@ def publish(place: Path, task: Task, judged: Judged, page: str) -> None:
     artifacts.write_text(place / "README.md", page)
 
 
-def read(place: Path) -> tuple[str, str, Use, list[float]]:
-    """Task, model, use and prior of a directory that `publish` filled.
+def read(place: Path) -> Chosen:
+    """The choice in a directory that `publish` filled.
 
     Raises:
         ArtifactError: it is no such directory.
@@ -56,7 +66,7 @@ def read(place: Path) -> tuple[str, str, Use, list[float]]:
         lines = (place / EXAMPLES).read_text(encoding="utf-8").split("\n")  # a text may hold other line ends
         pool = tuple(_example(json.loads(line)) for line in lines if line)
         use = Use(**{name: told[name] for name in _OF_USE}, pool=pool, **told["examples"])
-        return told["task"], told["model"], use, told["prior"]
+        return Chosen(told["task"], told["model"], use, told["prior"], tuple(told["labels"]))
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ArtifactError(f"{place}: no prompt that stage prompts chose ({type(error).__name__}: {error})") from None
 
