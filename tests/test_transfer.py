@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def test_files_metrics_and_rows(inputs: dict[str, Path], tmp_path: Path, context
     assert pd.read_csv(tmp_path / "out/confusion/fits.csv").iloc[:, 1:].to_numpy().sum() == 12
     assert not (tmp_path / "out/confusion/pick.csv").exists()
     history = pd.read_csv(tmp_path / "out/history.csv")
-    assert {"kind_loss", "kind_language_loss", "kind-random_loss", "pick-layers_1-2_loss"} <= set(history)
+    assert {"kind_loss", "kind_language_loss", "kind.random_loss", "pick.layers_1.2_loss"} <= set(history)
     assert "<|start|>" in context.samples[0] and "answer:" in context.samples[0]
 
 
@@ -207,7 +208,7 @@ def test_adapters_are_merged_and_what_that_costs_is_told(
     assert metrics["kind/merge_delta"] == pytest.approx(rights[0] - rights[1])
     pairs = zip(sum(ended["test"], []), sum(ended["merged"], []), strict=True)
     assert least <= max(abs(one - other) for one, other in pairs) < most
-    plain = json.loads((context.work / "runs/kind-random/run.json").read_text())
+    plain = json.loads((context.work / "runs/kind.random/run.json").read_text())
     assert plain["answers"]["kind"]["merged"] == []
     assert metrics["trained_share"] < 0.2, "what is packed in 4 bits counts as what it stands for"
 
@@ -259,6 +260,18 @@ def test_a_task_with_its_own_dials(inputs: dict[str, Path], tmp_path: Path, cont
         config = json.loads((tmp_path / f"out/models/{name}/config.json").read_text())
         assert config["num_hidden_layers"] == layers
     assert any("warning: transfer.per_task: the data have no task gone; there are: close, fits" in one for one in said)
+
+
+def test_runs_of_tasks_with_names_like_those_of_runs_are_kept_apart(
+    inputs: dict[str, Path], tmp_path: Path, context: StageContext
+) -> None:
+    for name in ("kind-1", "kind-random"):
+        shutil.copytree(inputs["data"] / "tasks/fits", tmp_path / "data/tasks" / name)
+    write(tmp_path / "data", "kind", train=24, validation=8, test=12)
+    metrics = run(inputs | {"data": tmp_path / "data"}, tmp_path / "out", context, seeds=2, ablations=("random",))
+    assert {"kind/random", "kind-1/random", "kind-random/random"} <= set(metrics)
+    names = {path.name for path in (context.work / "runs").iterdir()}
+    assert len(names) == 3 * 2 * 2, "tasks, variants, seeds"
 
 
 def test_what_is_cut_is_counted_and_told(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:

@@ -90,7 +90,8 @@ def run(
         Stopped: a signal came; the checkpoint is written.
     """
     whose = tasks[0].name if len(tasks) == 1 else MIXTURE
-    name = "-".join(part for part in (whose, variant.name, str(number) if number else "") if part)
+    # By dots, which no task's name has: `sst-2` may be a task's own name
+    name = ".".join(part for part in (whose, variant.name, str(number) if number else "") if part)
     place = context.work / "runs" / name
     ended = distributed.from_leader(context.world, lambda: (place / "run.json").exists())
     if not ended:
