@@ -75,6 +75,7 @@ def run(params: TransferParams, inputs: dict[str, Path], outputs: Path, context:
     if not tasks:
         context.say("the data have no labelled task (a source with table: tasks and task: NAME): nothing to fine-tune")
         return {"tasks": 0.0}
+    _check_adapters(params, tasks, base.place, context)
 
     # 2. Fine-tune: each task or all in one model, each variant, each seed; what has ended is not made again.
     ended: list[dict[str, list[Run]]] = [{} for _ in tasks]
@@ -178,12 +179,16 @@ def _prepare(
             there_are = ", ".join(names) or "none"
             context.say(f"warning: transfer.per_task: the data have no task {one['task']}; there are: {there_are}")
     own = {name: params.of(name) for name in names}
-    layers = AutoConfig.from_pretrained(place).num_hidden_layers
+    config = AutoConfig.from_pretrained(place)
+    layers, room = config.num_hidden_layers, getattr(config, "max_position_embeddings", None)
     for name, dials in own.items():
         for key, asked in (("transferred_layers", dials.transferred_layers), ("tuning.layers", dials.tuning.layers)):
             if asked is not None and asked > layers:
                 told = f"{asked}; the base model has {layers} blocks; accepted: 1 to {layers}"
                 raise ParamsError(f"transfer.{key} (task {name}): {told}")
+        if room and dials.max_length > room:
+            told = f"{dials.max_length} tokens; the base model's context is {room}"
+            raise ParamsError(f"transfer.max_length (task {name}): {told}")
     tasks = [task_inputs.load(inputs["data"], name, tokenizer, special, _limits(own[name])) for name in names]
     for heuristic in params.heuristics:
         if heuristic.task not in names:
@@ -196,6 +201,26 @@ def _prepare(
             context.say(f"warning: {task.truncated} examples of {task.name} were cut to {limit}")
     variants = {name: list(task_runs.variants(dials, layers)) for name, dials in own.items()}
     return task_runs.Base(place, tokenizer, special), tasks, variants
+
+
+def _check_adapters(params: TransferParams, tasks: list[Task], place: Path, context: StageContext) -> None:
+    """Put every task's adapters on a base without weights.
+
+    Raises:
+        ParamsError: `tuning.lora_targets` names no layer of the base.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from pipelines.core import tuning
+    from pipelines.core.params.tuning import Dials
+
+    for dials in (params.of(task.name) for task in tasks):
+        if dials.adapted:
+            with torch.device("meta"):
+                base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place))
+            targets = Dials(lora_targets=dials.tuning.lora_targets)  # how they begin needs weights
+            tuning.prepare(base, dials.model_copy(update={"tuning": targets}), context)
 
 
 def _limits(params: TransferParams) -> Limits:

@@ -234,8 +234,6 @@ def test_mistakes_are_told(base: toy_tasks.Base, context: StageContext, tmp_path
         toy_tasks.load(base, toy_tasks.params(method="last_n", tuning={"layers": 9}), context)
     with pytest.raises(ValueError, match=r"tuning\.layers \(3\) must be at most transferred_layers \(2\)"):
         toy_tasks.params(method="last_n", tuning={"layers": 3}, transferred_layers=2)
-    with pytest.raises(ParamsError, match=r"max_length: 65 tokens; the base model's context is 64"):
-        toy_tasks.load(base, toy_tasks.params(max_length=65), context)
     with pytest.raises(ArtifactError, match=r"no task\.json"):
         task_saved.load_saved(tmp_path, context)
     with pytest.raises(ValueError, match="set transfer.auxiliary: 0"):

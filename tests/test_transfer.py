@@ -223,6 +223,17 @@ def test_adapters_are_merged_and_what_that_costs_is_told(
             r"tuning.layers \(task close\): 3; the base",
         ),
         ({"transferred_layers": 5}, ParamsError, r"transferred_layers \(task close\): 5; the base model has 2 blocks"),
+        # of the last task alone
+        (
+            {"per_task": ({"task": "pick", "max_length": 65},)},
+            ParamsError,
+            r"max_length \(task pick\): 65 tokens; the base model's context is 64",
+        ),
+        (
+            {"per_task": ({"task": "pick", "method": "lora", "tuning": {"lora_targets": ("c_attn",)}},)},
+            ParamsError,
+            r"tuning.lora_targets: c_attn: no linear layer .* accepted: all-linear, or some of q_proj",
+        ),
     ],
 )
 def test_refused_before_any_training(

@@ -93,8 +93,7 @@ def load(
 
     Raises:
         ArtifactError: no causal language model, one without a classifier in transformers, or another tokenizer's.
-        ParamsError: more layers or a longer context are asked for than there are, or a dial of `tuning` that the model
-            cannot follow.
+        ParamsError: more layers are asked for than there are, or a dial of `tuning` that the model cannot follow.
     """
 
     def make(method: Method) -> TaskModel:
@@ -125,9 +124,7 @@ def _made(
 
         kind = lm.config._attn_implementation
         lm = AutoModelForCausalLM.from_config(lm.config, dtype=lm.dtype, attn_implementation=kind)
-    width, room = lm.config.hidden_size, getattr(lm.config, "max_position_embeddings", None)
-    if room and params.max_length > room:
-        raise ParamsError(f"transfer.max_length: {params.max_length} tokens; the base model's context is {room}")
+    width = lm.config.hidden_size
     keep_first(lm, params.transferred_layers)
     language_models.fit_vocabulary(lm, tokenizer)
     _, output = language_models.body_and_head(lm)
