@@ -21,9 +21,13 @@ def known() -> Any:
     return tokenizer()
 
 
-def mean_log_probability(lm: Any, known: Any, prompt: str, response: str) -> float:
-    before = [packing.separator_id(known), *known(prompt, add_special_tokens=False)["input_ids"]]
-    after = known(response, add_special_tokens=False)["input_ids"]
+def tokens(known: Any, text: str) -> list[int]:
+    return list(known(text, add_special_tokens=False)["input_ids"])
+
+
+def mean_log_probability(lm: Any, known: Any, prompt: str, response: str, most: int = 10**9) -> float:
+    """`most`: of the prompt's tokens the last ones that are read."""
+    before, after = [packing.separator_id(known), *tokens(known, prompt)[-most:]], tokens(known, response)
     with torch.no_grad():
         logits = lm(input_ids=torch.tensor([before + after])).logits[0, len(before) - 1 : -1].float()
     return float(torch.log_softmax(logits, dim=1)[range(len(after)), after].mean())
@@ -124,6 +128,23 @@ def test_relative_score_by_hand() -> None:
     assert all(row["low"] <= row["score"] <= row["high"] for row in rows)
     none = task_zero_shot.curve([asked], {7: {"t": [0, 1, 0, 1]}}, [{"score": 0.4, "majority": 0.5}])
     assert [row["relative"] for row in none] == [None]
+
+
+def test_what_is_longer_than_the_context_is_cut_and_told(known: Any, context: StageContext) -> None:
+    """The context is 64 tokens, and positions of gpt2 are learned: there is none beyond."""
+    lm, long, choices = model(known, "gpt2").eval(), "shape of w\n" * 40, ("return w", "h")
+    asked = task("choice", (), [example(0, long, choices=choices)])
+    (found,) = zero_shot.predict(lm, known, asked, context, lambda d, t: None)
+    left = 64 - 1 - max(len(tokens(known, one)) for one in choices)
+    scores = [mean_log_probability(lm, known, long + "\n", one, left) for one in choices]
+    assert found == scores.index(max(scores))
+    assert context.samples[-1] == "warning: zero-shot: 1 of 1 texts of t were cut to the model's context of 64 tokens"
+
+    train = [example(n, ["w", long][n])._replace(label=float(n)) for n in range(2)]
+    judged = task("classification", ("bad", "good"), [example(0, long)])._replace(train=train)
+    heuristic = Heuristic(task="t", kind="acceptability")
+    zero_shot.predict(lm, known, judged, context, lambda d, t: None, heuristic)
+    assert "1 of 2 texts" in context.samples[-2] and "1 of 1 texts" in context.samples[-1]
 
 
 def test_each_snapshot_is_asked_once_and_not_again(

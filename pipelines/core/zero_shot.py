@@ -10,7 +10,8 @@ Nothing is trained, no example is shown; the answer is what the model finds like
   The paper does not say where its threshold comes from; here it is the one that is right most often on the training
   rows, and the class whose training texts are the likelier ones on average lies above it.
 
-A regression has no such answer.
+A regression has no such answer. Of what is longer than the model's context a text before an answer loses its beginning,
+since the cue stands at its end, and a candidate or a text that is judged itself loses its end; how many is told.
 """
 
 from __future__ import annotations
@@ -63,20 +64,20 @@ def predict(
 
         def likely(examples: Sequence[Example]) -> list[float]:
             texts = [("", [one.parts[0]]) for one in examples]
-            return [row[0] for row in _mean_log_probabilities(model, tokenizer, texts, context, tell)]
+            return [row[0] for row in _mean_log_probabilities(model, tokenizer, task, texts, context, tell)]
 
         return thresholded(likely(task.train), [int(one.label) for one in task.train], likely(task.test))
     if task.kind == "choice":
         asked = [(one.parts[0] + "\n", one.choices) for one in task.test]
-        return [_likeliest(row) for row in _mean_log_probabilities(model, tokenizer, asked, context, tell)]
+        return [_likeliest(row) for row in _mean_log_probabilities(model, tokenizer, task, asked, context, tell)]
     if heuristic is not None:
         cue = PAPER_CUE if heuristic.cue is None else heuristic.cue
         words = [f" {word}" for word in heuristic.words]
         asked = [("\n".join(one.parts) + cue, words) for one in task.test]
-        return [_likeliest(row) for row in _mean_log_probabilities(model, tokenizer, asked, context, tell)]
+        return [_likeliest(row) for row in _mean_log_probabilities(model, tokenizer, task, asked, context, tell)]
     names = [f" {label}" for label in task.labels]
     asked = [*(("\n".join(one.parts) + CUE, names) for one in task.test), (CUE, names)]
-    *scores, alone = _mean_log_probabilities(model, tokenizer, asked, context, tell)
+    *scores, alone = _mean_log_probabilities(model, tokenizer, task, asked, context, tell)
     return [_likeliest([value - usual for value, usual in zip(row, alone, strict=True)]) for row in scores]
 
 
@@ -98,12 +99,28 @@ def thresholded(train: Sequence[float], labels: Sequence[int], test: Sequence[fl
 
 
 def _mean_log_probabilities(
-    model: Any, tokenizer: Any, asked: Sequence[tuple[str, Sequence[str]]], context: StageContext, tell: k_way.Tell
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    asked: Sequence[tuple[str, Sequence[str]]],
+    context: StageContext,
+    tell: k_way.Tell,
 ) -> list[list[float]]:
     """Of each response to each prompt, after what opens a document."""
-    start = packing.separator_id(tokenizer)
+    start, room = packing.separator_id(tokenizer), getattr(model.config, "max_position_embeddings", None)
     ids = iter(packing.encode(tokenizer, [text for prompt, responses in asked for text in (prompt, *responses)]))
-    sequences = [segments.of_completions([start, *next(ids)], [next(ids) for _ in responses]) for _, responses in asked]
+    sequences, cut = [], 0
+    for _, responses in asked:
+        before, after = next(ids), [next(ids) for _ in responses]
+        if room is not None and 1 + len(before) + max(map(len, after)) > room:
+            cut += 1
+            after = [one[: room - 1] for one in after]
+            left = room - 1 - max(map(len, after))
+            before = before[max(0, len(before) - left) :]
+        sequences.append(segments.of_completions([start, *before], after))
+    if cut:
+        told = f"{cut} of {len(asked)} texts of {task.name} were cut to the model's context of {room} tokens"
+        context.say(f"warning: zero-shot: {told}")
     pad = start if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return k_way.mean_log_probabilities_of(model, sequences, pad, context, tell)
 
