@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from pipelines.core import embedding
+from pipelines.core import embedding, reranking
 
 WORDS = ("flip", "an", "array", "upside", "down", "read", "the", "file", "of", "numbers", "into", "a", "frame", "sort")
 WORDS += ("rows", "by", "key", "open", "socket")
@@ -159,6 +159,18 @@ def test_what_cannot_embed_is_refused_by_its_name(tmp_path: Path, monkeypatch: p
     (place / "modules.json").write_text(json.dumps([*listed, {"type": "sentence_transformers.models.Dense"}]))
     with pytest.raises(embedding.EmbedderUnusable, match=r"modules\.json asks for Dense"):
         embedding.settings(place)
+    (place / "modules.json").write_text("[")
+    with pytest.raises(embedding.EmbedderUnusable, match=r"embedder m: modules\.json is damaged"):
+        embedding.settings(place)
+    (place / "modules.json").write_text(json.dumps(listed))
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (place / "model.safetensors").write_text(pointer)
+    with pytest.raises(embedding.EmbedderUnusable, match="embedder m: transformers cannot load it"):
+        embedding.Embedder(place)
+    cross = tiny(tmp_path / "cross", labels=1)
+    (cross / "model.safetensors").write_text(pointer)
+    with pytest.raises(ValueError, match="re-ranker .*cross: transformers cannot load it"):
+        reranking.Reranker(cross)
     (place / "model.safetensors").unlink()
     with pytest.raises(embedding.EmbedderUnusable, match=r"no model\.safetensors"):
         embedding.settings(place)

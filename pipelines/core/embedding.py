@@ -104,7 +104,7 @@ def settings(place: Path) -> Settings:
     """Pooling, window and prompts of a directory; a plain transformers one is mean-pooled.
 
     Raises:
-        EmbedderUnusable: a module or a way of pooling that is not supported, by its name; no safetensors.
+        EmbedderUnusable: a module or a way of pooling that is not supported, by its name; no safetensors; damaged JSON.
     """
     if not list(place.glob("model*.safetensors")):
         raise EmbedderUnusable(f"embedder {place.name}: the directory has no model.safetensors")
@@ -141,7 +141,10 @@ def _pooling(place: Path, config: dict[str, Any]) -> str:
 
 
 def _json(place: Path, default: Any) -> Any:
-    return json.loads(place.read_text(encoding="utf-8")) if place.is_file() else default
+    try:
+        return json.loads(place.read_text(encoding="utf-8")) if place.is_file() else default
+    except ValueError as error:
+        raise EmbedderUnusable(f"embedder {place.parent.name}: {place.name} is damaged: {error}") from None
 
 
 class Embedder:
@@ -153,13 +156,14 @@ class Embedder:
         Raises:
             EmbedderUnusable: as `settings`; or transformers cannot load it.
         """
+        from safetensors import SafetensorError
         from transformers import AutoModel, AutoTokenizer
 
         self.settings = settings(place)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(place)
             model = AutoModel.from_pretrained(place, dtype=dtype, attn_implementation="sdpa")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise EmbedderUnusable(f"embedder {place.name}: transformers cannot load it: {error}") from None
         self.model = model.eval().to(device)
         self.dimensions = int(model.config.hidden_size)

@@ -20,12 +20,13 @@ class Reranker:
 
     def __init__(self, place: Path) -> None:
         """Load a directory. Raises ValueError: it has another number of labels, or transformers cannot load it."""
+        from safetensors import SafetensorError
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         try:
             self.model = AutoModelForSequenceClassification.from_pretrained(place, dtype=torch.float32).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(place)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"re-ranker {place}: transformers cannot load it: {error}") from None
         if self.model.config.num_labels != 1:
             raise ValueError(f"re-ranker {place}: it has {self.model.config.num_labels} labels; accepted: 1")
