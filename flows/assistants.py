@@ -95,14 +95,14 @@ def opened(what: Found, look_up: bool, precision: str) -> Answering:
 
     Raises:
         UserError: a model that nothing can be asked.
-        ArtifactError: a directory is damaged, or an index was made with another embedder.
+        ArtifactError: a directory is damaged, to the byte of an index, or that was made with another embedder.
     """
     began = time.perf_counter()
     import torch
     from safetensors import SafetensorError
     from transformers import AutoTokenizer, logging
 
-    from pipelines.core import assistant, grounding, retrieval
+    from pipelines.core import assistant, grounding, indexing, retrieval
 
     logging.disable_progress_bar()
     # A model alone gets the question and nothing else.
@@ -113,6 +113,7 @@ def opened(what: Found, look_up: bool, precision: str) -> Answering:
             settings = assistant.read(what.knows)
         if what.knows is not None and look_up:
             index = retrieval.Index.open(what.knows / "index", embedder=settings.embedder)
+            indexing.verify(what.knows / "index")  # a changed byte would end a search, or change what it finds
         tokenizer, model = AutoTokenizer.from_pretrained(what.model), assistant.load(what.model)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{what.name} cannot be opened: {str(error).strip() or type(error).__name__}") from None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from models import model, tokenizer
 
-from pipelines.core import artifacts, assistant, grounding, retrieval
+from pipelines.core import artifacts, assistant, grounding, indexing, retrieval
 from pipelines.tokenizer import CHAT_TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,6 +79,7 @@ def index(monkeypatch: pytest.MonkeyPatch) -> FakeIndex:
     """What every assistant's index is opened as. Import it where it is used."""
     fake = FakeIndex()
     monkeypatch.setattr(retrieval.Index, "open", lambda place, embedder=None: fake)
+    monkeypatch.setattr(indexing, "verify", lambda place: None)
     return fake
 
 

@@ -15,6 +15,7 @@ import pytest
 import stores
 import yaml
 from answering import ROOT, FakeIndex, index, made, make_root, root
+from assistants import folder
 from conftest import own_environment
 from rich.console import Console
 
@@ -148,6 +149,23 @@ def test_an_index_of_another_embedder_and_damaged_folders(
     (place / "config.json").write_text("{")
     with pytest.raises(ArtifactError, match="config.json is damaged"):
         said(root, alone._replace(model=str(place)))
+
+
+@pytest.mark.parametrize(
+    "name", ["chunks.parquet", "vectors.npy", "bm25/indices.csc.index.npy", "embedder/model.safetensors"]
+)
+def test_a_changed_byte_of_the_index_is_told(name: str, tmp_path: Path) -> None:
+    root = make_root(tmp_path / "root")
+    folder(root / "artifacts/answers/assistant")
+    assert "shapes" in said(root)
+    place = root / "artifacts/answers/assistant/index" / name
+    held = bytearray(place.read_bytes())
+    at = held.find(b"area of shape")  # in the text that is read when it is shown; elsewhere among the values
+    held[at if at >= 0 else 200] ^= 255
+    place.write_bytes(held)
+    told = rf"answers/assistant cannot be opened: .*{name}: its SHA-256 is \w+, the manifest says \w+; build the index"
+    with pytest.raises(ArtifactError, match=told):
+        said(root)
 
 
 def test_another_model_answers_from_the_assistant_s_index(root: Path, made: Path, index: FakeIndex) -> None:
