@@ -89,7 +89,7 @@ class Chat:
     def answer(self, question: str) -> None:
         """Answer a question, as it comes; what is stopped by Ctrl-C counts as said."""
         assistant, looks_up = self.answering.assistant, self.answering.looks_up
-        self.fit(assistants.checked(question))
+        assistants.checked(question)
         pieces: list[str] = []
 
         def say(piece: str) -> None:
@@ -99,6 +99,7 @@ class Chat:
 
         said: Message = {"role": "user", "content": question.strip()}
         try:
+            self.fit(question)
             reply = assistant.answer(question, history=self.history, look_up=looks_up, say=say)
         except ValueError as error:
             raise UserError(str(error)) from None

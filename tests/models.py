@@ -16,6 +16,7 @@ from pipelines.tokenizer import _train
 LORA = Tuning(method="lora", lora_rank=4)
 
 TEXTS = [f'def area_{n}(w, h):\n    """Return the area of shape {n}."""\n    return w * h * {n}\n' for n in range(60)]
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 
 
 def tokenizer(vocab_size: int = 300) -> Any:

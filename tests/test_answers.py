@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from assistants import talkative
-from models import tokenizer
+from models import NO_SYSTEM, tokenizer
 from word_index import WordIndex
 
 from pipelines import answers
@@ -286,6 +286,14 @@ def test_what_is_refused(
 ) -> None:
     with pytest.raises(kind, match=told):
         run(made, tmp_path, **changes)
+
+
+def test_a_model_without_a_place_for_a_system_text_is_refused_by_name(made: dict[str, Path], tmp_path: Path) -> None:
+    own = Path(shutil.copytree(made["sft"], tmp_path / "sft"))
+    (own / "model/chat_template.jinja").write_text(NO_SYSTEM + CHAT_TEMPLATE)
+    told = r"answers\.models: sft: the tokenizer's chat template refuses this chat: System role not supported"
+    with pytest.raises(ParamsError, match=told):
+        run(made | {"sft": own}, tmp_path)
 
 
 def test_data_and_index_that_do_not_serve(inputs: dict[str, Path], tmp_path: Path) -> None:

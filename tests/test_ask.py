@@ -17,6 +17,7 @@ import yaml
 from answering import ROOT, FakeIndex, index, made, make_root, root
 from assistants import folder
 from conftest import own_environment
+from models import NO_SYSTEM
 from rich.console import Console
 
 from flows import assistants
@@ -179,6 +180,16 @@ def test_another_model_answers_from_the_assistant_s_index(root: Path, made: Path
     finally:
         (made / "kept").rename(made / "tokenizer_config.json")
         template.rename(made / "chat_template.jinja")
+
+
+def test_a_template_without_a_place_for_a_system_text_is_told(root: Path, made: Path, index: FakeIndex) -> None:
+    own = Path(shutil.copytree(made, root / "own"))
+    template = (own / "chat_template.jinja").read_text()
+    (own / "chat_template.jinja").write_text(NO_SYSTEM + template)
+    asked = PLAIN._replace(json=True, model=str(own))
+    with pytest.raises(UserError, match="chat template refuses this chat: System role not supported"):
+        said(root, asked)
+    assert json.loads(said(root, asked._replace(look_up=False)))["answer"]
 
 
 def test_registered_versions_answer(root: Path, made: Path, index: FakeIndex, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from answering import PASSAGE, FakeIndex, index, made, make_assistant, make_model, root
+from models import NO_SYSTEM
 from rich.console import Console
 
 from flows import assistants
@@ -133,6 +135,18 @@ def test_the_oldest_turns_are_left_out_where_there_is_no_room_and_it_is_told_onc
     small = make_assistant(tmp_path / "small", make_model(tmp_path / "model", length=80))
     heard(one, file, f"/model {small}")
     assert "error: the question takes" in heard(one, file, "array " * 12) and one.history == []
+
+
+def test_a_template_that_refuses_the_chat_is_told_and_the_chat_goes_on(
+    root: Path, made: Path, index: FakeIndex
+) -> None:
+    own = Path(shutil.copytree(made, root / "own"))
+    (own / "chat_template.jinja").write_text(NO_SYSTEM + (own / "chat_template.jinja").read_text())
+    one, file = talk(root)
+    heard(one, file, f"/model {own}")
+    told = heard(one, file, "flip an array")
+    assert told.startswith("error: the tokenizer's chat template refuses this chat: System role not supported")
+    assert one.history == []
 
 
 def test_a_stopped_answer_counts_as_said_and_the_chat_goes_on(

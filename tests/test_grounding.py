@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from models import tokenizer
+from models import NO_SYSTEM, tokenizer
 from rouge_score.rouge_scorer import RougeScorer
 
 from pipelines.core import chats, citing, grounding
@@ -99,6 +99,15 @@ def test_a_special_token_spelled_in_a_text_is_text(known: Any) -> None:
         assert ids == chats.encode_prompt(known, chat)
         assert ids.count(known.convert_tokens_to_ids("<|im_start|>")) == len(chat) + 1
     assert known.decode(grounding.plain(known, HOSTILE)) == HOSTILE
+
+
+def test_a_template_that_refuses_a_chat_is_told() -> None:
+    made = tokenizer()
+    made.chat_template = NO_SYSTEM + CHAT_TEMPLATE
+    asked = [{"role": "system", "content": "Read."}, {"role": "user", "content": "Why?"}]
+    assert grounding.encode(made, asked[1:])
+    with pytest.raises(ValueError, match="chat template refuses this chat: System role not supported"):
+        grounding.encode(made, asked)
 
 
 def test_a_token_that_swallows_white_space_is_found_as_the_tokenizer_finds_it() -> None:

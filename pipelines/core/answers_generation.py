@@ -10,7 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipelines.core import artifacts, assistant, attention, chats, generate, language_models, sampling, variants
+from pipelines.core import (
+    artifacts,
+    assistant,
+    attention,
+    chats,
+    generate,
+    grounding,
+    language_models,
+    sampling,
+    variants,
+)
 from pipelines.core.answers_questions import Question
 from pipelines.core.context import StageContext
 from pipelines.core.errors import DataError, ParamsError
@@ -33,7 +43,7 @@ def speakers(params: AnswersParams, inputs: dict[str, Path]) -> list[Speaker]:
     """The models that `answers.models` names.
 
     Raises:
-        ParamsError: there is no such model.
+        ParamsError: there is no such model, or one whose chat template has no place for the style's system text.
     """
     small = {
         place.parent.name: place.parent
@@ -44,7 +54,17 @@ def speakers(params: AnswersParams, inputs: dict[str, Path]) -> list[Speaker]:
     unknown = [name for name in params.models if name not in known]
     if unknown:
         raise ParamsError(f"answers.models: no model {', '.join(unknown)}; there are: {', '.join(known)}")
-    return [speaker(name, known[name]) for name in params.models]
+    found = [speaker(name, known[name]) for name in params.models]
+    empty = grounding.build("", [], grounding.TEMPLATES[params.style], 0, len).messages
+    for one in found:
+        try:
+            grounding.encode(one.tokenizer, empty)
+        except ValueError as error:
+            raise ParamsError(
+                f"answers.models: {one.name}: {error}; its passages need a system text before the question. Leave it "
+                "out, or give its tokenizer a chat template that takes one"
+            ) from None
+    return found
 
 
 def speaker(name: str, place: Path) -> Speaker:

@@ -235,7 +235,7 @@ class Assistant:
             say: called with each piece of the text as it comes, without marks that are put in afterwards.
 
         Raises:
-            ValueError: an empty question. `NoRoom`: one that does not fit.
+            ValueError: an empty question; a chat that the model's template refuses. `NoRoom`: one that does not fit.
         """
         if not question.strip():
             raise ValueError("the question is empty: ask something")

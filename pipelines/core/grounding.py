@@ -138,18 +138,20 @@ def encode(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Tokens of a chat that waits for an answer; a special token spelled in a message is text, not that token.
 
     Raises:
-        jinja2.TemplateError: the tokenizer's template refuses these messages.
+        ValueError: the tokenizer's template refuses these messages, such as a system's.
     """
+    from jinja2 import TemplateError
+
     special = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.special}
     said = "".join(message["content"] for message in messages)
     unused = (chr(code) for code in PRIVATE if chr(code) not in said)
     hidden = {content: next(unused) for content in sorted(special, key=len, reverse=True) if content in said}
     shown = {stand_in: content for content, stand_in in hidden.items()}
-    text: str = tokenizer.apply_chat_template(
-        [{**message, "content": _swapped(message["content"], hidden)} for message in messages],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
+    shaded = [{**message, "content": _swapped(message["content"], hidden)} for message in messages]
+    try:
+        text: str = tokenizer.apply_chat_template(shaded, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses this chat: {error}") from None
     spelled = sorted(special.values(), key=lambda token: -len(token.content))
     # As the tokenizer finds them: with the white space that some of them swallow.
     pattern = "|".join(r"\s*" * one.lstrip + re.escape(one.content) + r"\s*" * one.rstrip for one in spelled)
