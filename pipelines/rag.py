@@ -65,6 +65,8 @@ def run(params: RagParams, inputs: dict[str, Path], outputs: Path, context: Stag
 
     # 2. How both rankings are fused, by the queries of the tuning part.
     asked = retrieval_evaluation.queries(params, inputs["data"])
+    if unmeasured := retrieval_evaluation.unmeasured(params, asked):
+        context.say(f"warning: {unmeasured}")
     pool = retrieval_evaluation.pool(params, index.documents, asked)
     if params.tune and (fusion := retrieval_evaluation.tuned(index, asked, pool, context)):
         indexing.set_fusion(place, *fusion)
@@ -90,7 +92,7 @@ def run(params: RagParams, inputs: dict[str, Path], outputs: Path, context: Stag
     columns = retrieval_evaluation.rows(asked.judged, of_pool, documents)
     reading.write_evaluation(outputs / "evaluation.parquet", columns)
     artifacts.write_json(outputs / THRESHOLD, relevance_threshold.told(chosen))
-    artifacts.write_text(place / "README.md", rag_card.card(params, index.manifest, metrics, chosen))
+    artifacts.write_text(place / "README.md", rag_card.card(params, index.manifest, metrics, chosen, unmeasured))
     page = rag_card.samples(index, asked.judged[: params.samples])
     context.say(page)
     artifacts.write_text(outputs / "samples.md", page)

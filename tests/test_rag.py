@@ -210,11 +210,28 @@ def test_data_without_queries_or_without_knowledge(tmp_path: Path, embedder: str
     assert metrics["queries_judged"] == 0 and "mrr" not in metrics and metrics["documents"] == 60
     assert json.loads((outputs / "threshold.json").read_text()) == {"threshold": None}
     assert pq.read_table(outputs / "evaluation.parquet").num_rows == 0
-    assert "was not measured" in (outputs / "index" / "README.md").read_text()
+    assert "The data have no queries with a target" in (outputs / "index" / "README.md").read_text()
     shutil.rmtree(source / "knowledge")
     outputs, metrics, _ = run(tmp_path, params(embedder), source, "empty")
     assert metrics == dict.fromkeys(rag.METRICS, 0.0)
     assert "table: knowledge" in (outputs / "README.md").read_text()
+
+
+def test_queries_that_judge_nothing_are_told(tmp_path: Path, embedder: str) -> None:
+    """The default measures one kind of the built-in queries; a user's own are of another."""
+    source = data(tmp_path / "data")
+    for name, changes, told in (
+        ("kinds", {"kinds": ["see-also"]}, "No query of kind see-also (rag.kinds) has a target: how well the index "
+         "finds is not measured. Queries with a target are of kind line; rag.kinds: [] takes all."),
+        ("all tuning", {"tuning_share": 0.999}, "Lower rag.tuning_share."),
+    ):  # fmt: skip
+        if name == "all tuning":
+            nothing = {"id": "t", "group": "t", "kind": "line", "query": "word1", "target": None, "answers": None}
+            write(source / "queries" / "test.parquet", [nothing])
+        outputs, metrics, context = run(tmp_path, params(embedder, pool=None, **changes), source, name)
+        assert metrics["queries_judged"] == 0 and metrics["queries"] > 0
+        assert any(one.startswith("warning: ") and one.endswith(told) for one in context.samples)
+        assert (outputs / "index" / "README.md").read_text().endswith(f"{told}\n")
 
 
 def test_what_is_refused(tmp_path: Path, embedder: str) -> None:

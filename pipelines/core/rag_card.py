@@ -17,8 +17,14 @@ SHOWN, LOOKED_AT = 3, 12  # documents of a sample, and passages among which thes
 LINE = 160  # characters of a passage in a sample
 
 
-def card(params: RagParams, manifest: Mapping[str, Any], metrics: Mapping[str, float], chosen: Chosen | None) -> str:
-    """Markdown, without figures of a machine. `manifest`: the index's."""
+def card(
+    params: RagParams,
+    manifest: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    chosen: Chosen | None,
+    unmeasured: str,
+) -> str:
+    """Markdown, without figures of a machine. `manifest`: the index's. `unmeasured`: why nothing judged it, if so."""
     vectors = (
         "of every chunk"
         if params.embedded_chunks is None
@@ -33,8 +39,8 @@ def card(params: RagParams, manifest: Mapping[str, Any], metrics: Mapping[str, f
         "```python\nfrom pipelines.core import retrieval\n\nindex = retrieval.Index.open(path)\n"
         'passages = index.search("how do I flip an array?", 5)\n```\n',
     ]
-    if not metrics["queries_judged"]:
-        return "\n".join([*lines, "The data have no queries with a target: how well it finds was not measured."]) + "\n"
+    if unmeasured:
+        return "\n".join([*lines, unmeasured]) + "\n"
     kinds = ", ".join(params.kinds) or "all kinds"
     ranked = "all documents" if params.pool is None else f"a pool of {params.pool:,} documents, all targets among them"
     lines += [

@@ -84,6 +84,21 @@ def queries(params: RagParams, data: Path) -> Queries:
     return Queries(every, [query for query in asked if query.target is not None])
 
 
+def unmeasured(params: RagParams, queries: Queries) -> str:
+    """Why no query judges an index; empty where some do."""
+    if queries.judged:
+        return ""
+    known = sorted({query.kind for query in queries.every if query.target is not None})
+    if not known:
+        return "The data have no queries with a target: how well the index finds is not measured."
+    if not queries.measured:
+        return (
+            f"No query of kind {', '.join(params.kinds)} (rag.kinds) has a target: how well the index finds is not "
+            f"measured. Queries with a target are of kind {', '.join(known)}; rag.kinds: [] takes all."
+        )
+    return "All queries are in the part that fusion is chosen by: nothing judges the index. Lower rag.tuning_share."
+
+
 def pool(params: RagParams, documents: Sequence[str], queries: Queries) -> list[str] | None:
     """Documents that are ranked: every measured target, and others by hash; None: the pool would be the whole."""
     if params.pool is None or params.pool >= len(documents):
