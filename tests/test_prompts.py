@@ -232,8 +232,10 @@ def test_passages_are_shown_and_an_index_that_is_damaged_is_told(
 
     with pytest.raises(ArtifactError, match="dvc repro rag"):
         run(inputs, tmp_path / "out", context, tasks=("kind",), strategies=("zero_shot", "retrieval"))
+    with pytest.raises(ParamsError, match="retrieval needs an index, and the data have no knowledge"):
+        prompt_retrieval.finder(tmp_path, 2)
     monkeypatch.setattr(retrieval.Index, "open", lambda folder: Fake())
-    found = prompt_retrieval.finder(tmp_path, 2)("area of w")
+    found = prompt_retrieval.finder(inputs["rag"], 2)("area of w")
     assert [one[:13] for one in found] == ["t0: area of w", "t1: area of w"] and all(len(one) < 410 for one in found)
     metrics = run(inputs, tmp_path / "out", context, tasks=("kind",), strategies=("zero_shot", "retrieval"))
     assert metrics["kind/retrieval/tokens"] > 2 * metrics["kind/zero_shot/tokens"]

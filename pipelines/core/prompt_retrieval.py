@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.core.errors import ArtifactError
+from pipelines.core.errors import ArtifactError, ParamsError
 
 if TYPE_CHECKING:
     from pipelines.core.prompt_cells import Find
@@ -18,9 +18,15 @@ def finder(rag: Path, count: int) -> Find:
 
     Raises:
         ArtifactError: the index cannot be opened.
+        ParamsError: there is none, since the data have no knowledge.
     """
     from pipelines.core import retrieval
 
+    if not (rag / "index").is_dir():
+        raise ParamsError(
+            "prompts.strategies: retrieval needs an index, and the data have no knowledge: leave it out, "
+            "or name a source with table: knowledge in data.sources"
+        )
     try:
         index = retrieval.Index.open(rag / "index")
     except (OSError, ValueError) as error:
