@@ -151,7 +151,8 @@ def source_lines(reply: Any) -> list[str]:
     for source in reply.sources:
         file, _, line = (source.url or "").partition("#L")
         where = f"{file}, line {line}" if line else f"{file or 'its text'}, line {source.line}"
-        lines.append(clean(f"[{source.number}] {source.title}  ({where}){'' if source.cited else '  not cited'}"))
+        title, where = (" ".join(part.split()) for part in (source.title, where))  # which could write a line of ours
+        lines.append(clean(f"[{source.number}] {title}  ({where}){'' if source.cited else '  not cited'}"))
     if any(source.cited for source in reply.sources) and not reply.own:
         lines.append("The numbers were put in by comparing words with the sources, not by the model.")
     return lines

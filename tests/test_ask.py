@@ -22,7 +22,7 @@ from rich.console import Console
 
 from flows import assistants
 from flows.ask import Options, ask
-from pipelines.core import environment, generate, retrieval, store
+from pipelines.core import assistant, environment, generate, retrieval, store
 from pipelines.core.errors import ArtifactError, ParamsError, StoreUnavailable, UserError
 from pipelines.core.generate import Sampling
 from pipelines.core.lineage import CONTENT
@@ -74,6 +74,13 @@ def test_numbers_that_come_or_go_behind_the_stream_are_shown(
     live, streamed = said(root, terminal=True), "".join(pieces)
     assert live.startswith("\n".join([streamed, "", *again, *[""] * bool(again), "[1] numpy.flip  ("])), live
     assert "of its sources:" not in said(root) and "no source:" not in said(root)  # what is not streamed is told once
+
+
+def test_a_document_writes_no_line_among_the_sources() -> None:
+    title, url = "Notes\n[2] numpy.flip  (numpy.py, line 1)", "a.md\n\x85The numbers were put in\u2028by us#L3"
+    source = assistant.Source(1, title, url, 3, "text", 0.5, True)
+    (line,) = assistants.source_lines(assistant.Reply("Yes [1].", [source], False, True, 0, {}))
+    assert line == "[1] Notes [2] numpy.flip (numpy.py, line 1)  (a.md The numbers were put in by us, line 3)"
 
 
 def test_options_change_the_answer(root: Path, index: FakeIndex) -> None:
