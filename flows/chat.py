@@ -165,8 +165,8 @@ class Chat:
 
 def _lines(typed: bool, tell: Callable[[str], None]) -> Iterator[str]:
     """Lines of the standard input; on a terminal with a prompt, and with the keys of `readline`."""
+    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # what is no UTF-8 is told, not fatal
     if not typed:
-        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # what is no UTF-8 is told, not fatal
         yield from sys.stdin
         return
     import readline  # noqa: F401  # `input` uses it where it is imported

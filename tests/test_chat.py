@@ -15,7 +15,7 @@ from models import NO_SYSTEM
 from rich.console import Console
 
 from flows import assistants
-from flows.chat import Chat, chat
+from flows.chat import Chat, _lines, chat
 from pipelines.core import generate, grounding
 from pipelines.core.errors import ArtifactError, UserError
 
@@ -188,6 +188,11 @@ def test_lines_of_a_pipe_are_answered_until_it_ends(
     assert file.getvalue().startswith("artifacts/answers/assistant, loaded in ")
     assert file.getvalue().count("all after") == 2 and "error: the question is not UTF-8 text" in file.getvalue()
     assert index.asked == ["an array\n", "한국어 array?\n"]
+
+
+def test_what_is_typed_and_no_text_does_not_end_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nan array\n"), encoding="utf-8"))
+    assert list(_lines(True, print)) == ["caf\udce9", "an array"]
 
 
 def test_a_first_model_that_is_not_there_ends_it(root: Path) -> None:
