@@ -120,12 +120,20 @@ class Chat:
         self.tell("\n".join([*shown, *assistants.source_lines(reply), times(reply.seconds), ""]))
 
     def fit(self, question: str) -> None:
-        """Leave out the oldest turns until question, passages and answer fit the context behind the others."""
+        """Leave out the oldest turns until question, passages and answer fit the context behind the others.
+
+        Raises:
+            ValueError: the question fits not even alone; then nothing is forgotten.
+        """
         from pipelines.core import grounding
+        from pipelines.core.assistant import put
+        from pipelines.core.assistant import room as left_for
 
         assistant, settings = self.answering.assistant, self.answering.assistant.settings
         if assistant.context is None:
             return
+        whose = (settings, assistant.tokenizer, assistant.context)
+        left_for(question, *whose) if self.answering.looks_up else put(question, [], *whose)
         room = assistant.context - settings.max_new_tokens
         if self.answering.looks_up:
             empty = grounding.build("", [], settings.template, 0, len).messages
