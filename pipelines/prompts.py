@@ -63,7 +63,7 @@ def run(params: PromptsParams, inputs: dict[str, Path], outputs: Path, context: 
     """
     import pandas as pd
 
-    from pipelines.core import prompt_calls, prompt_choice, prompt_files, prompt_matrix, prompts_card
+    from pipelines.core import prompt_calls, prompt_choice, prompt_files, prompt_matrix, prompt_tasks, prompts_card
 
     # 1. Prompts, tasks and examples, all checked before a model is asked.
     speakers: dict[str, Speaker] = {name: _speaker(params, name, inputs, context) for name in params.models}
@@ -71,6 +71,9 @@ def run(params: PromptsParams, inputs: dict[str, Path], outputs: Path, context: 
     if not tasks:
         context.say("the data have neither a labelled task nor prompts with references: no prompt to try")
         return {"tasks": 0.0}
+    every = (*prompt_tasks.names(inputs["data"]), prompt_tasks.GENERATION)
+    for told in prompt_files.unused(files, {task.name: task.kind for task in tasks}, every):
+        context.say(f"warning: {told}")
     uses = {task.name: _uses(params, task, files, context) for task in tasks}
     find = _finder(params, uses, inputs)
     if made := len(list(prompt_calls.calls(context).glob("*.json"))):

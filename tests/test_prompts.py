@@ -241,6 +241,20 @@ def test_passages_are_shown_and_an_index_that_is_damaged_is_told(
     assert metrics["kind/retrieval/tokens"] > 2 * metrics["kind/zero_shot/tokens"]
 
 
+def test_a_prompt_of_a_task_that_is_not_there_or_of_another_kind_is_told(
+    inputs: dict[str, Path], tmp_path: Path, context: StageContext
+) -> None:
+    own = Path(shutil.copytree(FILES, tmp_path / "prompts"))
+    told = yaml.safe_load((FILES / "entailment-plain.yaml").read_text())
+    for name, task in (("typo", "fitz"), ("other-kind", "kind"), ("right", "fits"), ("not-asked", "pick")):
+        (own / f"{name}.yaml").write_text(yaml.safe_dump(told | {"name": name, "task": task}))
+    run(inputs | {"mlflow/prompts": own}, tmp_path / "out", context, tasks=("kind", "fits"))
+    assert [one for one in context.samples if "is not used" in one] == [
+        "warning: mlflow/prompts/other-kind.yaml is not used: task kind is of kind classification",
+        "warning: mlflow/prompts/typo.yaml is not used: the data have no task fitz",
+    ]
+
+
 def test_examples_that_do_not_fit_are_left_out_and_told(
     inputs: dict[str, Path], tmp_path: Path, context: StageContext
 ) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -161,6 +161,24 @@ def of(prompts: Mapping[str, PromptFile], kind: str, task: str, strategy: str) -
     fits = [one for one in prompts.values() if one.kind == kind and strategy in one.strategies]
     own = [one for one in fits if one.task == task] or [one for one in fits if one.task is None]
     return own[0] if own else None
+
+
+def unused(prompts: Mapping[str, PromptFile], kinds: Mapping[str, str], tasks: Collection[str]) -> list[str]:
+    """Why a prompt of one task is used for none: a line for each such.
+
+    Args:
+        kinds: of the tasks that are asked.
+        tasks: all that the data may have.
+    """
+    found = []
+    for name, one in prompts.items():
+        if one.task is None or kinds.get(one.task) == one.kind:
+            continue
+        if one.task in kinds:
+            found.append(f"{FOLDER}/{name}.yaml is not used: task {one.task} is of kind {kinds[one.task]}")
+        elif one.task not in tasks:
+            found.append(f"{FOLDER}/{name}.yaml is not used: the data have no task {one.task}")
+    return found
 
 
 def write(prompt: PromptFile) -> str:

@@ -85,7 +85,7 @@ def load(params: PromptsParams, data: Path, fits: Fits, context: StageContext) -
         DataError: a side without rows; a held-out class that train lacks; fewer than two options.
         ParamsError: a task that the data have not, or that prompts cannot ask.
     """
-    there = sorted(found.name for found in (data / "tasks").glob("*") if found.is_dir())
+    there = names(data)
     if GENERATION in there:
         raise ParamsError(f"data.sources: a task is called {GENERATION}, which stage prompts calls the prompts' table")
     texts = _with_references(data)
@@ -108,12 +108,17 @@ def load(params: PromptsParams, data: Path, fits: Fits, context: StageContext) -
     return found
 
 
+def names(data: Path) -> list[str]:
+    """The labelled tasks there are."""
+    return sorted(found.name for found in (data / "tasks").glob("*") if found.is_dir())
+
+
 def _labelled(params: PromptsParams, data: Path, name: str, fits: Fits, context: StageContext) -> Task:
     """A task whose rows have options."""
     import pyarrow.parquet as pq
 
-    names = pq.read_schema(data / "tasks" / name / "train.parquet").names
-    columns, kind = next((columns, kind) for columns, kind in KINDS.items() if set(columns) <= set(names))
+    there = set(pq.read_schema(data / "tasks" / name / "train.parquet").names)
+    columns, kind = next((columns, kind) for columns, kind in KINDS.items() if set(columns) <= there)
     sides = {side: list(reading.rows(data, f"tasks/{name}", side, None)) for side in SPLITS}  # type: ignore[arg-type]
     labels: tuple[str, ...] = ()
     if kind != "choice":
