@@ -89,6 +89,16 @@ def test_one_version_for_each_content_and_aliases_that_move(root: Path, monkeypa
     assert aliases(root, "entailment-role") == {"current": 1}
 
 
+def test_a_prompt_whose_file_is_gone_is_chosen_no_more(root: Path) -> None:
+    choose(root, "entailment-role")
+    prompt_registry.sync(root)
+    choose(root, "entailment-plain")
+    (root / "mlflow/prompts/entailment-role.yaml").unlink()
+    assert "prompt entailment-role: no longer chosen-fits" in prompt_registry.sync(root)
+    assert aliases(root, "entailment-role") == {"current": 1}
+    assert aliases(root, "entailment-plain") == {"current": 1, "chosen-fits": 1}
+
+
 def test_a_store_that_is_away_and_a_file_with_a_mistake(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(StoreUnavailable):

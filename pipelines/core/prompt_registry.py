@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,10 @@ def sync(root: Path) -> list[str]:
     wanted = {"store": store.place(root), "files": versions, "chosen": chosen}
     known, database = root / STATE / "registry" / "prompts.json", store.embedded(root)
     there = known.exists() and (database is None or database.exists())
-    if there and json.loads(known.read_text(encoding="utf-8")) == wanted:
+    before = json.loads(known.read_text(encoding="utf-8")) if there else None
+    if before == wanted:
         return []
+    gone = sorted(set(before["files"]) - set(files)) if before and before["store"] == wanted["store"] else []
     store.probe(root)
     done: list[str] = []
     with store.locked(root, "registry"):
@@ -54,6 +56,8 @@ def sync(root: Path) -> list[str]:
             mlflow.set_experiment(experiment_id=experiment)  # where the prompts are listed
             for name, file in files.items():
                 done += _synced(client, name, file, chosen)
+            for name in gone:
+                done += _taken_back(client, name, _pointed(_versions(client, name)), ())
     artifacts.write_json(known, wanted)
     return done
 
@@ -76,11 +80,22 @@ def _synced(client: Any, name: str, file: PromptFile, chosen: Mapping[str, list[
     for task, (prompt, content) in chosen.items():
         if prompt == name and content in held:
             wanted[CHOSEN + re.sub("[^A-Za-z0-9_-]", "-", task)] = held[content]
-    pointed = {alias: int(one.version) for one in every for alias in one.aliases}
+    pointed = _pointed(every)
     for alias, version in wanted.items():
         if pointed.get(alias) != version:
             client.set_prompt_alias(name, alias, version)
             done.append(f"prompt {name}: {alias} is version {version}")
+    return done + _taken_back(client, name, pointed, wanted)
+
+
+def _pointed(every: list[Any]) -> dict[str, int]:
+    """Of each alias of a prompt the version."""
+    return {alias: int(one.version) for one in every for alias in one.aliases}
+
+
+def _taken_back(client: Any, name: str, pointed: Mapping[str, int], wanted: Collection[str]) -> list[str]:
+    """The aliases of choices that are others now, also of a prompt whose file is gone."""
+    done = []
     for alias in sorted(pointed):
         if alias.startswith(CHOSEN) and alias not in wanted:
             client.delete_prompt_alias(name, alias)
