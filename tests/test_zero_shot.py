@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import toy_tasks
 from models import model, tokenizer
+from pydantic import ValidationError
 
 from pipelines.core import attention, packing, snapshots, task_zero_shot, zero_shot
 from pipelines.core.context import StageContext, Stopped
@@ -117,6 +119,15 @@ def test_acceptability_is_a_threshold_on_likelihood(known: Any, lm: Any, context
 def test_what_cannot_be_answered_is_refused(kind: str, labels: Any, heuristic: dict[str, Any], told: str) -> None:
     with pytest.raises(ParamsError, match=told):
         zero_shot.check(task(kind, labels, []), Heuristic(task="t", **heuristic))
+
+
+def test_heuristics_that_nothing_would_use_are_refused() -> None:
+    one = {"task": "t", "kind": "acceptability"}
+    assert toy_tasks.params(ablations=("zero_shot",), heuristics=(one,)).heuristics[0].kind == "acceptability"
+    with pytest.raises(ValidationError, match="heuristics: only ablation zero_shot uses them"):
+        toy_tasks.params(heuristics=(one,))
+    with pytest.raises(ValidationError, match=r"one for each task at most \(found two for t\)"):
+        toy_tasks.params(ablations=("zero_shot",), heuristics=(one, one | {"kind": "words", "words": ("a", "b")}))
 
 
 def test_relative_score_by_hand() -> None:

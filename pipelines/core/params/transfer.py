@@ -98,6 +98,11 @@ class TransferParams(Tuning):
             raise ValueError("mixing: method head trains nothing that tasks share; accepted: full, last_n, lora, qlora")
         if "auxiliary" in self.ablations and self.auxiliary == 0:
             raise ValueError("ablations: auxiliary leaves out the language-model loss; transfer.auxiliary is 0 already")
+        asked = [one.task for one in self.heuristics]
+        if twice := sorted({task for task in asked if asked.count(task) > 1}):
+            raise ValueError(f"heuristics: one for each task at most (found two for {', '.join(twice)})")
+        if asked and "zero_shot" not in self.ablations:
+            raise ValueError("heuristics: only ablation zero_shot uses them: add it to transfer.ablations")
         return self
 
     @model_validator(mode="after")
