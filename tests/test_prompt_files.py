@@ -59,6 +59,8 @@ def test_mlflow_finds_the_variables_that_are_declared() -> None:
         ({"template": "{{ instruction }} {{ premise }} {{ hypothesis }} {{ a | b }}"}, r"that is no variable"),
         ({"instructions": []}, r"{{ instruction }} and instructions belong together"),
         ({"instructions": [" "]}, r"a text is blank"),
+        ({"instructions": ["Does {{ hypothesis }} fit?"]}, r"in 'Does {{ hypothesis }} fit\?'; the template alone has"),
+        ({"system": "You know {{ premise }}."}, r"in 'You know {{ premise }}\.'; the template alone has variables"),
         ({"strategies": ["retrieval"]}, r"{{ passages }} and strategies: \[retrieval\] belong together"),
         ({"strategies": ["role"]}, r"system: strategy role needs a text"),
         ({"strategies": ["zero_shot", "zero_shot"]}, r"named twice"),

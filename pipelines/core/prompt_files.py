@@ -61,6 +61,8 @@ class PromptFile(Section, strict=True):
                 raise ValueError(f"template: {_braced([name])} and {key} belong together: both or neither")
         if any(not one.strip() for one in (*self.instructions, self.system or "-")):
             raise ValueError("instructions, system: a text is blank")
+        if braced := [one for one in (*self.instructions, self.system or "") if "{{" in one or "}}" in one]:
+            raise ValueError(f"instructions, system: {{{{ or }}}} in {braced[0]!r}; the template alone has variables")
         self._strategies()
         return self
 
