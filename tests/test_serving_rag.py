@@ -67,6 +67,15 @@ def test_an_empty_cell_is_no_text(empty: object) -> None:
         finding.predict(None, pd.DataFrame({"query": ["what is w?", empty]}))
 
 
+def test_half_a_character_is_no_text() -> None:
+    """JSON can spell it, no tokenizer reads it."""
+    assert serving_cells.text("배열 🙂", 0, "question") == "배열 🙂"
+    with pytest.raises(ValueError, match=r"row 3: column question holds '\\ud83d', half a character"):
+        serving_cells.text(json.loads('"a \\ud83d"'), 3, "question")
+    with pytest.raises(ValueError, match="row 2: column choices holds"):
+        serving_cells.texts(["a", "\udc00"], 2, "choices")
+
+
 def test_all_that_is_imported_by_name_lies_beside() -> None:
     """Also what the queries of the tests above do not reach."""
     beside = {Path(place).stem for place in serving.RETRIEVING}

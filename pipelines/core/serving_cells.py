@@ -9,10 +9,15 @@ def text(value: Any, number: int, column: str) -> str:
     """The text of a cell.
 
     Raises:
-        ValueError: the cell is empty, or holds something else.
+        ValueError: the cell is empty, or holds something else, or half a character, as JSON can.
     """
     if not isinstance(value, str):
         raise ValueError(f"row {number}: column {column} holds {value!r}; accepted: a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start]
+        raise ValueError(f"row {number}: column {column} holds {half!r}, half a character; accepted: a text") from None
     return value
 
 
