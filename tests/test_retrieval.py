@@ -207,6 +207,18 @@ def test_filters_and_near_duplicates(index: retrieval.Index) -> None:
     assert index.search(query, exclude=[one["id"] for one in DOCUMENTS]) == []
 
 
+def test_many_documents_that_say_the_same_leave_room_for_others(tmp_path: Path) -> None:
+    same = "Get the routing of this object."
+    documents = [{"id": f"a{n:03}", "title": "routing", "text": same} for n in range(2 * retrieval.DEPTH + 20)]
+    documents += [{"id": f"b{n}", "title": f"x{n}", "text": f"An object of {n} things on the way."} for n in range(4)]
+    made = indexing.Settings(embedder=str(tiny(tmp_path / "embedder")), size=60)
+    indexing.build(documents, tmp_path / "index", made)
+    index = retrieval.Index.open(tmp_path / "index")
+    assert ids(index.search("routing of this object", 3, method="bm25")) == ["a000", "b0", "b1"]
+    for method in ("bm25", "dense", "hybrid"):
+        assert len(index.search("routing of this object", 9, method=method)) == 5, "there are no more"
+
+
 @pytest.mark.parametrize("method", ["bm25", "dense", "hybrid", "reranked"])
 def test_rankings_name_each_document_once_and_those_of_the_pool_alone(index: retrieval.Index, method: str) -> None:
     queries = ["sort rows by key", "numpy flip array"]

@@ -175,11 +175,16 @@ class Index:
         """
         self._check(query, method)
         vector = self.embedder.query(query)
-        found, scores = self._found(query, vector, method, max(DEPTH, count), self._allowed(None, exclude, where))
-        if distinct:
-            _, first = np.unique(self._near[found], return_index=True)
-            kept = np.sort(first)
-            found, scores = found[kept], scores[kept]
+        allowed, depth = self._allowed(None, exclude, where), max(DEPTH, count)
+        while True:
+            found, scores = self._found(query, vector, method, depth, allowed)
+            exhausted = len(np.unique(self._document[found])) < depth
+            if distinct:
+                kept = np.sort(np.unique(self._near[found], return_index=True)[1])
+                found, scores = found[kept], scores[kept]
+            if exhausted or len(found) >= count:
+                break
+            depth *= 4  # a hundred documents may all say the same
         if method == "reranked":
             return self._reranked(query, vector, found[:RERANKED], count)
         return self._passages(found[:count], scores[:count], vector)
