@@ -170,12 +170,13 @@ def of_grid(found: int4.Grid, group: int) -> Round:
 
 def of_code_book(book: torch.Tensor, scales: torch.Tensor, group: int) -> Round:
     """Rounding to the nearest of a code book's values (ascending) times a scale (out, in / group)."""
-    middles = (book[1:] + book[:-1]) / 2
+    middles = ((book[1:] + book[:-1]) / 2)[:, None]
     columns = scales.t().contiguous()
+    divisors = columns.where(columns != 0, 1.0)
 
     def one(values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
         scale = columns[column // group]
-        codes = torch.bucketize(values / scale.where(scale != 0, 1.0), middles)
+        codes = (values / divisors[column // group] > middles).sum(dim=0)  # `bucketize` takes twice as long
         return codes.to(torch.uint8), book[codes] * scale
 
     return one
