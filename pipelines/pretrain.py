@@ -34,6 +34,7 @@ from pipelines.core import (
 )
 from pipelines.core.checkpoint import Checkpoints
 from pipelines.core.context import StageContext
+from pipelines.core.errors import ParamsError
 from pipelines.core.held_out import HeldOut
 from pipelines.core.params.pretrain import PretrainParams
 
@@ -69,6 +70,7 @@ def run(params: PretrainParams, inputs: dict[str, Path], outputs: Path, context:
 
     Raises:
         ArtifactError: the data have no corpus, or the base model does not fit the tokenizer.
+        ParamsError: rows that are longer than the base model's context.
         Stopped: a signal came; the checkpoint is written.
     """
     from transformers import AutoTokenizer
@@ -163,6 +165,9 @@ def _model(params: PretrainParams, tokenizer: Any, context: StageContext) -> Any
         )
     else:
         model = language_models.load(params.base, context.dtype if params.adapted else torch.float32, kind)
+        room = getattr(model.config, "max_position_embeddings", None)
+        if room and params.sequence_length > room:
+            raise ParamsError(f"pretrain.sequence_length: {params.sequence_length}; the base model's context is {room}")
         language_models.fit_vocabulary(model, tokenizer)
     language_models.body_and_head(model)
     if params.method == "qlora":  # quantised as it is read, which a file of GGUF cannot be

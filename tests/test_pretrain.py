@@ -126,6 +126,19 @@ def test_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
             run(inputs, tmp_path / str(number), **changes)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_rows_longer_than_the_base_models_context_are_refused(
+    inputs: dict[str, Path], tmp_path: Path, architecture: str
+) -> None:
+    """Learned positions would end in an IndexError at the first long document, others be of no use beyond it."""
+    known = tokenizer()
+    for part in (model(known, architecture, depth=1, length=64), known):
+        part.save_pretrained(tmp_path / "base")
+    asked = {"base": str(tmp_path / "base"), "method": "lora", "sequence_length": 128, "micro_batch": 1}
+    with pytest.raises(ParamsError, match=r"pretrain\.sequence_length: 128; the base model's context is 64"):
+        run(inputs, tmp_path, **asked)
+
+
 def test_a_foreign_tokenizer_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
     other = tokenizer(340)
     other.add_tokens([f"word{n}" for n in range(900)])
