@@ -135,7 +135,12 @@ def test_hub_rows_are_streamed_through_datasets(tmp_path: Path) -> None:
         ("rows.jsonl.gz", b"not gzip", "not a whole gzip file"),
         ("rows.parquet", b"PAR1 no", "not a Parquet file"),
         ("cut.json", b'[{"prompt": "a"},\n {"prompt": ', "row 2: broken JSON"),
+        ("middle.json", b'[{"p": 1},\n{"p": 2},\n{"p": x},\n{"p": 4},\n{"p": 5}]', "middle.json, row 3: broken JSON"),
         ("none.json", b"[]", "holds no record"),
+        ("deep.json", b"[" * 100_000, "row 1: broken JSON .*recursion"),
+        ("digits.json", b'[{"prompt": "a"},\n {"prompt": 1' + b"0" * 5000 + b"}]", "row 2: broken JSON .*4300 digits"),
+        ("two.json", b'[{"prompt": "a"}]\n[{"prompt": "b"}]', "row 2: broken JSON .more after the end. near .*a line"),
+        ("lines.json", b'{"a": {"prompt": "a"}}\n{"a": {"prompt": "b"}}', "row 2: .*accepted: one object a file"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | None, told: str) -> None:
@@ -159,6 +164,7 @@ def test_folder_without_readable_files(tmp_path: Path) -> None:
         (b'{"prompt": "a", "completion": ', "broken JSON at character"),
         (b'{"prompt": "a\xff", "completion": "b"}', "byte 0xff at position 14 of the line; accepted: UTF-8"),
         (b"[1]", "a list .*accepted: an object"),
+        (b'{"prompt": 1' + b"0" * 5000 + b"}", "broken JSON .*4300 digits.*accepted: one JSON object a line"),
     ],
 )
 def test_bad_lines_do_not_end_the_reading(tmp_path: Path, line: bytes, told: str) -> None:

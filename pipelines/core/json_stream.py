@@ -49,7 +49,7 @@ class JsonStream:
         """One of some characters."""
         found = self.peek()
         if not found or found not in accepted:
-            raise self._broken(f"found {found!r}" if found else "the file ends", told)
+            raise self.broken(f"found {found!r}" if found else "the file ends", told)
         self._pass(self.at + 1)
         return found
 
@@ -59,19 +59,23 @@ class JsonStream:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.at)
-            except json.JSONDecodeError as error:
-                # A value that merely goes on in the next block looks broken too, until the file has ended.
-                if not self.ended and len(self.text) - self.at < LARGEST_VALUE and self._more():
-                    continue
-                line = self.line + self.text.count("\n", self.at, error.pos)
-                raise self._broken(error.msg, "JSON", line) from None
+            except (ValueError, RecursionError) as error:
+                why, place = str(error), 0  # nested too deeply, or a number of too many digits
+                if isinstance(error, json.JSONDecodeError):
+                    why, place = error.msg, error.pos - self.at
+                    # A value that merely goes on in the next block looks broken too, until the file has ended.
+                    if not self.ended and len(self.text) - self.at < LARGEST_VALUE and self._more():
+                        continue
+                line = self.line + self.text.count("\n", self.at, self.at + place)
+                raise self.broken(why, "JSON", line) from None
             # A number may go on in the next block; everything else ends with its own last character.
             if end == len(self.text) and not self.ended and self._more():
                 continue
             self._pass(end)
             return value
 
-    def _broken(self, found: str, told: str, line: int | None = None) -> DataError:
+    def broken(self, found: str, told: str, line: int | None = None) -> DataError:
+        """The fault at the place where the reader stands."""
         near = shown(self.text[self.at : self.at + SHOWN_CHARACTERS])
         return DataError(
             f"{self.path}, row {line or self.line}: broken JSON ({found}) near {near}; accepted: {told}. "

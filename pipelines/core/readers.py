@@ -108,9 +108,9 @@ def _jsonl(file: IO[bytes]) -> Iterator[Raw]:
         elif text.strip():
             try:
                 yield number, _record(json.loads(text))
-            except (json.JSONDecodeError, RecursionError) as error:
-                at = f"at character {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
-                found = f"broken JSON {at} in {shown(text.strip())}"
+            except (ValueError, RecursionError) as error:
+                told = f"at character {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else error
+                found = f"broken JSON {told} in {shown(text.strip())}"
                 yield number, BadRow("(line)", found, "one JSON object a line", text.rstrip("\n"))
 
 
@@ -133,7 +133,9 @@ def _json(file: IO[bytes], path: Path) -> Iterator[Raw]:
             record = {"key": key, **record}
         yield row, record
         if stream.take("," + closing, "a comma or the end") == closing:
-            return
+            break
+    if stream.peek():
+        raise stream.broken("more after the end", f"one {'array' if opening == '[' else 'object'} a file")
 
 
 def _csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Raw]:
