@@ -81,8 +81,11 @@ def test_text_by_document_separator_paragraph_and_line(tmp_path: Path) -> None:
 
     assert read() == [(1, "PEP: 1\na\n\nb\nPEP: 2\nc")]
     assert read(separator=r"^PEP: \d+$") == [(1, "PEP: 1\na\n\nb"), (5, "PEP: 2\nc")]
-    assert [text for _, text in read(sample_by="paragraph")] == ["PEP: 1\na", "b\nPEP: 2\nc"]
+    assert read(sample_by="paragraph") == [(1, "PEP: 1\na"), (4, "b\nPEP: 2\nc")]
     assert [row for row, _ in read(sample_by="line")] == [1, 2, 4, 5, 6]
+    place.write_bytes(b"\r\na\r\nb\r\n \r\n\r\nc\r\n")
+    assert read(sample_by="paragraph") == [(2, "a\r\nb"), (6, "c")]
+    assert read(sample_by="line") == [(2, "a"), (3, "b"), (6, "c")]
 
 
 def test_folder_and_glob_are_sorted_and_labelled_without_the_place(tmp_path: Path) -> None:

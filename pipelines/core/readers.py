@@ -204,7 +204,7 @@ def _text(file: IO[bytes], name: str, sample_by: str, separator: str | None) -> 
     start, held, fault = 1, [], None  # type: int, list[str], BadRow | None
 
     def done() -> Iterator[Raw]:
-        text = "".join(held).strip("\n")
+        text = "".join(held).strip("\r\n")
         if fault is not None:
             yield start, fault
         elif text.strip():
@@ -213,14 +213,13 @@ def _text(file: IO[bytes], name: str, sample_by: str, separator: str | None) -> 
     for number, line in enumerate(file, 1):
         decoded = _decoded(line, number == 1)
         text = decoded if isinstance(decoded, str) else ""
-        ends = (
-            sample_by == "line"
-            or (sample_by == "paragraph" and not text.strip() and not isinstance(decoded, BadRow))
-            or (first_line is not None and first_line.search(text.rstrip("\r\n")) is not None)
-        )
-        if ends and held:
+        between = sample_by == "paragraph" and not text.strip() and not isinstance(decoded, BadRow)
+        first = first_line is not None and first_line.search(text.rstrip("\r\n")) is not None
+        if held and (sample_by == "line" or between or first):
             yield from done()
             held, fault = [], None
+        if between:
+            continue
         if not held:
             start = number
         held.append(text)
