@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pipelines.core.errors import DataError
 from pipelines.core.faults import BadRow, Ledger
 from pipelines.core.params.data import FileSource, HubSource
 from pipelines.core.readers import Cells
-from pipelines.core.rows import canonical, cut, identify
+from pipelines.core.rows import PART_CHARACTERS, canonical, cut, identify
 
 RECORDS = [{"prompt": 'Zwei, "drei"\nvier', "completion": "fünf"}, {"prompt": "여섯", "completion": "7 🙂"}]
 
@@ -320,6 +321,15 @@ def test_long_documents_are_cut_at_paragraph_ends_and_lose_nothing() -> None:
     assert "\n\n".join(parts) == text and max(map(len, parts)) <= 1000 and len(parts) > 20
     unbroken = cut("x" * 2500, 1000)
     assert "".join(unbroken) == "x" * 2500 and max(map(len, unbroken)) <= 1000
+
+
+def test_a_file_that_is_one_long_document_is_cut_in_its_own_time() -> None:
+    """Not in that of its length times its parts: forty megabytes took nine seconds, a gigabyte over an hour."""
+    text = ("word " * 15 + "\n") * 520_000
+    start = time.process_time()
+    parts = cut(text)
+    assert time.process_time() - start < 2
+    assert "\n".join(parts) == text and max(map(len, parts)) <= PART_CHARACTERS
 
 
 def test_first_ten_bad_rows_are_told_together(tmp_path: Path) -> None:

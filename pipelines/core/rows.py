@@ -67,13 +67,15 @@ def cut(text: str, limit: int = PART_CHARACTERS) -> list[str]:
 
     Where none fits, at a line end, then at a space, then anywhere. No part is blank.
     """
-    parts = []
-    while len(text) > limit:
-        ends = (text.rfind(mark, 1, limit + 1) for mark in ("\n\n", "\n", " "))
-        end = next((end for end in ends if end > limit // 4), limit)
-        parts.append(text[:end])
-        text = text[end:].lstrip("\n") if text[end : end + 1] == "\n" else text[end:]
-    return [part for part in [*parts, text] if part.strip()]
+    parts, start = [], 0
+    while len(text) - start > limit:  # a place in the text, not what is left of it, which would be copied for each part
+        ends = (text.rfind(mark, start + 1, start + limit + 1) for mark in ("\n\n", "\n", " "))
+        end = next((end for end in ends if end > start + limit // 4), start + limit)
+        parts.append(text[start:end])
+        start = end
+        while text.startswith("\n", start):
+            start += 1
+    return [part for part in [*parts, text[start:]] if part.strip()]
 
 
 def _demonstration(fields: Fields) -> list[dict[str, str]]:
