@@ -118,6 +118,21 @@ def test_folder_and_glob_are_sorted_and_labelled_without_the_place(tmp_path: Pat
     assert sources.names_hub(params({"hub": "a/b", "table": "corpus"}))
 
 
+def test_brackets_in_the_repositorys_own_name_are_no_pattern(tmp_path: Path) -> None:
+    root = tmp_path / "copy [2]"
+    for name in ("given/a.jsonl", "given/b [old].jsonl"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        jsonl(root / name, RECORDS[:1])
+    for path, files, deps in (
+        ("given/*.jsonl", ["given/a.jsonl", "given/b [old].jsonl"], ["given"]),
+        ("given/b [old].jsonl", ["given/b [old].jsonl"], ["given/b [old].jsonl"]),
+        ("given", ["given/a.jsonl", "given/b [old].jsonl"], ["given"]),
+    ):
+        given = {"path": path, "table": "demonstrations"}
+        assert [entry.source for entry in sources.read(source(path), root)] == files
+        assert sources.local_paths(params(given), root) == [root / name for name in deps]
+
+
 def test_hub_rows_are_streamed_through_datasets(tmp_path: Path) -> None:
     # `datasets` takes a folder where it takes a hub id, and reads both the same way.
     jsonl(tmp_path / "train.jsonl", RECORDS)

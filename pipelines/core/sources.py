@@ -49,9 +49,9 @@ def local_paths(params: DataParams, root: Path) -> list[Path]:
         elif isinstance(source, FileSource):
             place = _resolve(source.path, root)
             found = files_of(source, root)
-            if _is_glob(place):
-                parts = place.parts
-                stem = Path(*parts[: next(i for i, part in enumerate(parts) if any(c in part for c in WILD))])
+            if _is_glob(source, root):
+                parts = Path(source.path).expanduser().parts
+                stem = root / Path(*parts[: next(i for i, part in enumerate(parts) if any(c in part for c in WILD))])
                 paths.update(found if root.resolve().is_relative_to(stem.resolve()) else [stem])
             else:
                 paths.add(place)
@@ -72,8 +72,9 @@ def files_of(source: FileSource, root: Path) -> list[Path]:
         files = [path for path in visible if readers.kind_of(path) is not None]
         if not files:
             raise DataError(f"{place}: the folder holds no file that can be read; {accepted}")
-    elif _is_glob(place) and not place.exists():
-        files = [Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file()]
+    elif _is_glob(source, root):
+        pattern = str(_resolve(source.path, Path(glob.escape(str(root)))))
+        files = [Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file()]
         if not files:
             raise DataError(f"{place}: no file matches; {accepted}")
     elif place.is_file():
@@ -143,8 +144,9 @@ def _resolve(path: str, root: Path) -> Path:
     return root / Path(path).expanduser()
 
 
-def _is_glob(path: Path) -> bool:
-    return any(character in path.as_posix() for character in WILD)
+def _is_glob(source: FileSource, root: Path) -> bool:
+    """Whether a path is a pattern: its own characters say so, and nothing of that very name is there."""
+    return any(character in source.path for character in WILD) and not _resolve(source.path, root).exists()
 
 
 def _label(path: Path, place: Path, root: Path) -> str:
