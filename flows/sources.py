@@ -80,9 +80,10 @@ def write(place: Path, stage: str, wanted: list[str]) -> list[str]:
 
 
 def _name(path: Path, root: Path) -> str:
-    whole = (root / path).resolve()
-    inside = whole.is_relative_to(root.resolve())
-    return whole.relative_to(root.resolve()).as_posix() if inside else whole.as_posix()
+    from pipelines.core.sources import within
+
+    inside = within(path, root)
+    return (root / path).resolve().as_posix() if inside is None else inside.as_posix()
 
 
 def _quote(path: str) -> str:

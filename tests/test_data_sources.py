@@ -133,6 +133,21 @@ def test_brackets_in_the_repositorys_own_name_are_no_pattern(tmp_path: Path) -> 
         assert sources.local_paths(params(given), root) == [root / name for name in deps]
 
 
+def test_a_linked_folder_of_the_repository_keeps_its_name(tmp_path: Path) -> None:
+    """As `data` of a worktree is a link to the clone's: rows of either say the same of where they came from."""
+    clone, worktree = tmp_path / "clone", tmp_path / "clone/.sluice/worktrees/w"
+    for root in (clone, worktree):
+        root.mkdir(parents=True)
+    (clone / "data").mkdir()
+    (worktree / "data").symlink_to(clone / "data")
+    jsonl(clone / "data/a.jsonl", RECORDS[:1])
+    for root in (clone, worktree):
+        for path in ("data", "data/a.jsonl", "data/*.jsonl"):
+            assert [entry.source for entry in sources.read(source(path), root)] == ["data/a.jsonl"]
+    assert sources.within(clone / "data/a.jsonl", worktree) is None
+    assert sources.within(worktree / ".." / "w" / "x", worktree) == Path("x")
+
+
 def test_hub_rows_are_streamed_through_datasets(tmp_path: Path) -> None:
     # `datasets` takes a folder where it takes a hub id, and reads both the same way.
     jsonl(tmp_path / "train.jsonl", RECORDS)

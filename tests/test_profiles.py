@@ -137,6 +137,19 @@ def test_paths_inside_the_repository_are_relative_and_others_absolute(root: Path
     assert deps[1:] == sorted([str(outside), "mine.jsonl"])
 
 
+def test_a_linked_folder_of_data_is_a_dep_by_its_name(root: Path, tmp_path: Path) -> None:
+    """Or a run in a worktree, whose `data` is a link to the clone's, would write this machine's path into dvc.yaml."""
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}-elsewhere")
+    elsewhere.mkdir()
+    (elsewhere / "mine.jsonl").write_text('{"text": "a"}\n')
+    (root / "data").symlink_to(elsewhere)
+    (root / "dvc.yaml").write_text(GRAPH)
+    start, end = text(root).index("  - builder"), text(root).index("  validation_share")
+    row = "  - {path: data/mine.jsonl, table: corpus}\n"
+    (root / "params.yaml").write_text(text(root)[:start] + row + text(root)[end:])
+    assert sources.keep(root) == ["dvc.yaml: stage data now depends on data/mine.jsonl"]
+
+
 def test_rewards_become_deps_of_ppo_and_leave_again(root: Path) -> None:
     place, before = root / "dvc.yaml", text(root)
     stage = GRAPH.removeprefix("stages:\n").replace(sources.MARKERS["data"], sources.MARKERS["ppo"])

@@ -84,6 +84,18 @@ def files_of(source: FileSource, root: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.as_posix())
 
 
+def within(path: Path, root: Path) -> Path | None:
+    """A path as seen from the repository, if it is in there: by its name, or where its links lead.
+
+    By its name first: a folder of data may be a link, as in the worktree of a run that nobody watches.
+    """
+    whole = root / path
+    if ".." not in whole.parts and whole.is_relative_to(root):
+        return whole.relative_to(root)
+    whole, root = whole.resolve(), root.resolve()
+    return whole.relative_to(root) if whole.is_relative_to(root) else None
+
+
 def read(source: FileSource | HubSource, root: Path) -> Iterator[Entry]:
     """Raw rows of one source, in the order of its files.
 
@@ -151,6 +163,7 @@ def _is_glob(source: FileSource, root: Path) -> bool:
 
 def _label(path: Path, place: Path, root: Path) -> str:
     """A file's name in the outputs, which must not depend on where this machine keeps it."""
-    if path.resolve().is_relative_to(root.resolve()):
-        return path.resolve().relative_to(root.resolve()).as_posix()
-    return (Path(place.name) / path.relative_to(place)).as_posix() if place.is_dir() else path.name
+    inside = within(path, root)
+    if inside is None:
+        inside = Path(place.name) / path.relative_to(place) if place.is_dir() else Path(path.name)
+    return inside.as_posix()
