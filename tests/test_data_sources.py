@@ -133,6 +133,15 @@ def test_brackets_in_the_repositorys_own_name_are_no_pattern(tmp_path: Path) -> 
         assert sources.local_paths(params(given), root) == [root / name for name in deps]
 
 
+def test_a_file_name_that_utf8_cannot_write_is_spelled_out(tmp_path: Path) -> None:
+    """As an archive of another encoding leaves it; the tables name the file of each row."""
+    place = tmp_path / "given" / b"caf\xe9.jsonl".decode(errors="surrogateescape")
+    place.parent.mkdir()
+    jsonl(place, RECORDS[:1])
+    for root, folder in ((tmp_path, "given"), (tmp_path / "elsewhere", tmp_path / "given")):
+        assert [entry.source for entry in sources.read(source(folder), root)] == ["given/caf\\udce9.jsonl"]
+
+
 def test_a_linked_folder_of_the_repository_keeps_its_name(tmp_path: Path) -> None:
     """As `data` of a worktree is a link to the clone's: rows of either say the same of where they came from."""
     clone, worktree = tmp_path / "clone", tmp_path / "clone/.sluice/worktrees/w"

@@ -390,3 +390,10 @@ def test_user_mistakes(tmp_path: Path) -> None:
         build(source(tmp_path / "nowhere"), 1)
     with pytest.raises(DataError, match="is a file"):
         build(source(write(tmp_path, {"a.py": ""}) / "a.py"), 1)
+
+
+def test_a_file_name_that_utf8_cannot_write_is_spelled_out(tmp_path: Path) -> None:
+    name = b"caf\xe9.py".decode(errors="surrogateescape")
+    write(tmp_path, {name: '"""Make coffee of beans and of water, as slowly as it takes."""\n'})
+    (row,) = tables(source(tmp_path))["knowledge"]
+    assert row["url"] == "caf\\udce9.py#L1"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pipelines.core import readers
 from pipelines.core.environment import allow_hub
 from pipelines.core.errors import DataError, StoreUnavailable
-from pipelines.core.faults import BadRow
+from pipelines.core.faults import BadRow, writable
 from pipelines.core.params.data import DataParams, FileSource, HubSource, PydocsSource
 
 WILD = "*?["
@@ -166,4 +166,4 @@ def _label(path: Path, place: Path, root: Path) -> str:
     inside = within(path, root)
     if inside is None:
         inside = Path(place.name) / path.relative_to(place) if place.is_dir() else Path(path.name)
-    return inside.as_posix()
+    return writable(inside.as_posix())

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipelines.core.errors import DataError
+from pipelines.core.faults import writable
 from pipelines.core.pydocs.records import Skipped, SourceFile
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def _walk(top: Path, base: Path) -> tuple[tuple[SourceFile, ...], tuple[Skipped,
                 module = ".".join([*prefix, stem] if stem != "__init__" else prefix)
                 if module:
                     path = here / file
-                    found.setdefault(module, SourceFile(path, path.relative_to(base).as_posix(), module))
+                    found.setdefault(module, SourceFile(path, writable(path.relative_to(base).as_posix()), module))
     skipped = [
         Skipped(Path(error.filename or top).relative_to(base).as_posix(), f"cannot be read: {error.strerror}")
         for error in failed
