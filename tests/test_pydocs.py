@@ -390,6 +390,9 @@ def test_user_mistakes(tmp_path: Path) -> None:
         build(source(tmp_path / "nowhere"), 1)
     with pytest.raises(DataError, match="is a file"):
         build(source(write(tmp_path, {"a.py": ""}) / "a.py"), 1)
+    write(tmp_path, {"none/tests/a.py": "", "none/b.txt": ""})
+    with pytest.raises(DataError, match="folders: .*none' has no Python source"):
+        build(source(tmp_path / "none"), 1)
 
 
 def test_a_file_name_that_utf8_cannot_write_is_spelled_out(tmp_path: Path) -> None:

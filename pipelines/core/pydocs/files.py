@@ -97,6 +97,8 @@ def _folder(name: str) -> Library:
         reason = "is a file, not a folder" if root.exists() else "does not exist"
         raise DataError(f"data.sources: folders: {name!r} {reason}. Name a folder that holds .py files.")
     files, skipped = _walk(root, root.resolve())
+    if not (files or skipped):
+        raise DataError(f"data.sources: folders: {name!r} has no Python source. Name a folder that holds .py files.")
     return Library(root.resolve().name, files, skipped, _first_component)
 
 
