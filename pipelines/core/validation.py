@@ -204,5 +204,8 @@ def _told(suite: str, verdict: Verdict, min_rows: int) -> str:
             [*verdict.examples, "Remove them from one side, or leave out split: so that they are separated for you."]
         )
     count = verdict.observed.get("unexpected_count", "")
-    what = "values are not unique" if verdict.kind.endswith("_be_unique") else f"{verdict.kind} failed"
-    return f"{suite}, column {verdict.column}: {what} ({count} rows):\n  " + "\n  ".join(verdict.examples)
+    unique = verdict.kind.endswith("_be_unique")
+    what = "values are not unique" if unique else f"{verdict.kind} failed"
+    remedy = ["Mend them, or take ids from another column: columns: {id: COLUMN} in data.sources."] if unique else []
+    told = "\n  ".join([*verdict.examples, *remedy])
+    return f"{suite}, column {verdict.column}: {what} ({count} rows):\n  {told}"
