@@ -16,6 +16,8 @@ from pipelines.core.params import whole
 
 MARKERS = {
     "data": "# files named in params.yaml data.sources, kept by sluice run",
+    "tokenizer": "# directory or file named in params.yaml tokenizer.base, kept by sluice run",
+    "pretrain": "# directory or file named in params.yaml pretrain.base, kept by sluice run",
     "feedback": "# file named in params.yaml feedback.rankings, kept by sluice run",
     "ppo": "# files named in params.yaml ppo.rewards, kept by sluice run",
     "distill": "# directories named in params.yaml distill.teacher and distill.student, kept by sluice run",

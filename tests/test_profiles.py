@@ -8,6 +8,7 @@ import yaml
 from fake_repository import ROOT
 
 from flows import profiles, sources
+from pipelines.core import graph, runner
 from pipelines.core.errors import ParamsError, UserError
 from pipelines.core.params import whole
 
@@ -186,6 +187,23 @@ def test_models_that_dials_name_become_deps_and_leave_again(root: Path) -> None:
     (root / "params.yaml").write_text(before)
     sources.keep(root)
     assert place.read_text() == marked
+
+
+def test_a_base_model_in_a_directory_is_a_dep_of_both_its_stages(root: Path) -> None:
+    """Or another model in the same place would change neither, and a checkpoint of the one go on as the other."""
+    shutil.copy(ROOT / "dvc.yaml", root)
+    (root / "mine").mkdir()
+    (root / "mine/config.json").write_text("{}")
+    before = (root / "dvc.yaml").read_text()
+    edit(root, "  base: smollm2-135m ", "  base: mine ")
+    said = [f"dvc.yaml: stage {stage} now depends on mine" for stage in ("tokenizer", "pretrain")]
+    assert sources.keep(root) == said and sources.keep(root) == []
+    for stage in ("tokenizer", "pretrain"):
+        assert graph.stage(root, stage).inputs["mine"] == "mine"
+        runner._check_files(root, graph.stage(root, stage), whole.load(root / "params.yaml"))
+    (root / "dvc.yaml").write_text(before)
+    with pytest.raises(ParamsError, match=r"pretrain\.base reads mine, which is not among the deps of stage pretrain"):
+        runner._check_files(root, graph.stage(root, "pretrain"), whole.load(root / "params.yaml"))
 
 
 def test_rankings_below_the_home_directory_are_a_dep(

@@ -210,9 +210,8 @@ def _names_hub(every: whole.Params) -> bool:
     """Whether anything in the file is to come from a hub; nothing else may reach for one."""
     from pipelines.core import sources
 
-    models = [model for stage in whole.NAME_MODELS for model in whole.models(every, stage).values()]
-    bases = {base for base in (every.tokenizer.base, every.pretrain.base, *models) if base is not None}
-    return sources.names_hub(every.data) or any(language_models.find(base).kind == "hub" for base in bases)
+    named = {model for stage in whole.NAME_MODELS for model in whole.models(every, stage).values() if model}
+    return sources.names_hub(every.data) or any(language_models.find(model).kind == "hub" for model in named)
 
 
 def _inputs(root: Path, spec: graph.StageSpec) -> dict[str, Path]:

@@ -88,11 +88,25 @@ def load(path: Path) -> Params:
         raise ParamsError(explain(path.name, error, _SOURCES, _known_keys)) from None
 
 
-NAME_MODELS = ("distill", "quantize", "rag")  # stages with dials that name models, beside `pretrain.base`
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a key that stands twice in a section, of which PyYAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        known: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in known:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            known.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+NAME_MODELS = ("tokenizer", "pretrain", "distill", "quantize", "rag")  # stages with dials that name models
 
 
 def models(params: Params, stage: str) -> dict[str, str | None]:
     """Models that a stage's dials name, by dial."""
+    if stage in ("tokenizer", "pretrain"):
+        return {f"{stage}.base": getattr(params, stage).base}
     if stage == "quantize":
         return {"quantize.model": params.quantize.model}
     if stage == "rag":
