@@ -66,6 +66,14 @@ def test_exponents_without_a_dot_are_numbers(tmp_path: Path) -> None:
     assert whole.load(path).pretrain.lr == pytest.approx(3e-4)
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """The last one would win without a word."""
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text().replace("  lr: 5.0e-4", "  lr: 5.0e-4\n  lr: 1.0e-4", 1))
+    with pytest.raises(ParamsError, match=r"(?s)params\.yaml is not valid YAML: 'lr' stands twice.*line \d+"):
+        whole.load(path)
+
+
 @pytest.mark.parametrize("text", [None, "a: [", "- a\n- b\n", "\x00"])
 def test_a_file_that_is_none(tmp_path: Path, text: str | None) -> None:
     if text is not None:

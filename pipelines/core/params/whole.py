@@ -73,7 +73,7 @@ def load(path: Path) -> Params:
             for each mistake.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except FileNotFoundError:
         raise ParamsError(f"{path.name}: no such file in {path.parent}. Run from the repository's root.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
