@@ -25,7 +25,7 @@ SCORES = frozenset({"bytes", "tokens", "unchanged"})
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "+ eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TRAIN_BYTES = 32 * 2**20  # BPE merges settle long before this; it bounds time and memory on a large corpus
 HELD_OUT_BYTES = 2**20
@@ -54,7 +54,10 @@ def run(params: TokenizerParams, inputs: dict[str, Path], outputs: Path, context
 
     # 2. Padding must not be EOS, and a chat needs a template.
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.pad_token = _spare_token(tokenizer)
+        spare = _spare_token(tokenizer)
+        if spare not in tokenizer.get_vocab():  # the attribute alone would be the unknown token until it is loaded
+            tokenizer.add_tokens([spare], special_tokens=True)
+        tokenizer.pad_token = spare
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.padding_side = "left"  # generation continues at the right end; training pads by itself

@@ -173,7 +173,7 @@ def test_a_chat_the_template_refuses() -> None:
     ("template", "told"),
     [
         (None, "no chat template"),
-        (CHAT_TEMPLATE.replace("'<|im_end|>' + ", ""), "does not end an answer with EOS"),
+        (CHAT_TEMPLATE.replace("eos_token + ", ""), "does not end an answer with EOS"),
         (CHAT_TEMPLATE.replace("for message in messages", "for message in messages[-2:]"), "from left to right"),
         (CHAT_TEMPLATE.replace("assistant\n", "model\n"), "from left to right"),
     ],

@@ -10,7 +10,7 @@ from data_folder import write_corpus
 from models import TEXTS, model, tokenizer
 
 from pipelines import tokenizer as stage
-from pipelines.core import artifacts, packing
+from pipelines.core import artifacts, chats, packing
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
 from pipelines.core.params.tokenizer import TokenizerParams
@@ -64,6 +64,33 @@ def test_a_base_models_own(data: Path, tmp_path: Path, context: StageContext) ->
     run(data, tmp_path / "a", context, str(tmp_path / "base"))
     known = loaded(tmp_path / "a")
     assert known.pad_token not in (known.eos_token, None) and len(known) == len(base)
+
+
+def test_a_base_without_a_chat_template_gets_one_that_ends_a_turn_with_its_own_eos(
+    data: Path, tmp_path: Path, context: StageContext
+) -> None:
+    """As GPT-2's: one special token, which is everything."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>"
+    ).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "gpt2"}')
+    metrics = run(data, tmp_path / "a", context, str(tmp_path / "base"))
+    known = loaded(tmp_path / "a")
+    assert metrics["vocabulary"] == len(known) == 301 and known.pad_token == "<|pad|>"
+    chats.check_tokenizer(known)
+    chat = chats.encode(known, chats.PROBE)
+    assert chat.ids[-1] == known.eos_token_id and chat.supervised[-1]
 
 
 def test_one_that_loses_text_is_refused(data: Path, tmp_path: Path, context: StageContext) -> None:
