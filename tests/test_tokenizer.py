@@ -93,6 +93,17 @@ def test_a_base_without_a_chat_template_gets_one_that_ends_a_turn_with_its_own_e
     assert chat.ids[-1] == known.eos_token_id and chat.supervised[-1]
 
 
+def test_one_that_composes_characters_is_no_loss(data: Path, tmp_path: Path, context: StageContext) -> None:
+    """As those of Qwen: e and a combining acute come back as one character, which to Unicode is the same text."""
+    from tokenizers import normalizers
+
+    base = tokenizer()
+    base.backend_tokenizer.normalizer = normalizers.NFC()
+    base.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')
+    assert run(data, tmp_path / "a", context, str(tmp_path / "base"))["round_trip"] == 1.0
+
+
 def test_one_that_loses_text_is_refused(data: Path, tmp_path: Path, context: StageContext) -> None:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
