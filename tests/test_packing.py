@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from test_reward import write
 
 from pipelines.core import attention, packing, reading, scoring
 from pipelines.core.context import StageContext
-from pipelines.core.errors import DataError
+from pipelines.core.errors import ArtifactError, DataError
 from pipelines.core.held_out import HeldOut
 from pipelines.core.language_models import body_and_head
 
@@ -106,6 +107,12 @@ def test_special_tokens_spelled_in_text_stay_text(known: object) -> None:
     ids = packing.encode(known, ["a <|endoftext|> b"])[0]
     assert packing.separator_id(known) not in ids
     assert known.decode(ids) == "a <|endoftext|> b"  # type: ignore[attr-defined]
+
+
+def test_a_tokenizer_with_nothing_between_documents_is_refused() -> None:
+    bare = SimpleNamespace(get_vocab=lambda: {"a": 0}, bos_token_id=None, eos_token_id=None)
+    with pytest.raises(ArtifactError, match="neither <.endoftext.> nor BOS nor EOS"):
+        packing.separator_id(bare)
 
 
 def test_too_little_text_is_refused(known: object, tmp_path: Path) -> None:

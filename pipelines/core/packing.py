@@ -16,7 +16,7 @@ import numpy as np
 
 from pipelines.core import distributed, reading
 from pipelines.core.context import StageContext
-from pipelines.core.errors import DataError
+from pipelines.core.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -35,10 +35,16 @@ class Batch(NamedTuple):
 
 
 def separator_id(tokenizer: Any) -> int:
-    """The token that opens a document and ends the one before: `<|endoftext|>`, else BOS, else EOS."""
+    """The token that opens a document and ends the one before: `<|endoftext|>`, else BOS, else EOS.
+
+    Raises:
+        ArtifactError: the tokenizer has none of them.
+    """
     known = tokenizer.get_vocab()
-    candidates = (known.get(DOCUMENT), tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return next(int(token) for token in candidates if token is not None)
+    for token in (known.get(DOCUMENT), tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ArtifactError(f"the tokenizer has neither {DOCUMENT} nor BOS nor EOS to put between documents: set eos_token")
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
