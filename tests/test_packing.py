@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from data_folder import write_corpus
 from models import TEXTS, model, tokenizer
 from test_reward import write
 
@@ -118,6 +119,15 @@ def test_a_tokenizer_with_nothing_between_documents_is_refused() -> None:
 def test_too_little_text_is_refused(known: object, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="sequence_length = 4096"):
         rows_of(known, TEXTS[:2], tmp_path / "t", 4096)
+
+
+def test_a_short_run_on_long_documents_finds_text(known: object, tmp_path: Path, context: StageContext) -> None:
+    """Two rows want less than a tenth of one of these documents, and a tenth of a document would mostly be none."""
+    data = write_corpus(tmp_path / "data", [f"{text} {n}\n" * 100 for n, text in enumerate(TEXTS)])
+    for seed in range(3):
+        context.fingerprint = str(seed)
+        found = packing.of_corpus(data, known, 64, 32, "pretrain.sequence_length", seed, context)
+        assert found.rows >= 2
 
 
 def test_bits_equal_the_models_own_loss(known: object) -> None:

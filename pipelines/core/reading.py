@@ -10,6 +10,7 @@ from typing import Any
 from pipelines.core.errors import ArtifactError
 
 BATCH_ROWS = 1024
+FEWEST = 16  # documents of a sample, on average
 EXAMPLE_BYTES = 1024  # a held-out example is this much of a document, whatever the tokenizer
 
 
@@ -21,14 +22,7 @@ def rows(data: Path, table: str, split: str, columns: list[str]) -> Iterator[dic
     """
     import pyarrow.parquet as pq
 
-    place = data / table / f"{split}.parquet"
-    if not place.exists():
-        there = sorted(p.name for p in data.iterdir() if p.is_dir()) if data.is_dir() else []
-        raise ArtifactError(
-            f"the data have no table {table} ({table}/{split}.parquet); there are: {', '.join(there) or 'none'}. "
-            f"Name a source with table: {table} in params.yaml data.sources."
-        )
-    for batch in pq.ParquetFile(place).iter_batches(BATCH_ROWS, columns=columns):
+    for batch in pq.ParquetFile(_file(data, table, split)).iter_batches(BATCH_ROWS, columns=columns):
         yield from batch.to_pylist()
 
 
@@ -42,14 +36,18 @@ def corpus_bytes(data: Path, split: str) -> int:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    next(rows(data, "corpus", split, ["id"]), None)  # a missing table is told in the same words
-    file = pq.ParquetFile(data / "corpus" / f"{split}.parquet")
-    batches = file.iter_batches(BATCH_ROWS, columns=["text"])
+    batches = pq.ParquetFile(_file(data, "corpus", split)).iter_batches(BATCH_ROWS, columns=["text"])
     return sum(pc.sum(pc.binary_length(batch["text"])).as_py() or 0 for batch in batches)
 
 
 def sample(data: Path, split: str, share: float, seed: int) -> Iterator[str]:
-    """About `share` of the documents, chosen by hash of seed and id: the same ones however the rest changes."""
+    """About `share` of the documents, chosen by hash of seed and id: the same ones however the rest changes.
+
+    Documents can be long and few: of any corpus some `FEWEST` are given, or a small share might be none.
+    """
+    import pyarrow.parquet as pq
+
+    share = max(share, FEWEST / max(1, pq.read_metadata(_file(data, "corpus", split)).num_rows))
     for row in rows(data, "corpus", split, ["id", "text"]):
         if _uniform(f"{seed}:{row['id']}") < share:
             yield row["text"]
@@ -87,6 +85,18 @@ def write_evaluation(place: Path, columns: dict[str, list[Any]]) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table(columns), place, compression="zstd", store_schema=False)
+
+
+def _file(data: Path, table: str, split: str) -> Path:
+    """Where one side of a table lies; see `rows`."""
+    place = data / table / f"{split}.parquet"
+    if not place.exists():
+        there = sorted(p.name for p in data.iterdir() if p.is_dir()) if data.is_dir() else []
+        raise ArtifactError(
+            f"the data have no table {table} ({table}/{split}.parquet); there are: {', '.join(there) or 'none'}. "
+            f"Name a source with table: {table} in params.yaml data.sources."
+        )
+    return place
 
 
 def _uniform(key: str) -> float:
