@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import own_environment, run_stage
 
-from pipelines.core import artifacts, graph, runner
+from pipelines.core import artifacts, context, graph, runner
 from pipelines.core.errors import ParamsError
 from pipelines.core.params import whole
 from pipelines.core.params.ppo import PpoParams
@@ -154,6 +154,21 @@ def test_the_machines_fault_is_told_as_one(
     shown = capsys.readouterr().err
     assert told in shown and "Traceback" not in shown
     assert [path.name for path in (workspace / "artifacts").iterdir()] == ["data"]
+
+
+def test_a_folder_in_which_nothing_can_be_written_is_told(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Already the first thing that a stage writes, how far it is."""
+
+    def live(run: context.StageContext, *_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(run.root / ".sluice"))
+
+    monkeypatch.setattr(context.StageContext, "live", live)
+    monkeypatch.setattr(os, "environ", dict(own_environment()))
+    assert runner.main("tokenizer", workspace) == 2
+    shown = capsys.readouterr().err
+    assert "error: tokenizer: no permission to write or read" in shown and "Read-only file system" in shown
 
 
 def test_a_real_full_disk(workspace: Path) -> None:

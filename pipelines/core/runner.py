@@ -38,9 +38,9 @@ def main(name: str, root: Path) -> int:
     environment.prepare(root)
     _quiet_libraries()
     live = context.StageContext(stage=name, root=root, fingerprint="")
-    if os.environ.get("RANK", "0") == "0":  # of several processes, the first one tells
-        live.live("running")
     try:
+        if os.environ.get("RANK", "0") == "0":  # of several processes, the first one tells
+            live.live("running")
         processes = _processes(name, root)
         if processes is not None:
             return distributed.launch(name, processes)
