@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -169,6 +170,25 @@ def test_a_folder_in_which_nothing_can_be_written_is_told(
     assert runner.main("tokenizer", workspace) == 2
     shown = capsys.readouterr().err
     assert "error: tokenizer: no permission to write or read" in shown and "Read-only file system" in shown
+
+
+def test_a_terminal_that_cannot_write_a_sample_does_not_end_the_stage(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a Latin-1 locale; a stage shows what it has made when hours may have gone into it."""
+    from pipelines import tokenizer
+
+    def say(params: Any, inputs: Any, outputs: Path, context: Any) -> dict[str, float]:
+        context.say("⟦안녕⟧")
+        raise ParamsError("so far")
+
+    (workspace / "artifacts/data").mkdir(parents=True)
+    shown = io.BytesIO()
+    monkeypatch.setattr(tokenizer, "run", say)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="latin-1"))
+    monkeypatch.setattr(os, "environ", dict(own_environment()))
+    assert runner.main("tokenizer", workspace) == 2
+    assert shown.getvalue() == rb"\u27e6\uc548\ub155\u27e7" + b"\n"
 
 
 def test_a_real_full_disk(workspace: Path) -> None:

@@ -37,6 +37,7 @@ def main(name: str, root: Path) -> int:
     """Run a stage; print one clear message if it fails. Returns the exit code, which the flow reads."""
     environment.prepare(root)
     _quiet_libraries()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # samples in a terminal without UTF-8
     live = context.StageContext(stage=name, root=root, fingerprint="")
     try:
         if os.environ.get("RANK", "0") == "0":  # of several processes, the first one tells
