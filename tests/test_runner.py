@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import own_environment, run_stage
 
 from pipelines.core import artifacts, context, graph, runner
@@ -127,13 +128,37 @@ def test_no_such_stage_and_no_stage(workspace: Path) -> None:
     assert bare.returncode == 64 and bare.stderr.startswith("usage:")
 
 
+def torch_on_a_full_disk() -> Exception:
+    """What torch.save raises, as of a checkpoint: a fault of the archive that it could not end."""
+
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if len(data) > 1000:  # the end of the archive has room
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    with pytest.raises(RuntimeError) as error:
+        torch.save({"weights": torch.zeros(1000)}, Full())
+    return error.value
+
+
+def torch_without_memory() -> Exception:
+    """What torch raises where the kernel gives no more."""
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    return error.value
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "model.safetensors"), "the disk is full (model.safetensors)"),
         (PermissionError(errno.EACCES, "Permission denied", "artifacts"), "no permission to write or read artifacts"),
         (OSError(errno.EROFS, "Read-only file system", "artifacts"), "no permission"),
+        (torch_on_a_full_disk(), "the disk is full"),
         (MemoryError(), "not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "not enough memory"),
+        (torch_without_memory(), "not enough memory"),
     ],
 )
 def test_the_machines_fault_is_told_as_one(
