@@ -126,6 +126,18 @@ def test_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
             run(inputs, tmp_path / str(number), **changes)
 
 
+def test_a_base_model_below_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like the files of data.sources; read as a hub id, it would be asked for there."""
+    (tmp_path / "home/mine").mkdir(parents=True)
+    (tmp_path / "home/mine/config.json").write_text("{}")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert language_models.find("~/mine") == language_models.Source("directory", str(tmp_path / "home/mine"))
+    assert language_models.local_paths({"pretrain.base": "~/mine"}, tmp_path) == [tmp_path / "home/mine"]
+    assert language_models.fetched("~/mine") == tmp_path / "home/mine"
+    with pytest.raises(ParamsError, match="'~/nowhere' is neither"):
+        language_models.find("~/nowhere")
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_rows_longer_than_the_base_models_context_are_refused(
     inputs: dict[str, Path], tmp_path: Path, architecture: str

