@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,22 @@ def test_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
     ):
         with pytest.raises(error, match=told):
             run(inputs, tmp_path / str(number), **changes)
+
+
+def test_a_base_model_without_all_of_its_weights_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """transformers would draw those that are missing at random, and say so in a table that nobody is shown."""
+    base = Path(shutil.copytree(inputs["base"], tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    for changed, told in (({"num_hidden_layers": 2}, "layers.1."), ({"intermediate_size": 96}, "mlp.down_proj")):
+        (base / "config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(ArtifactError, match=rf"no weights, or none of the right shape, for .*{told}"):
+            language_models.load(str(base), torch.float32, "sdpa")
+    (base / "config.json").write_text(json.dumps(config))
+    language_models.load(str(base), torch.float32, "sdpa")
+    for weights in (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", b""):
+        (base / "model.safetensors").write_bytes(weights)
+        with pytest.raises(ArtifactError, match="no causal language model could be loaded"):
+            language_models.load(str(base), torch.float32, "sdpa")
 
 
 def test_a_base_model_below_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,17 +134,25 @@ def load(base: str, dtype: Any, attention: str) -> Any:
     A model read from GGUF is rebuilt from its configuration: the one transformers returns refuses to be saved.
 
     Raises:
-        ParamsError, ArtifactError: as `load_tokenizer`.
+        ParamsError: as `load_tokenizer`.
+        ArtifactError: no model, a damaged file, or weights that are not there, which transformers would draw at random.
     """
     source = find(base)
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    asked = {**source.arguments(), "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**source.arguments(), dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError) as error:
+        model, told = AutoModelForCausalLM.from_pretrained(**asked, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(
             f"base {base}: no causal language model could be loaded from {source.path}: {error}"
         ) from None
+    if drawn := sorted({*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])}):
+        raise ArtifactError(
+            f"base {base}: {source.path} has no weights, or none of the right shape, for {len(drawn)} of the model's, "
+            f"such as {drawn[0]}: they would be random. Its weights and its config.json do not belong together"
+        )
     if source.kind != "gguf":
         return model
     config = model.config
