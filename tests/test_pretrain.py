@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,9 +16,10 @@ from data_folder import write_corpus
 from models import TEXTS, model, tokenizer
 
 from pipelines import pretrain
-from pipelines.core import artifacts, language_models, training
+from pipelines.core import artifacts, language_models, statistics, training
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError, ParamsError
+from pipelines.core.held_out import HeldOut
 from pipelines.core.params.pretrain import PretrainParams
 
 TINY: dict[str, Any] = {
@@ -174,6 +176,19 @@ def test_a_foreign_tokenizer_is_refused(inputs: dict[str, Path], tmp_path: Path)
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ArtifactError, match="do not belong together"):
         run({**inputs, "tokenizer": tmp_path / "other"}, tmp_path, base=str(inputs["base"]), method="full")
+
+
+def test_intervals_draw_groups_whole() -> None:
+    """Five parts of one document are one thing that was measured, not five: as sure as their sums are."""
+    texts, groups = [f"{n:02d}" for n in range(40)], tuple(f"g{n // 5}" for n in range(40))
+    parts = HeldOut(tuple(texts), groups, tuple(texts))
+    scores = {"bits": [8.0 + n // 5 for n in range(40)], "bits_before": [20.0] * 40, "bits_classical": [30.0] * 40}
+    found = parts.metrics(scores)
+    sums = np.array([5.0 * (8 + n) for n in range(8)])
+    after = statistics.bootstrap(sums, np.full(8, 10.0))
+    assert (found["bits_per_byte_low"], found["bits_per_byte_high"]) == pytest.approx((after.low, after.high))
+    gain = statistics.paired_bootstrap(np.full(8, 100.0), sums, np.full(8, 10.0))
+    assert (found["gain_bits_per_byte_low"], found["gain_bits_per_byte_high"]) == pytest.approx((gain.low, gain.high))
 
 
 def test_divergence_is_told() -> None:

@@ -70,6 +70,13 @@ def test_a_model_that_got_worse_fails_its_rule(inputs: dict[str, Path], tmp_path
     assert metrics["gate_rules_passed"] == 1.0 and "FAILED" in page
 
 
+def test_intervals_of_a_plot_draw_groups_whole(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
+    """As those of the metrics beside it: of one group nothing is shown, so the range of its examples is."""
+    rows = pq.read_table(inputs["pretrain"] / "evaluation.parquet").to_pydict()
+    pq.write_table(pa.table(rows | {"group": list("aaaaa")}), inputs["pretrain"] / "evaluation.parquet")
+    assert "after training 1 (0.9000 to 1.100)" in make(inputs, tmp_path / "out", context)[1]
+
+
 def test_same_bytes_twice(inputs: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
     for name in "ab":
         make(inputs, tmp_path / name, context)

@@ -39,7 +39,7 @@ def base_model(params: PretrainParams, model: Any, metrics: dict[str, float]) ->
         f"({metrics['bits_per_byte_low']:.4f} to {metrics['bits_per_byte_high']:.4f}) |\n"
         f"| before training | {metrics['bits_per_byte_before']:.4f} |\n"
         f"| LZMA, primed with training text | {metrics['bits_per_byte_classical']:.4f} |\n\n"
-        f"{metrics['held_out_bytes']:,.0f} held-out bytes; 95 % intervals by bootstrap over examples.\n\n"
+        f"{metrics['held_out_bytes']:,.0f} held-out bytes; 95 % intervals by bootstrap over groups of examples.\n\n"
         "It continues text. It follows no instructions beyond what its starting point did, and it states wrong "
         "things fluently.\n"
     )

@@ -85,13 +85,13 @@ class HeldOut:
         reading.write_evaluation(place, {**known, **scores})
 
     def metrics(self, scores: dict[str, list[float]]) -> dict[str, float]:
-        """Bits per byte with 95 % intervals over the examples (bootstrap; paired for the gain over before)."""
+        """Bits per byte with 95 % intervals (bootstrap, groups drawn whole; paired for the gain over before)."""
         import numpy as np
 
         sizes = np.array(self.sizes, dtype=float)
         bits = {name: np.array(values) for name, values in scores.items()}
-        after = statistics.bootstrap(bits["bits"], sizes)
-        gain = statistics.paired_bootstrap(bits["bits_before"], bits["bits"], sizes)
+        after = statistics.bootstrap(bits["bits"], sizes, group=self.groups)
+        gain = statistics.paired_bootstrap(bits["bits_before"], bits["bits"], sizes, group=self.groups)
         return {
             "bits_per_byte": after.estimate,
             "bits_per_byte_low": after.low,

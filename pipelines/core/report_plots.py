@@ -56,11 +56,12 @@ def of_stage(stage: Stage) -> list[Plot]:
         for column, points in curves.items()
         if column.removeprefix(SECOND_ARM) not in curves or not column.startswith(SECOND_ARM)
     ]
-    bits = _bits(stage)
-    if bits is not None:
-        plots.append(_bars(stage.name, *bits))
-        if {"bits", "bits_before"} <= set(bits[1]):
-            plots.append(_before_and_after(stage.name, *bits))
+    found = _bits(stage)
+    if found is not None:
+        sizes, bits, groups = found
+        plots.append(_bars(stage.name, sizes, bits, groups))
+        if {"bits", "bits_before"} <= set(bits):
+            plots.append(_before_and_after(stage.name, sizes, bits))
     return plots
 
 
@@ -86,8 +87,8 @@ def _curve(
     return Plot(f"{stage}-{_slug(column)}", caption + f"{told}.", svg(draw, caption))
 
 
-def _bits(stage: Stage) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]] | None:
-    """Bytes of the stage's examples, and each column of bits. None where it scored no text by bits."""
+def _bits(stage: Stage) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]], list[str]] | None:
+    """Bytes of the stage's examples, each column of bits, and groups. None where it scored no text by bits."""
     import numpy as np
     import pyarrow.parquet as pq
 
@@ -96,16 +97,16 @@ def _bits(stage: Stage) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float
     wanted = [name for name in sorted(names) if name.split("_")[0] == "bits"]
     if place is None or "bytes" not in names or not wanted:
         return None
-    table = pq.read_table(place, columns=["bytes", *wanted])
+    table = pq.read_table(place, columns=["bytes", "group", *wanted])
     columns = {name: np.asarray(table[name].to_numpy(), dtype=np.float64) for name in ["bytes", *wanted]}
     for name, values in columns.items():
         if not len(values) or not np.isfinite(values).all() or (name == "bytes" and (values <= 0).any()):
             raise ArtifactError(f"{stage.name}/evaluation.parquet: column {name} is empty or not all usable numbers")
-    return columns.pop("bytes"), columns
+    return columns.pop("bytes"), columns, table["group"].to_pylist()
 
 
-def _bars(stage: str, sizes: NDArray[np.float64], bits: dict[str, NDArray[np.float64]]) -> Plot:
-    scored = {name: statistics.bootstrap(values, sizes) for name, values in bits.items()}
+def _bars(stage: str, sizes: NDArray[np.float64], bits: dict[str, NDArray[np.float64]], groups: list[str]) -> Plot:
+    scored = {name: statistics.bootstrap(values, sizes, group=groups) for name, values in bits.items()}
     order = sorted(scored, key=lambda name: scored[name].estimate, reverse=True)
 
     def draw(axes: Axes) -> None:
