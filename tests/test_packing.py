@@ -12,7 +12,7 @@ from data_folder import write_corpus
 from models import TEXTS, model, tokenizer
 from test_reward import write
 
-from pipelines.core import attention, packing, reading, scoring
+from pipelines.core import attention, packing, scoring
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError, DataError
 from pipelines.core.held_out import HeldOut
@@ -32,10 +32,9 @@ def rows_of(known: object, texts: list[str], place: Path, length: int, seed: int
 def test_few_long_documents_are_enough(
     known: object, context: StageContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A share of them by hash is none at first."""
+    """A share of them by hash would be none."""
     texts = [{"id": f"t{n}", "group": f"t{n}", "text": "Return the area of a shape.\n" * 9000} for n in range(3)]
     write(tmp_path / "corpus/train.parquet", texts)
-    assert not list(reading.sample(tmp_path, "train", 0.01, 1))
     assert packing.of_corpus(tmp_path, known, 1000, 32, "ppo.ptx_length", 1, context).rows * 32 >= 1000
     monkeypatch.setattr(scoring, "PRIMER_BYTES", 1000)
     held_out = HeldOut(("a",), ("a",), ("Return the area of a shape.\n" * 9,))

@@ -72,9 +72,6 @@ class HeldOut:
         # Four times what is needed, since a share of documents is not a share of bytes; the tail is used.
         share = scoring.PRIMER_BYTES * 4 / max(1, reading.corpus_bytes(data, "train"))
         primer = "\n".join(reading.sample(data, "train", share, seed))
-        while not primer and share < 1:  # of long documents a share may be none
-            share *= 4
-            primer = "\n".join(reading.sample(data, "train", share, seed))
         if not primer:
             raise ArtifactError("the training corpus is too small to compare with a compressor: add text")
         return scoring.classical_bits(list(self.texts), primer)

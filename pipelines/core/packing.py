@@ -140,8 +140,7 @@ def of_corpus(
         if not place.exists():
             share = tokens * LONGEST_TOKEN / max(1, reading.corpus_bytes(data, "train"))
             draft = place.with_suffix(".partial")
-            while write_stream(tokenizer, reading.sample(data, "train", share, seed), draft) < tokens and share < 1:
-                share *= 4  # of long documents a share may be none
+            write_stream(tokenizer, reading.sample(data, "train", share, seed), draft)
             draft.rename(place)
     return PackedRows(place, length, separator_id(tokenizer), seed, key)
 

@@ -96,9 +96,6 @@ class TransferParams(Tuning):
             )
         if self.mixing is not None and self.method == "head":
             raise ValueError("mixing: method head trains nothing that tasks share; accepted: full, last_n, lora, qlora")
-        asked = [one.task for one in self.heuristics]
-        if twice := sorted({task for task in asked if asked.count(task) > 1}):
-            raise ValueError(f"heuristics: {', '.join(twice)}: accepted: one for each task")
         if "auxiliary" in self.ablations and self.auxiliary == 0:
             raise ValueError("ablations: auxiliary leaves out the language-model loss; transfer.auxiliary is 0 already")
         asked = [one.task for one in self.heuristics]
