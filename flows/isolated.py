@@ -98,6 +98,7 @@ def take_data(place: Workspace, revision: str) -> list[str]:
     Raises:
         UserError: the commit has no `dvc.lock`, or its data are of another shape of the graph.
         ArtifactError: neither cache nor remote have the data any more.
+        StoreUnavailable: the remote does not answer.
     """
     commit = workspace.resolve(place.root, revision)
     sources = [spec for spec in graph.load(place.place).values() if not spec.parents]
@@ -108,12 +109,14 @@ def take_data(place: Workspace, revision: str) -> list[str]:
         if spec.name not in then:
             raise UserError(f"dvc.lock at {revision} has no stage {spec.name}, which makes the data")
         there.setdefault("stages", {})[spec.name] = then[spec.name]
-        artifacts.write_text(place.place / spec.metrics, workspace.git(place.root, "show", f"{commit}:{spec.metrics}"))
+        workspace.git(place.place, "checkout", commit, "--", spec.metrics)  # byte for byte: dvc.lock has its hash
     artifacts.write_text(lock, yaml.safe_dump(there, sort_keys=False))
     place.dvc("freeze", *(spec.name for spec in sources))
     outputs = [spec.output for spec in sources]
+    if place.remote:
+        place.fetch(*outputs)
     try:
-        place.dvc("pull" if place.remote else "checkout", "--quiet", "--force", *outputs)
+        place.dvc("checkout", "--quiet", "--force", *outputs)
     except StoreUnavailable as error:
         raise ArtifactError(f"the data of {revision} are neither in DVC's cache nor in its remote: {error}") from None
     return [f"data of {commit[:12]}"]

@@ -80,19 +80,21 @@ class Workspace:
             told = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
             raise StoreUnavailable(f"dvc {' '.join(words)} in {self.name}: {told}")
 
-    def fetch(self) -> None:
-        """Get from DVC's remote what the cache lacks of this commit's outputs; it is asked more than once.
+    def fetch(self, *outputs: str) -> None:
+        """Get from DVC's remote what the cache lacks of outputs (all, if none is named); it is asked more than once.
+
+        What the remote has not is no error.
 
         Raises:
-            StoreUnavailable: the remote does not give them.
+            StoreUnavailable: the remote does not answer.
         """
         for pause in PAUSES:
             try:
-                self.dvc("fetch", "--quiet")
+                self.dvc("fetch", "--quiet", *outputs)
                 return
             except StoreUnavailable:
                 time.sleep(pause)
-        self.dvc("fetch", "--quiet")
+        self.dvc("fetch", "--quiet", *outputs)
 
     def push(self) -> None:
         """Send outputs and the history of runs to DVC's remote.

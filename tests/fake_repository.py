@@ -40,7 +40,7 @@ out.mkdir(parents=True)
 (out / "made.txt").write_text(name)
 metrics = root / "metrics" / f"{name}.json"
 metrics.parent.mkdir(exist_ok=True)
-metrics.write_text(json.dumps({"score": 0.25, "other": 3}))
+metrics.write_text(json.dumps({"score": 0.25, "other": 3}) + "\\n")
 say("done")
 """
 

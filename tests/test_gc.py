@@ -168,7 +168,7 @@ def test_only_what_no_branch_tag_or_working_copy_needs_goes(clone: Path) -> None
     assert _kept(clone) == before  # shown, not done
     gc.collect(clone, True, console())
     after = _kept(clone)
-    metrics = '{"score": 0.25, "other": 3}'  # in git; what DVC's run cache keeps of it is, to `dvc gc` too, unneeded
+    metrics = '{"score": 0.25, "other": 3}\n'  # in git; what DVC's run cache keeps of it is, to `dvc gc` too, unneeded
     assert before - after - {metrics} == {"data-lost", "left-lost", "right-lost"}
     assert {"data", "data-tagged", "data-branch", "data-now"} <= after
     assert gc.collect(clone, False, console()) == []

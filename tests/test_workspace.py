@@ -238,6 +238,7 @@ def test_a_run_over_the_data_of_another_commit(root: Path, versions: tuple[str, 
     with workspace.opened(root, "old-data") as run:
         assert isolated.take_data(run, versions[0]) == [f"data of {versions[0][:12]}"]
         assert (run.place / "artifacts" / "data" / "made.txt").read_text() == "data"
+        assert "data" not in stages.look(run.place).reasons  # its metrics are those that dvc.lock tells of
         dvc(run.place, "repro", "-q")
         assert "data" not in fake.ran(run.place)
         assert (run.place / "artifacts" / "left" / "made.txt").read_text() == "left"  # as these data have made before
@@ -246,6 +247,29 @@ def test_a_run_over_the_data_of_another_commit(root: Path, versions: tuple[str, 
     shutil.rmtree(root / ".dvc" / "cache")
     with workspace.opened(root, "lost") as run, pytest.raises(ArtifactError, match="neither in DVC's cache"):
         isolated.take_data(run, versions[0])
+
+
+def test_data_that_are_gone_are_not_a_remote_that_is_away(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dvc(root, "remote", "add", "-q", "-d", "team", str(tmp_path / "remote"))
+    commit = station.commit(root, "a remote")
+    shutil.rmtree(root / ".dvc" / "cache")
+    real, away = workspace.Workspace.dvc, list[str]()
+
+    def ask(run: workspace.Workspace, *words: str) -> None:
+        if words[0] in away:
+            raise StoreUnavailable("away")
+        real(run, *words)
+
+    monkeypatch.setattr(workspace, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(workspace.Workspace, "dvc", ask)
+    with workspace.opened(root, "lost") as run:
+        with pytest.raises(ArtifactError, match="neither in DVC's cache nor in its remote"):
+            isolated.take_data(run, commit)
+        away += ["fetch", "pull"]
+        with pytest.raises(StoreUnavailable, match="^away$"):
+            isolated.take_data(run, commit)
 
 
 def test_metrics_that_moved_are_told(root: Path) -> None:
