@@ -81,6 +81,20 @@ def test_a_run_that_changes_nothing_leaves_no_branch(root: Path) -> None:
     assert workspace.git(root, "worktree", "list").count("\n") == 0
 
 
+def test_a_persons_hooks_do_not_meet_it(root: Path) -> None:
+    """`dvc install` sets one that checks outputs out, before the worktree knows of the clone's cache."""
+    dvc(root, "install")
+    for name in ("prepare-commit-msg", "post-commit"):
+        hook = root / ".git" / "hooks" / name
+        hook.write_text("#!/bin/sh\nexit 1\n")
+        hook.chmod(0o755)
+    shutil.rmtree(root / "artifacts")
+    with workspace.opened(root, "nightly") as run:
+        (run.place / "stage.py").write_text("# other\n")
+        assert run.commit("other") is not None
+    assert not (root / "artifacts").exists()
+
+
 def test_two_at_once_do_not_meet(root: Path) -> None:
     with workspace.opened(root, "one") as one, workspace.opened(root, "two") as two:
         assert run_locks.living(root) == ["one", "two"]
