@@ -19,7 +19,7 @@ from pipelines.core.verdicts import Measure
 def judge(root: Path, stage: str, measure: Measure | None = None, again: bool = False) -> list[Verdict]:
     """The verdicts on the models that stand now; none for a stage without models.
 
-    The registry is asked to catch up first, unless it has judged these very bytes.
+    The registry is asked to catch up first, unless it has judged these very bytes by today's rules.
 
     Args:
         measure: see `registry.settle`; None: in this process.
@@ -30,12 +30,7 @@ def judge(root: Path, stage: str, measure: Measure | None = None, again: bool = 
         GateError, ArtifactError: as `registry.settle`.
     """
     found = verdicts.candidates(root, stage)
-    known = [verdicts.stored(root, one.name) for one in found]
-    current = [
-        verdict
-        for verdict, one in zip(known, found, strict=True)
-        if verdict is not None and verdict.content_hash == one.content
-    ]
+    current = [verdict for one in found if (verdict := verdicts.current(one)) is not None]
     if len(current) == len(found) and not again:
         return current
     from pipelines.core import registry, runner

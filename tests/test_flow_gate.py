@@ -135,6 +135,24 @@ def test_one_that_is_no_better_than_a_champion_moved_meanwhile_fails(gate, repos
     assert champion(root) == "1" and row.verdict == "sluice-base 2 FAILED"
 
 
+def test_a_verdict_of_other_rules_or_of_another_store_is_none(gate, repository, tmp_path, monkeypatch):
+    root, model = repository
+    other, place = tmp_path / "other.db", root / "mlflow" / "registry.yaml"
+    shutil.copyfile(root / ".sluice/mlflow/mlflow.db", other)
+    run_stage(root, model, 2.5)
+    gate.ask(Row("pretrain"), fresh_output=True)
+    rules = place.read_text()
+    place.write_text(rules.replace("at_most: 4.0", "at_most: 2.0"))
+    row = Row("pretrain")
+    with pytest.raises(GateError, match="bits_per_byte at most"):
+        gate.ask(row, fresh_output=False)
+    assert row.verdict == "sluice-base 1 FAILED"
+    place.write_text(rules)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
+    (verdict,) = outcome.judge(root, "pretrain")
+    assert verdict.passed and verdict.run_id == store.connect(root)[0].get_model_version(NAME, "1").run_id
+
+
 def test_whoever_waits_for_the_ledger_is_told_for_whom(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ledger, "QUIET", 0.1)
     holder, entered = FileLedger(tmp_path), threading.Event()

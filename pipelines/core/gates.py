@@ -52,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a gate says of one content. The last four fields are filled in when it is registered."""
+    """What a gate says of one content. The last five fields are filled in when it is registered."""
 
     stage: str
     model: str
@@ -62,6 +62,7 @@ class Verdict:
     version: str = ""
     run_id: str = ""
     champion: str | None = field(default=None)  # the version that was compared with
+    store: str = ""  # whose version it is, see `store.place`
 
     @property
     def passed(self) -> bool:

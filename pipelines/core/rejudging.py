@@ -108,7 +108,8 @@ def _ask_kept(root: Path, client: Any, entry: Any, found: ModelPolicy, measure: 
             judged += gates.evaluate(entry.name, one, metrics, evaluation, baselines).rows
     verdict = Verdict(found.stage, entry.name, tuple(judged), gate=gates.gate_hash(found))
     verdict = replace(verdict, content_hash=references.content(entry), version=str(entry.version))
-    return _keep(client, entry, replace(verdict, run_id=entry.run_id, champion=champion), found)
+    verdict = replace(verdict, run_id=entry.run_id, champion=champion, store=store.place(root))
+    return _keep(client, entry, verdict, found)
 
 
 def _champion(entry: Any, champion: str | None, theirs: Path | None) -> gates.Baseline:

@@ -107,20 +107,22 @@ def stored(root: Path, model: str) -> Verdict | None:
     return Verdict.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
+def current(candidate: Candidate) -> Verdict | None:
+    """The verdict on these very bytes, by today's rules, of a version of the store in use; None where there is none."""
+    known = stored(candidate.root, candidate.name)
+    facts = (candidate.content, gates.gate_hash(candidate.policy), store.place(candidate.root))
+    return known if known is not None and (known.content_hash, known.gate, known.store) == facts else None
+
+
 def judge(candidate: Candidate, client: Any, entry: Any, measure: Measure | None) -> Verdict:
     """The verdict of a version: the one that was given, as long as it is about the same rules and champion."""
     root = candidate.root
     champion = versions.alias(client, candidate.name, policy.CHAMPION)
-    known = stored(root, candidate.name)
-    facts = {
-        "content_hash": candidate.content,
-        "version": str(entry.version),
-        "run_id": entry.run_id,
-        "gate": gates.gate_hash(candidate.policy),
-    }
+    known = current(candidate)
+    version, run_id = str(entry.version), entry.run_id
     if (
         known is not None
-        and all(getattr(known, key) == value for key, value in facts.items())
+        and (known.version, known.run_id) == (version, run_id)
         and champion in (known.champion, str(entry.version))
         and not any(row.note == NOT_MEASURED for row in known.rows)
     ):
@@ -136,7 +138,8 @@ def judge(candidate: Candidate, client: Any, entry: Any, measure: Measure | None
         baselines[policy.CHAMPION] = _champion(candidate, client, entry, champion, measure)
     metrics = lineage.read_metrics(root, candidate.spec)
     verdict = gates.evaluate(candidate.name, candidate.policy, metrics, candidate.evaluation, baselines)
-    verdict = replace(verdict, **facts, champion=champion)
+    verdict = replace(verdict, content_hash=candidate.content, version=version, run_id=run_id)
+    verdict = replace(verdict, champion=champion, store=store.place(root))
     folder = f"{candidate.name}/" if candidate.shared else ""  # the run of a stage is one, its models may be many
     client.log_text(entry.run_id, json.dumps(verdict.to_json(), indent=2), f"{folder}verdict.json")
     client.log_text(entry.run_id, verdict.table() + "\n", f"{folder}verdict.txt")
