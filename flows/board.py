@@ -30,7 +30,7 @@ class Row:
 
     def begin(self) -> None:
         """The stage starts, or starts again."""
-        self.state, self.started, self.live = "running", time.monotonic(), {}
+        self.state, self.started, self.seconds, self.live = "running", time.monotonic(), None, {}
 
     def end(self, state: StageState) -> None:
         """The stage is over."""

@@ -160,6 +160,10 @@ def test_progress_and_time_to_go() -> None:
     assert (row.share(), row.remaining()) == (0.25, 30.0)
     row.live |= {"shown": {"loss": 2.34567, "phase": "warm-up"}}
     assert row.shown() == "loss 2.346  phase warm-up"
+    row.end("failed")
+    row.begin()
+    row.end("run")
+    assert row.seconds is not None and row.seconds < 30.0, "of the try that went well"
 
 
 def test_the_live_table_draws_every_state(board: Board) -> None:
