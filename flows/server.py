@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import os
 import socket
 import sys
@@ -103,15 +104,16 @@ def require(api: str) -> None:
     from prefect.settings import get_current_settings
 
     login = get_current_settings().api
-    question = urllib.request.Request(f"{api.rstrip('/')}/admin/version")  # noqa: S310
+    headers = {}
     if login.auth_string is not None:
         known = base64.b64encode(login.auth_string.get_secret_value().encode()).decode()
-        question.add_header("Authorization", f"Basic {known}")
+        headers["Authorization"] = f"Basic {known}"
     elif login.key is not None:
-        question.add_header("Authorization", f"Bearer {login.key.get_secret_value()}")
+        headers["Authorization"] = f"Bearer {login.key.get_secret_value()}"
     deadline = time.monotonic() + REQUIRE_SECONDS
     while True:
         try:
+            question = urllib.request.Request(f"{api.rstrip('/')}/admin/version", headers=headers)  # noqa: S310
             with urllib.request.urlopen(question, timeout=REQUIRE_SECONDS):  # noqa: S310
                 return
         except urllib.error.HTTPError as error:
@@ -119,7 +121,10 @@ def require(api: str) -> None:
             if error.code in (401, 403):
                 told = "does not know this log-in: set PREFECT_API_AUTH_STRING or PREFECT_API_KEY (docs/access.md)"
                 break
-        except OSError as error:
+        except (ValueError, http.client.InvalidURL):
+            told = "is no address: PREFECT_API_URL is to be one such as http://127.0.0.1:4200/api"
+            break
+        except (OSError, http.client.HTTPException) as error:  # the last: something answers that speaks no HTTP
             told = f"does not answer ({getattr(error, 'reason', error)}): start it, or unset PREFECT_API_URL"
         if time.monotonic() > deadline:
             break
@@ -139,5 +144,5 @@ def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2.0) as reply:  # noqa: S310
             return bool(reply.status == 200)
-    except (urllib.error.URLError, OSError):
+    except (OSError, http.client.HTTPException):
         return False

@@ -5,6 +5,7 @@ The fast tests ask what would be started; those marked `live` start it, once, an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -81,6 +82,27 @@ def test_a_prefect_server_that_does_not_answer_us_is_told(monkeypatch: pytest.Mo
         with temporary_settings({PREFECT_API_AUTH_STRING: "a:b"}):
             server.require(address)
         guarded.shutdown()
+
+
+def test_what_is_no_address_or_no_http_server_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "REQUIRE_SECONDS", 0.2)
+    for address in ("prefect", "http://user:planted@host:port/api"):
+        with pytest.raises(StoreUnavailable, match="is no address: PREFECT_API_URL is to be") as caught:
+            server.require(address)
+        assert "planted" not in str(caught.value)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def greet() -> None:  # as a server of mail or of SSH does
+            with contextlib.suppress(OSError):
+                while True:
+                    with other.accept()[0] as caller:
+                        caller.sendall(b"SSH-2.0-OpenSSH\r\n")
+
+        threading.Thread(target=greet, daemon=True).start()
+        address = f"http://127.0.0.1:{other.getsockname()[1]}/api"
+        with pytest.raises(StoreUnavailable, match="does not answer"):
+            server.require(address)
+        assert not server.answers(address)
 
 
 def test_a_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
