@@ -232,11 +232,14 @@ class Does(StrEnum):
     stop = "stop"
 
 
+PORT = typer.Option(min=1, max=65535, help="On the loopback address.")
+
+
 @app.command()
 def server(
     does: Annotated[Does, typer.Argument(metavar="start|stop")],
-    prefect_port: Annotated[int, typer.Option(help="On the loopback address.")] = 4200,
-    mlflow_port: Annotated[int, typer.Option(help="On the loopback address.")] = 5000,
+    prefect_port: Annotated[int, PORT] = 4200,
+    mlflow_port: Annotated[int, PORT] = 5000,
 ) -> None:
     """Start or stop Prefect's server, MLflow's and a worker, which go on in the background."""
     with messages() as (root, console):

@@ -67,13 +67,16 @@ def start(root: Path, prefect_port: int, mlflow_port: int) -> dict[str, Any]:
     """Start what is not running and return when all of it answers. Returns `prefect` and `mlflow`: the addresses.
 
     Raises:
-        UserError: a port is taken.
+        UserError: a port is taken, or both are to have the same one.
         StoreUnavailable: one did not come up; the message says where its log is.
     """
     log, keeper = _logs(root) / "keeper.log", None
     if not _kept(root):
-        for part in parts(root, prefect_port, mlflow_port):
+        wanted = parts(root, prefect_port, mlflow_port)
+        for part in wanted:
             _require_free(part)
+        if len({part.port for part in wanted}) < len(wanted):
+            raise UserError(f"port {prefect_port} cannot be Prefect's and MLflow's: give one of them another")
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "flows.servers", str(root), str(prefect_port), str(mlflow_port)]
         with log.open("ab") as output:

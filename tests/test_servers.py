@@ -25,8 +25,10 @@ import pytest
 import station
 from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
 from station import Api, Receiver, until
+from typer.testing import CliRunner
 
 from flows import automations, server, servers
+from flows.cli import app
 from pipelines.core.errors import StoreUnavailable, UserError
 
 MINUTES = 60.0
@@ -113,8 +115,15 @@ def test_a_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path, mo
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=rf"port {port} .*prefect server.*make server PREFECT_PORT=N"):
             servers.start(tmp_path, port, 5000)
+    with pytest.raises(UserError, match=f"port {port} cannot be Prefect's and MLflow's"):
+        servers.start(tmp_path, port, port)
     assert servers.state(tmp_path) is None
     assert servers.stop(tmp_path) is False
+
+
+def test_a_port_that_is_none_is_refused() -> None:
+    found = CliRunner().invoke(app, ["server", "start", "--mlflow-port", "70000"])
+    assert found.exit_code == 2 and "65535" in found.output and "Traceback" not in found.output
 
 
 def test_silence_is_three_heartbeats_and_news_need_a_webhook() -> None:
