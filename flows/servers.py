@@ -28,6 +28,8 @@ from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
+
 from flows.automations import HEARTBEAT_SECONDS, POOL
 from flows.server import PAGES, START_SECONDS, answers, require
 from flows.supervise import Crew, child_environment
@@ -36,6 +38,7 @@ from pipelines.core.environment import STATE
 from pipelines.core.errors import StoreUnavailable, UserError
 
 HOST = "127.0.0.1"
+CLONE = "SLUICE_CLONE"  # variable: whose worker started a flow run
 GRACE_SECONDS = 45.0  # runs write a checkpoint first; their own supervisors give them 30
 PAUSES = (1.0, 2.0, 5.0, 15.0, 30.0)  # before a server that ended is started again
 STEADY_SECONDS = 60.0  # after which an end is a new story
@@ -95,15 +98,15 @@ def start(root: Path, prefect_port: int, mlflow_port: int) -> dict[str, Any]:
 
 def stop(root: Path) -> bool:
     """Stop all of it; runs that are going on write a checkpoint first. False when nothing ran."""
-    if not _kept(root):
-        return False
+    ran = False
     while _kept(root):
+        ran = True
         holder = (_folder(root) / "lock").read_text(encoding="utf-8")
         if holder:  # it writes its number just after it has the lock
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(holder), signal.SIGTERM)
         time.sleep(TICK)
-    return True
+    return _end_runs(root) or ran
 
 
 def state(root: Path) -> dict[str, Any] | None:
@@ -164,7 +167,7 @@ def keep(root: Path, prefect_port: int, mlflow_port: int) -> None:
     wanted = parts(root, prefect_port, mlflow_port)
     api = _another("PREFECT_API_URL", prefect_port) or f"http://{HOST}:{prefect_port}/api"
     mlflow = store.without_login(_another("MLFLOW_TRACKING_URI", mlflow_port) or f"http://{HOST}:{mlflow_port}")
-    env = _environment(api, mlflow)
+    env = _environment(root, api, mlflow)
     running = {part.name: Running() for part in wanted}
     try:
         servers = [part for part in wanted if part.health]
@@ -210,12 +213,32 @@ def _another(variable: str, port: int) -> str | None:
     return named if address.scheme in ("http", "https") and not own else None
 
 
-def _environment(api: str, mlflow: str) -> dict[str, str]:
+def _end_runs(root: Path) -> bool:
+    """End the flow runs of a worker that was killed: each is in a session of its own and goes on. False without any."""
+    left = runs = [process for process in psutil.process_iter() if _is_run(process, str(root.resolve()))]
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                end(process)
+        _, left = psutil.wait_procs(left, timeout=GRACE_SECONDS)
+    return bool(runs)
+
+
+def _is_run(process: psutil.Process, clone: str) -> bool:
+    """Whether it leads a flow run that a worker of this clone has started."""
+    try:
+        variables, own = process.environ(), os.getsid(process.pid) == process.pid
+    except (psutil.Error, OSError):
+        return False
+    return own and variables.get(CLONE) == clone and "PREFECT__FLOW_RUN_ID" in variables
+
+
+def _environment(root: Path, api: str, mlflow: str) -> dict[str, str]:
     """Of the three, and of every flow run that the worker starts. `mlflow`: where its pages are."""
     guard = os.environ.get("PREFECT_SERVER_API_AUTH_STRING")
     return child_environment(
         **({"PREFECT_API_AUTH_STRING": guard} if guard else {}),
-        **{PAGES: mlflow},
+        **{PAGES: mlflow, CLONE: str(root.resolve())},
         PREFECT_API_URL=api,
         PREFECT_SERVER_UI_API_URL=api,
         PREFECT_CLIENT_MAX_RETRIES="10",  # a server that was killed is back within that time

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -124,6 +125,26 @@ def test_a_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path, mo
 def test_a_port_that_is_none_is_refused() -> None:
     found = CliRunner().invoke(app, ["server", "start", "--mlflow-port", "70000"])
     assert found.exit_code == 2 and "65535" in found.output and "Traceback" not in found.output
+
+
+def test_a_run_whose_worker_was_killed_is_stopped_too(tmp_path: Path) -> None:
+    run = {servers.CLONE: str(tmp_path), "PREFECT__FLOW_RUN_ID": "a"}
+    others = ({**run, servers.CLONE: f"{tmp_path}/other"}, {servers.CLONE: str(tmp_path)})
+    command = [sys.executable, "-c", "print(flush=True); import time; time.sleep(600)"]
+    found = []
+    try:
+        for variables in (run, *others):
+            env = {**os.environ, **variables}
+            found.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, start_new_session=True))
+        for process in found:
+            assert process.stdout is not None and process.stdout.readline() == b"\n"
+        assert servers.stop(tmp_path) is True
+        assert [process.poll() is None for process in found] == [False, True, True]
+        assert servers.stop(tmp_path) is False
+    finally:
+        for process in found:
+            process.kill()
+            process.communicate()
 
 
 def test_silence_is_three_heartbeats_and_news_need_a_webhook() -> None:
