@@ -6,7 +6,6 @@ promotes what `mlflow/registry.yaml` says to promote by itself.
 
 from __future__ import annotations
 
-import getpass
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +59,6 @@ def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
         root,
         verdict.model,
         verdict.version,
-        who=getpass.getuser(),
         why=f"passed its gate; {policy.FILE} says promote: auto",
         expected_champion=verdict.champion,  # the one it was compared with: it must still be in office
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pwd
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,18 @@ def models(repository) -> Path:
 def aliases(root: Path) -> tuple[str | None, str | None]:
     client, _ = store.connect(root)
     return versions.alias(client, NAME, "champion"), versions.alias(client, NAME, "previous")
+
+
+def test_a_user_without_a_name_promotes_too(tmp_path, monkeypatch):
+    """As in a container that runs under a number (`docker run --user 4711`)."""
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def nobody(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert Promotion.begin(tmp_path, "promote", [], "", "why").who == f"user {os.getuid()}"
 
 
 def states(root: Path) -> list[str]:

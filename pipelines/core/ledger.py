@@ -70,8 +70,7 @@ class Promotion:
         cls, root: Path, action: Action, moves: list[Move], who: str, why: str, release: str | None = None
     ) -> Promotion:
         """One that is about to happen: now, by somebody (the logged-in user when empty), in the store in use."""
-        name = who or getpass.getuser()
-        return cls(uuid.uuid4().hex, action, tuple(moves), name, why, now(), store.place(root), release)
+        return cls(uuid.uuid4().hex, action, tuple(moves), who or _user(), why, now(), store.place(root), release)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -163,6 +162,14 @@ class FileLedger:
 def now() -> str:
     """The time as promotions keep it: ISO 8601, UTC, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _user() -> str:
+    """Who is logged in; the number where it has no name, as of a container's user that nobody has entered."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"user {os.getuid()}"
 
 
 def _holder(file: IO[str]) -> str:
