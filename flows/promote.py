@@ -68,6 +68,9 @@ def promote_release(
 def rollback(root: Path, model: str, why: str, expected: str | None, console: Console) -> None:
     """Make the previous champion of a model the champion again.
 
+    Args:
+        expected: the champion the caller saw, `none` for none; the one in office now when None.
+
     Raises:
         UserError, GateError, StoreUnavailable, LedgerHeld: as `promote`; there is nothing to go back to.
     """
@@ -76,7 +79,8 @@ def rollback(root: Path, model: str, why: str, expected: str | None, console: Co
     client, _ = store.connect(root)
     with store.answering(root):
         references.registered(client, model)
-        seen = versions.alias(client, model, policy.CHAMPION) if expected is None else expected
+        champion = versions.alias(client, model, policy.CHAMPION)
+    seen = champion if expected is None else None if expected == "none" else expected
     _say(console, *_told(promotion.rollback(root, model, why=why, expected_champion=seen)))
 
 

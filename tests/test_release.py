@@ -148,6 +148,11 @@ def test_a_variant_that_was_dropped_retires_and_comes_back(root):
     assert planned.retired == {"sluice-quantized-nf4": "1"}
     release.promote(root, planned, why="without nf4")
     assert champions(root) == every("2")
+    quiet = Console(quiet=True)
+    commands.rollback(root, "sluice-quantized-nf4", "missed", "none", quiet)  # it has none, and was seen to have none
+    assert champions(root) == every("2") | {"sluice-quantized-nf4": "1"}
+    with pytest.raises(GateError, match="the champion is version 1, not nobody as expected"):
+        commands.rollback(root, "sluice-quantized-nf4", "again", "none", quiet)
     release.rollback(root, release.last(root, FileLedger(root)), why="bad")
     assert champions(root) == every("1") | {"sluice-quantized-nf4": "1"}
 
