@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -69,17 +69,20 @@ def collect(root: Path, yes: bool, console: Console) -> list[Waste]:
     return found
 
 
-def needed(versions_of: dict[str, list[Any]], aliases: dict[str, dict[str, str]]) -> set[tuple[str, str]]:
+def needed(
+    versions_of: dict[str, list[Any]], aliases: dict[str, dict[str, str]], replaced: Iterable[tuple[str, str]] = ()
+) -> set[tuple[str, str]]:
     """The (model, version) pairs that must stay.
 
     Args:
         versions_of: model -> its versions, each with `version` and `tags`.
         aliases: model -> alias -> version.
+        replaced: (model, version) pairs that releases have replaced; a rollback of these puts them back.
     """
     from pipelines.core.moves import FROM
 
     by_number = {(model, str(one.version)): one for model, every in versions_of.items() for one in every}
-    waiting = [(model, str(version)) for model, held in aliases.items() for version in held.values()]
+    waiting = [*replaced, *((model, str(version)) for model, held in aliases.items() for version in held.values())]
     waiting += [key for key, one in by_number.items() if _offered(one)]
     waiting += [(model, str(max(int(one.version) for one in every))) for model, every in versions_of.items() if every]
     keep: set[tuple[str, str]] = set()
@@ -164,13 +167,15 @@ def _revisions(root: Path, client: Any) -> Iterator[str]:
 
 
 def _versions(root: Path, client: Any | None) -> Iterator[Waste]:
-    from pipelines.core import references, store
+    from pipelines.core import references, release, store
+    from pipelines.core.ledger import FileLedger
 
     if client is None or store.embedded(root) is None:  # a shared store is looked after by whoever owns it
         return
     every = {model: references.every(client, model) for model in references.names(client)}
     held = {model: client.get_registered_model(model).aliases for model in every}
-    keep = needed(every, held)
+    moved = [move for one in release.standing(root, FileLedger(root)) for move in one.moves]
+    keep = needed(every, held, [(move.model, move.source) for move in moved if move.source is not None])
     for model, entries in every.items():
         for entry in entries:
             if (model, str(entry.version)) not in keep:

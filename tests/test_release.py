@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from stores import python, repository
 
+from flows import gc
 from flows import promote as commands
 from pipelines.core import moves, promotion, release, store, versions
 from pipelines.core.errors import GateError, UserError
@@ -154,6 +155,24 @@ def test_a_variant_that_was_dropped_retires_and_comes_back(root):
     with pytest.raises(GateError, match="the champion is version 1, not nobody as expected"):
         commands.rollback(root, "sluice-quantized-nf4", "again", "none", quiet)
     release.rollback(root, release.last(root, FileLedger(root)), why="bad")
+    assert champions(root) == every("1") | {"sluice-quantized-nf4": "1"}
+
+
+def test_what_a_dropped_variant_was_stays_as_long_as_its_release_may_be_rolled_back(root):
+    add_chain(root, "a")
+    add(root, "sluice-quantized-nf4", "a", data="data-x")
+    release.promote(root, plan(root), why="first")
+    add_chain(root, "b")
+    release.promote(root, plan(root), why="without nf4")
+    add_chain(root, "c")
+    add(
+        root, "sluice-quantized-nf4", "c", data="data-x"
+    )  # nobody was champion before it: no alias, no tag names the first
+    release.promote(root, plan(root), why="with it again")
+    for one in gc._versions(root, store.connect(root)[0]):
+        one.remove()
+    for _ in range(2):
+        release.rollback(root, release.last(root, FileLedger(root)), why="bad")
     assert champions(root) == every("1") | {"sluice-quantized-nf4": "1"}
 
 

@@ -138,13 +138,18 @@ def last(root: Path, ledger: Ledger) -> Promotion:
     Raises:
         GateError: there is none.
     """
-    standing: list[Promotion] = []
+    if not (found := standing(root, ledger)):
+        raise GateError("no release was promoted here, or all were rolled back: there is none to go back from")
+    return found[-1]
+
+
+def standing(root: Path, ledger: Ledger) -> list[Promotion]:
+    """Every release that was promoted and not rolled back, oldest first: each may be gone back from in turn."""
+    found: list[Promotion] = []
     for state, entry in ledger.entries():
         if state == "done" and entry.release is not None and entry.store == store.place(root):
-            standing = standing[:-1] if entry.action == "rollback" else [*standing, entry]
-    if not standing:
-        raise GateError("no release was promoted here, or all were rolled back: there is none to go back from")
-    return standing[-1]
+            found = found[:-1] if entry.action == "rollback" else [*found, entry]
+    return found
 
 
 def rollback(root: Path, expected: Promotion, *, who: str = "", why: str, ledger: Ledger | None = None) -> Promotion:
