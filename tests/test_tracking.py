@@ -254,12 +254,23 @@ def test_folder_that_was_moved_with_its_store_has_nothing_to_deliver(repository,
     assert losses(moved, after.info.run_id) == [(0, 4.0), (1, 3.0), (2, 2.0)]
 
 
-def test_delivered_runs_leave_the_spool_when_a_newer_one_is_there(repository):
+def test_delivered_runs_leave_the_spool_when_a_newer_one_is_there(repository, monkeypatch):
     root, model = repository
+    monkeypatch.setattr(tracking, "KEPT_SECONDS", 0.0)
     for bits in (2.5, 2.4, 2.3):
         run_stage(root, model, bits)
         drain(root)
     assert len(tracking.spools(root)) == 1 and len(runs(root)) == 3 and tracking.backlog(root) == []
+
+
+def test_a_run_is_found_by_its_output_although_another_worktree_has_begun_the_same_stage(repository):
+    root, model = repository
+    key = run_stage(root, model, 2.5)
+    Recorder(root, "pretrain", "e" * 16, courier=False)
+    drain(root)  # as the flow's courier does before the output is registered
+    (made,) = registry.settle(root, "pretrain")
+    run = store.connect(root)[0].get_run(made.run_id)
+    assert run.data.tags["sluice.spool"] == key and "sluice.restored" not in run.data.tags
 
 
 def test_unreachable_store_is_told_in_a_second_and_loses_nothing(repository, monkeypatch):

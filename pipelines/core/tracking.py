@@ -34,6 +34,7 @@ from pipelines.core.environment import STATE
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 BUFFER_SECONDS = 1.0
+KEPT_SECONDS = 3600.0  # a run that ended is looked for when its output is registered; see `prune`
 ATTENDED = "SLUICE_ATTENDED"  # set by a flow: it delivers, registers and judges for the stages it starts
 
 
@@ -197,11 +198,20 @@ def finished_spool(root: Path, stage: str, content_hash: str) -> Spool | None:
 
 
 def prune(root: Path) -> None:
-    """Remove spools that MLflow has whole, except the newest of each stage. Call under the delivery lock."""
+    """Remove spools that MLflow has whole, except the newest of each stage. Call under the delivery lock.
+
+    One that ended just now stays too: worktrees share the spool, and a stage that has begun in another one is newer
+    than the run whose output is still to be registered.
+    """
     newest = {spool.stage: spool.place for spool in spools(root)}
     for spool in spools(root):
-        if spool.place != newest[spool.stage] and spool.settled() and not spool.owned():
+        if spool.place != newest[spool.stage] and spool.settled() and not spool.owned() and not _just_ended(spool):
             shutil.rmtree(spool.place)
+
+
+def _just_ended(spool: Spool) -> bool:
+    end = spool.finished()
+    return end is not None and end["time"] / 1000 > time.time() - KEPT_SECONDS
 
 
 @contextmanager
