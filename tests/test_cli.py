@@ -70,6 +70,22 @@ def test_a_mistake_is_one_message_and_nothing_runs(
     assert place.read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ("<<<<<<< HEAD\nstages:\n=======\n", "dvc.yaml is not valid YAML: "),
+        ("stages:\n  empty:\n", "dvc.yaml: expected `stages:` and below it"),
+        ("steps:\n", "dvc.yaml: expected `stages:` and below it"),
+    ],
+)
+def test_a_graph_that_is_none_is_one_message(root: Path, head: str, said: str) -> None:
+    place = root / "dvc.yaml"
+    place.write_text(place.read_text().replace("stages:\n", head, 1))
+    done = sluice(root, "run")
+    assert (done.returncode, fake.ran(root)) == (2, [])
+    assert done.stderr.startswith(f"error: {said}") and "Traceback" not in done.stderr
+
+
 def test_outside_a_repository(root: Path, tmp_path: Path) -> None:
     done = sluice(root, "status", cwd=tmp_path)
     assert done.returncode == 2

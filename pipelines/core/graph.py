@@ -32,7 +32,7 @@ def load(root: Path) -> dict[str, StageSpec]:
     """Stages of `root/dvc.yaml`, parents before children.
 
     Raises:
-        UserError: no `dvc.yaml`, or a stage without exactly one output directory and one metrics file.
+        UserError: no `dvc.yaml`, no YAML, no stages, or one without exactly one output directory and one metrics file.
     """
     path = root / "dvc.yaml"
     if not path.exists():
@@ -43,7 +43,13 @@ def load(root: Path) -> dict[str, StageSpec]:
 @lru_cache
 def _stages(text: str) -> dict[str, StageSpec]:
     """The stages of `dvc.yaml`'s text, read once a process: everybody asks, and its thousand lines take a while."""
-    raw: dict[str, Any] = yaml.safe_load(text)["stages"]
+    try:
+        whole = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"dvc.yaml is not valid YAML: {error}") from None
+    raw = whole.get("stages") if isinstance(whole, dict) else None
+    if not isinstance(raw, dict) or not all(isinstance(stage, dict) for stage in raw.values()):
+        raise UserError("dvc.yaml: expected `stages:` and below it each stage with its cmd, deps, outs and metrics")
     made_by = {
         _path(item): name for name, stage in raw.items() for item in [*stage.get("outs", []), *stage.get("metrics", [])]
     }
