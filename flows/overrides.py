@@ -15,10 +15,11 @@ def apply(root: Path, given: list[str]) -> list[str]:
     """Write `KEY=VALUE` pairs into `params.yaml`. Returns one line `key: old -> new` for each key that changed.
 
     Raises:
-        ParamsError: a text without `=`, a key that `params.yaml` lacks, or a value that is not accepted there; the
-            file is left as it was.
+        ParamsError: a text without `=`, a key that `params.yaml` lacks, or a value that is no YAML or not accepted
+            there; the file is left as it was.
     """
     from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     yaml = YAML()
     yaml.preserve_quotes = True
@@ -35,7 +36,10 @@ def apply(root: Path, given: list[str]) -> list[str]:
         if not equals:
             raise ParamsError(f"{one!r}: expected KEY=VALUE, such as sft.lr=1e-4")
         section, last = _find(merged, key.strip())
-        value = yaml.load(text)
+        try:
+            value = yaml.load(text)
+        except YAMLError as error:
+            raise ParamsError(f"{one!r}: the value is not valid YAML: {error}") from None
         if isinstance(value, float):
             value = float(value)  # 1e-4 is a text to some readers of YAML, 0.0001 to none
         if section[last] != value:

@@ -215,6 +215,7 @@ def test_overrides_are_written_as_the_values_they_are(root: Path) -> None:
         ("sft.lrr=1", r"no key 'sft\.lrr'; sft has: .*lr"),
         ("soft.lr=1", r"no key 'soft\.lr'; it has: .*sft"),
         ("sft.lr", "expected KEY=VALUE"),
+        ("rag.kinds=[symbols", r"'rag\.kinds=\[symbols': the value is not valid YAML: (?s:.*)expected ',' or '\]'"),
         ("sft.lr=-1", r"sft\.lr: Input should be greater than 0"),
     ],
 )
