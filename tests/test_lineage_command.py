@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -48,6 +49,8 @@ def test_commit_data_parents_gate_and_approval(repository):
     run_stage(root, model, 2.4, stage="sft")
     registry.settle(root, "sft")
     promotion.promote(root, "sluice-sft", 1, who="ada", why="the pairs were better", expected_champion=None)
+    assert f"git clone {root} rebuilt" in told(root, "sluice-sft@champion"), "nobody else has the commit"
+    git(root, "update-ref", "refs/remotes/origin/main", "HEAD")  # as a push does
     text = told(root, "sluice-sft@champion")
     hashes = {name: artifacts.content_hash(root / "artifacts" / name) for name in ("data", "pretrain", "sft")}
     assert text.startswith("sluice-sft version 1   aliases: champion\n")
@@ -95,6 +98,14 @@ def test_only_params_that_differ_from_the_commit_are_written(committed):
     assert found == {"pretrain.lr": 0.25, "pretrain.base": None, "compute.threads": 3}
     everything = provenance.changed_params(root, "f" * 40, origins(root))
     assert set(everything) > {"pretrain.lr", "pretrain.tokens", "compute.threads"}, "that commit is not here"
+
+
+def test_the_place_to_clone_from_is_one_word_of_a_shell(committed):
+    place = committed[0].rename(committed[0].with_name("it's a folder"))
+    shutil.copy(ROOT / "dvc.yaml", place)
+    shutil.copytree(ROOT / "mlflow", place / "mlflow")
+    lines = provenance.commands(place, origins(place))
+    assert shlex.split(lines[0])[:4] == ["git", "clone", str(place), "rebuilt"]
 
 
 def test_the_here_document_writes_what_was_recorded(committed, tmp_path):

@@ -10,6 +10,7 @@ precision and threads.
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -73,8 +74,8 @@ def commands(root: Path, origins: list[Origin]) -> list[str]:
     commit = last.tags.get("git.commit", "none")
     if commit == "none":
         raise UserError(f"{last.versions[0]} was made outside a git repository: no commit says what its code was")
-    lines = [f"git clone {_address(root)} rebuilt && cd rebuilt", f"git checkout {commit}", "make setup"]
-    lines.append(". .venv/bin/activate")
+    lines = [f"git clone {shlex.quote(_address(root, commit))} rebuilt && cd rebuilt", f"git checkout {commit}"]
+    lines += ["make setup", ". .venv/bin/activate"]
     if changes := changed_params(root, commit, origins):
         lines.append(_script(changes))
     lines.append(f"dvc repro {last.stage}")
@@ -168,10 +169,16 @@ def _value(text: str) -> Any:
         return text
 
 
-def _address(root: Path) -> str:
-    """Where to clone from; a password in the address is left out."""
-    found = subprocess.run(["git", "-C", str(root), "remote", "get-url", "origin"], capture_output=True, text=True)
-    return store.without_login(found.stdout.strip()) if found.returncode == 0 else str(root.resolve())
+def _address(root: Path, commit: str) -> str:
+    """Where to clone from: `origin`, without a password, or this folder if it alone has the commit (of `runs/<id>`)."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    origin, here = git("remote", "get-url", "origin"), git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
+    alone = here and not git("branch", "--remotes", "--contains", here)
+    return store.without_login(origin) if origin and not alone else str(root.resolve())
 
 
 def _script(changes: dict[str, Any]) -> str:
