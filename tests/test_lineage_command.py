@@ -108,6 +108,20 @@ def test_the_place_to_clone_from_is_one_word_of_a_shell(committed):
     assert shlex.split(lines[0])[:4] == ["git", "clone", str(place), "rebuilt"]
 
 
+def test_data_of_a_backfill_are_pulled(committed):
+    root, _ = committed
+    shutil.copytree(ROOT / "mlflow", root / "mlflow")
+    text = (ROOT / "dvc.yaml").read_text()
+    for head, pulls in (("  data:\n", []), ("  data:\n    frozen: true\n", ["dvc pull data"])):
+        (root / "dvc.yaml").write_text(text.replace("  data:\n", head, 1))
+        git(root, "add", "-A")
+        git(root, "commit", "-qm", "graph")
+        (one,) = origins(root)
+        one.tags["git.commit"] = git(root, "rev-parse", "HEAD")
+        lines = [line.partition("  #")[0] for line in provenance.commands(root, [one]) if line.startswith("dvc ")]
+        assert lines == [*pulls, "dvc repro pretrain"]
+
+
 def test_the_here_document_writes_what_was_recorded(committed, tmp_path):
     root, commit = committed
     changes = {"pretrain.lr": 1e-05, "pretrain.base": "it's a \"dir\"\n'''END", "tuning.new.deep": [{"a": None}]}

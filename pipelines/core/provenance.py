@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pipelines.core import graph, lineage, policy, references, release, store
 from pipelines.core.errors import ParamsError, UserError
 from pipelines.core.params import whole
@@ -78,6 +80,8 @@ def commands(root: Path, origins: list[Origin]) -> list[str]:
     lines += ["make setup", ". .venv/bin/activate"]
     if changes := changed_params(root, commit, origins):
         lines.append(_script(changes))
+    if frozen := _frozen(root, commit):
+        lines.append(f"dvc pull {' '.join(frozen)}  # of another commit, as a backfill takes them")
     lines.append(f"dvc repro {last.stage}")
     lines.append(
         "python -c 'import pathlib, sys; from pipelines.core.artifacts import content_hash; "
@@ -147,14 +151,25 @@ def _made(root: Path, origin: Origin) -> str:
     return f"{output}/{found.model}" if found is not None and shared else output
 
 
+def _at(root: Path, commit: str, name: str) -> str:
+    """Text of a file at a commit; empty where that cannot be told here."""
+    shown = subprocess.run(["git", "-C", str(root), "show", f"{commit}:{name}"], capture_output=True, encoding="utf-8")
+    return "" if shown.returncode else shown.stdout
+
+
+def _frozen(root: Path, commit: str) -> list[str]:
+    """Stages that `dvc.yaml` of a commit freezes: nothing there makes their outputs."""
+    text = _at(root, commit, "dvc.yaml")
+    return [name for name, stage in yaml.safe_load(text)["stages"].items() if stage.get("frozen")] if text else []
+
+
 def _params_at(root: Path, commit: str) -> dict[str, Any]:
     """Sections of `params.yaml` at a commit, defaults filled in; empty where that cannot be told here."""
-    shown = subprocess.run(["git", "-C", str(root), "show", f"{commit}:params.yaml"], capture_output=True, text=True)
-    if shown.returncode:
+    if not (text := _at(root, commit, "params.yaml")):
         return {}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "params.yaml"
-        place.write_text(shown.stdout, encoding="utf-8")
+        place.write_text(text, encoding="utf-8")
         try:
             return whole.load(place).model_dump(mode="json")
         except ParamsError:
