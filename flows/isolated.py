@@ -49,9 +49,9 @@ def isolated_run(
         root: the clone; a deployment's working directory.
         revision: the commit whose code and params run.
         data_of: a commit whose data the run takes, instead of making today's.
-        from_stage: leave out what does not depend on this stage.
+        from_stage: leave out what does not depend on this stage; what it needs is taken as it stands.
         until_stage: leave out what this stage does not need.
-        only: these stages alone, over what stands of all others.
+        only: these stages alone, over what stands of all others, in place of the two before.
         params: `KEY=VALUE`, values that differ from the commit's `params.yaml`.
         hours: how long the stages may take.
 
@@ -60,6 +60,8 @@ def isolated_run(
         StoreUnavailable: a store is away, and was still away at the last try.
     """
     news.begin()
+    if only and (from_stage or until_stage):
+        raise UserError("only names the stages that run: from_stage and until_stage do not go with it")
     clone = Path(root).resolve()
     name = run_name(str(flow_run.name), str(flow_run.id))
     with workspace.opened(clone, name, revision) as place:
@@ -71,7 +73,7 @@ def isolated_run(
         wanted = only or stages.look(place.place).between(from_stage, until_stage)
         trouble: UserError | None = None
         try:
-            _stages(place, wanted, bool(only), hours)
+            _stages(place, wanted, bool(only or from_stage), hours)
         except UserError as error:
             trouble = error
         except BaseException:  # cancelled: what is done is kept, nothing more is begun

@@ -200,6 +200,19 @@ def test_from_and_until_leave_out_what_is_not_between() -> None:
         state.between("lift", None)
 
 
+def test_from_a_stage_on_what_it_needs_is_taken_as_it_stands(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], bool]] = []
+    monkeypatch.setattr(isolated, "run_name", lambda *_: "nightly")
+    monkeypatch.setattr(isolated, "create_markdown_artifact", lambda *_, **__: None)
+    monkeypatch.setattr(isolated, "_stages", lambda _, wanted, only, hours: asked.append((wanted, only)))
+    for given in ({"from_stage": "left"}, {"until_stage": "left"}, {"only": ["right"]}, {}):
+        isolated.isolated_run.fn(str(root), **given)
+    every = ["data", "left", "right", "report"]
+    assert asked == [(["left", "report"], True), (["data", "left"], False), (["right"], True), (every, False)]
+    with pytest.raises(UserError, match="from_stage and until_stage do not go with it"):
+        isolated.isolated_run.fn(str(root), only=["right"], from_stage="left")
+
+
 def test_overrides_are_written_as_the_values_they_are(root: Path) -> None:
     overrides.apply(root, ["sft.lr=0.0005", "ppo.iterations=12"])
     said = overrides.apply(root, ["sft.lr=1e-4", "ppo.iterations=3"])
