@@ -2,14 +2,16 @@
 
 A version of the data is what `dvc.lock` says of the stages that make them. Commits with the same data are one version,
 so a range of a whole branch is a handful of runs. They are runs of a deployment of `isolated-run` that lets them wait
-for one another; asking for the same again starts nothing new.
+for one another; asking for the same again starts nothing new but what has not ended well.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from prefect import flow
 from prefect.deployments import run_deployment
@@ -49,12 +51,20 @@ def backfill(
             "until_stage": until_stage,
             "params": params,
         }
-        key = hashlib.sha256(json.dumps(given).encode()).hexdigest()
-        run_deployment(
-            DEPLOYMENT, parameters=given, idempotency_key=key, timeout=0, as_subflow=False,
-            flow_run_name=f"backfill-{commit[:8]}", tags=["sluice"],
-        )  # fmt: skip
+        _start(given)
     return chosen
+
+
+def _start(given: dict[str, Any]) -> None:
+    """Start a run with these parameters, unless one of them goes on or has ended well."""
+    for attempt in count():
+        key = hashlib.sha256(json.dumps([given, attempt]).encode()).hexdigest()
+        run: Any = run_deployment(
+            DEPLOYMENT, parameters=given, idempotency_key=key, timeout=0, as_subflow=False,
+            flow_run_name=f"backfill-{given['data_of'][:8]}", tags=["sluice"],
+        )  # fmt: skip
+        if run.state is None or not run.state.is_final() or run.state.is_completed():
+            return
 
 
 def versions(root: Path, revisions: list[str]) -> list[str]:

@@ -10,10 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import fake_repository as fake
 import pytest
 import station
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled, Completed, Crashed, Failed, Pending
 
 from flows import backfill, isolated, overrides, run_locks, stages, workspace
 from flows.isolated import run_name
@@ -260,6 +264,22 @@ def test_commits_with_the_same_data_are_one_version(root: Path, versions: tuple[
         backfill.versions(root, [])
     with pytest.raises(UserError, match="no commit in HEAD..HEAD changes dvc.lock"):
         backfill.versions(root, ["HEAD..HEAD"])
+
+
+def test_a_version_is_started_once_unless_it_ended_badly(
+    root: Path, versions: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: dict[str, State[Any]] = {}  # a server: one run for a key
+
+    def run_deployment(_: str, *, idempotency_key: str, **given: Any) -> Any:
+        state = states.setdefault(idempotency_key, Pending())
+        return SimpleNamespace(state=state)
+
+    monkeypatch.setattr(backfill, "run_deployment", run_deployment)
+    for then, count in ((Completed(), 2), (Failed(), 2), (Crashed(), 4), (Cancelled(), 6)):
+        assert backfill.backfill.fn(str(root), [f"{versions[0]}~1..{versions[2]}"]) == list(versions[:2])
+        assert len(states) == count, "what goes on, or ended well, is not started again"
+        states |= {key: then for key, state in states.items() if not state.is_final() or state.is_completed()}
 
 
 def test_a_run_over_the_data_of_another_commit(root: Path, versions: tuple[str, str, str]) -> None:
