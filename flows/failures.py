@@ -18,7 +18,7 @@ from pipelines.core.errors import GateError, StoreUnavailable, UserError
 _LOCK_TROUBLE = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
 _EXIT_CODE = re.compile(r"exited with (-?\d+)")
 _STOP_CODES = {128 + signal.SIGINT, 128 + signal.SIGTERM}
-_KILL_CODES = {-signal.SIGKILL, 128 + signal.SIGKILL, -signal.SIGTERM, *_STOP_CODES}
+KILL_CODES = {-signal.SIGKILL, 128 + signal.SIGKILL, -signal.SIGTERM, *_STOP_CODES}
 
 
 class StageFailed(UserError):
@@ -62,7 +62,7 @@ def explain(root: Path, stage: str, code: int, log: str) -> UserError:
     kinds: dict[int, type[UserError]] = {2: UserError, 3: GateError, StoreUnavailable.exit_code: StoreUnavailable}
     if own in kinds:
         return kinds[own](where + message)
-    if own in _KILL_CODES or code in _KILL_CODES or (own is None and said.get("state") == "running"):
+    if own in KILL_CODES or code in KILL_CODES or (own is None and said.get("state") == "running"):
         return StageKilled(
             f"{where}killed from outside, perhaps for memory. What it had written stays in .work/ and the next "
             "`sluice run` goes on from there."

@@ -187,4 +187,5 @@ def work(place: Workspace, command: list[str], hours: float) -> None:
         file.seek(begun)
         lines = [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
     kinds: dict[int, type[UserError]] = {2: UserError, 3: GateError, StoreUnavailable.exit_code: StoreUnavailable}
+    kinds |= dict.fromkeys(failures.KILL_CODES, failures.StageKilled)
     raise kinds.get(code, failures.StageFailed)("\n".join(lines[-LAST_LINES:]) or f"exit code {code}, nothing printed")

@@ -19,7 +19,7 @@ import station
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Crashed, Failed, Pending
 
-from flows import backfill, isolated, overrides, run_locks, stages, workspace
+from flows import backfill, failures, isolated, overrides, run_locks, stages, workspace
 from flows.isolated import run_name
 from pipelines.core import store
 from pipelines.core.errors import ArtifactError, ParamsError, StoreUnavailable, UserError
@@ -332,6 +332,9 @@ def test_a_child_that_fails_is_the_error_its_exit_code_says(root: Path) -> None:
         code = "import sys; print('error: a bad row', file=sys.stderr); sys.exit(2)"
         with pytest.raises(UserError, match="error: a bad row"):
             isolated.work(run, [sys.executable, "-c", code], hours=1)
+        with pytest.raises(failures.StageKilled, match="exit code 137, nothing printed") as killed:
+            isolated.work(run, ["bash", "-c", "kill -9 $$"], hours=1)
+        assert failures.worth_retrying(killed.value)
         began = time.monotonic()
         with pytest.raises(UserError, match="took longer than 0.0001 hours"):
             isolated.work(run, [sys.executable, "-c", "import time; time.sleep(60)"], hours=0.0001)
