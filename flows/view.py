@@ -64,14 +64,15 @@ class _Lines:
         for row in self.board.rows.values():
             for line in self._new_output(row):
                 self._say(row, f"| {line}")
-            if self.states.get(row.stage, "waiting") != row.state:
-                self.states[row.stage] = row.state
+            state = row.state  # once: a thread of the flow changes it
+            if self.states.get(row.stage, "waiting") != state:
+                self.states[row.stage] = state
                 self.progressed[row.stage] = time.monotonic()
                 self._say(row, _sentence(row))
             for note in row.notes[self.noted.get(row.stage, 0) :]:
                 self._say(row, note)
             self.noted[row.stage] = len(row.notes)
-            if row.state == "running" and time.monotonic() - self.progressed[row.stage] >= PROGRESS_SECONDS:
+            if state == "running" and time.monotonic() - self.progressed[row.stage] >= PROGRESS_SECONDS:
                 self.progressed[row.stage] = time.monotonic()
                 self._say(row, _progress(row))
 

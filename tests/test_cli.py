@@ -166,6 +166,21 @@ def test_plain_lines_are_one_per_change_of_state_and_all_that_a_stage_printed(bo
     ]
 
 
+def test_a_stage_that_begins_while_it_is_looked_at_is_told_the_next_time(board: Board) -> None:
+    console, row = Console(width=100, color_system=None), board.rows["pretrain"]
+
+    class Notes(list[str]):
+        def __getitem__(self, _: object) -> list[str]:  # type: ignore[override]
+            row.state = "running"
+            return []
+
+    row.notes = Notes()
+    with console.capture() as capture, view.shown(board, console, plain=True) as update:
+        update()
+        update()
+    assert capture.get().splitlines() == ["pretrain   running"]
+
+
 def test_progress_and_time_to_go() -> None:
     row = Row("pretrain")
     assert (row.share(), row.remaining(), row.elapsed()) == (None, None, None)
