@@ -41,13 +41,19 @@ def shown(board: Board, console: Console, plain: bool) -> Iterator[Callable[[], 
         finally:
             lines.update()
         return
+    noted: dict[str, int] = {}
     with Live(console=console, auto_refresh=False, transient=True) as live:
 
         def update() -> None:
             board.refresh()
+            for row in board.rows.values():
+                _say_notes(console, row, noted)  # they stay, above the table
             live.update(_live_table(board), refresh=True)
 
-        yield update
+        try:
+            yield update
+        finally:
+            update()
 
 
 @dataclass
@@ -63,21 +69,16 @@ class _Lines:
         self.board.refresh()
         for row in self.board.rows.values():
             for line in self._new_output(row):
-                self._say(row, f"| {line}")
+                _say(self.console, row, f"| {line}")
             state = row.state  # once: a thread of the flow changes it
             if self.states.get(row.stage, "waiting") != state:
                 self.states[row.stage] = state
                 self.progressed[row.stage] = time.monotonic()
-                self._say(row, _sentence(row))
-            for note in row.notes[self.noted.get(row.stage, 0) :]:
-                self._say(row, note)
-            self.noted[row.stage] = len(row.notes)
+                _say(self.console, row, _sentence(row))
+            _say_notes(self.console, row, self.noted)
             if state == "running" and time.monotonic() - self.progressed[row.stage] >= PROGRESS_SECONDS:
                 self.progressed[row.stage] = time.monotonic()
-                self._say(row, _progress(row))
-
-    def _say(self, row: Row, text: str) -> None:
-        self.console.print(f"{row.stage:<10} {text}", markup=False, highlight=False, soft_wrap=True)
+                _say(self.console, row, _progress(row))
 
     def _new_output(self, row: Row) -> list[str]:
         """Whole lines that the stage printed since the last call; all of them once it is over."""
@@ -90,6 +91,19 @@ class _Lines:
         self.read[row.stage] = self.read.get(row.stage, 0) + len(whole)
         lines = whole.decode("utf-8", "replace").splitlines()
         return [line for line in lines if line.strip() and not line.strip().startswith(_ADVICE)]
+
+
+def _say(console: Console, row: Row, text: str) -> None:
+    console.print(f"{row.stage:<10} {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _say_notes(console: Console, row: Row, noted: dict[str, int]) -> None:
+    """What there is to tell of a stage and was not told yet; `noted`: how many notes of each stage were."""
+    told = noted.get(row.stage, 0)
+    for note in row.notes[told:]:
+        _say(console, row, note)
+        told += 1
+    noted[row.stage] = told
 
 
 def _sentence(row: Row) -> str:

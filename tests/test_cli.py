@@ -204,7 +204,9 @@ def test_the_live_table_draws_every_state(board: Board) -> None:
     (board.root / ".sluice" / "live" / "data.json").write_text('{"step": 3, "total": 4, "shown": {"rows": 7}}')
     with console.capture() as capture, view.shown(board, console, plain=False) as update:
         update()
+        board.rows["data"].notes.append("sluice-base 2 is the champion now, after 1")
     printed = capture.get()
+    assert printed.count("data       sluice-base 2 is the champion now, after 1") == 1
     assert "rows 7" in printed and "waiting" in printed and "data" in printed
 
 
