@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.core import artifacts, drift, environment, policy
-from pipelines.core.errors import StoreUnavailable, UserError
+from pipelines.core.errors import ArtifactError, StoreUnavailable, UserError
 
 if TYPE_CHECKING:
     from pipelines.core.verdicts import Measure
@@ -45,6 +45,7 @@ def measure(root: Path) -> Found:
 
     Raises:
         StoreUnavailable: the store is away.
+        ArtifactError: there are no data to measure on.
     """
     from requests import RequestException
 
@@ -52,6 +53,7 @@ def measure(root: Path) -> Found:
     from pipelines.core.release import entry_of
 
     found, declared = Found(), policy.load(root)
+    today = next(root / spec.output for spec in graph.load(root).values() if not spec.parents)
     client, _ = store.connect(root)
     with store.answering(root):
         champions = []
@@ -59,6 +61,11 @@ def measure(root: Path) -> Found:
             number, rules = versions.alias(client, name, policy.CHAMPION), entry_of(declared, name)
             if number is not None and rules is not None:
                 champions.append((references.resolve(client, f"{name}/{number}"), rules))
+        if champions and not today.exists():
+            raise ArtifactError(
+                f"no data to measure on: {today.relative_to(root)} of this commit is neither in DVC's cache nor in its "
+                "remote. `dvc push` where it was made, or run the commit's stages here"
+            )
         for entry, rules in champions:
             if not any(rule.score for rule in rules.comparisons):
                 found.notes.append(f"{references.shown(entry)}: its gate compares no scores")
@@ -74,12 +81,11 @@ def measure(root: Path) -> Found:
                     raise
                 told = f"{type(error).__name__}: {store.without_login(str(error))}"
                 found.notes.append(f"{references.shown(entry)} could not be measured: {told}")
-        sources = [root / spec.output for spec in graph.load(root).values() if not spec.parents]
         newest = max((entry for entry, _ in champions), key=lambda one: int(one.creation_timestamp), default=None)
         if newest is None:
             found.notes.append("there is no champion yet: nothing to compare with")
         else:
-            _data(root, newest, sources[0], found)
+            _data(root, newest, today, found)
     return found
 
 

@@ -158,6 +158,10 @@ def test_a_champion_that_cannot_be_measured_is_a_note_and_the_others_are_measure
     found = remeasure.measure(root)
     assert [row["about"] for row in found.rows()] == ["sluice-base 1 bits"]
     assert "sluice-sft 1 has no evaluation.parquet in the store" in found.notes[0]
+    data = (root / "artifacts" / "data").rename(root / "elsewhere")
+    with pytest.raises(ArtifactError, match="no data to measure on: artifacts/data of this commit is neither in DVC's"):
+        remeasure.measure(root)
+    data.rename(root / "artifacts" / "data")
     broken["pretrain"] = StoreUnavailable("away")
     with pytest.raises(StoreUnavailable):
         remeasure.measure(root)
