@@ -78,6 +78,15 @@ def test_a_run_has_the_commits_files_and_outputs_and_the_working_copy_stays_as_i
     assert set(changed) <= {"dvc.lock", "params.yaml"} and "dvc.lock" in changed
 
 
+def test_files_of_ones_own_make_no_run_dirty(root: Path) -> None:
+    """Or each of its models would be told as made of code that is in no commit."""
+    shutil.copy(fake.ROOT / ".gitignore", root)
+    station.commit(root, "as in the real one")
+    (root / "data").mkdir()
+    with workspace.opened(root, "nightly") as run:
+        assert (run.place / "data").is_symlink() and workspace.git(run.place, "status", "--porcelain") == ""
+
+
 def test_a_run_that_changes_nothing_leaves_no_branch(root: Path) -> None:
     with workspace.opened(root, "idle"):
         assert workspace.git(root, "branch", "--list", "runs/*")
