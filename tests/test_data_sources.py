@@ -55,6 +55,20 @@ def test_every_format_reads_the_same_records(tmp_path: Path, kind: str, end: str
     assert [entry.record for entry in sources.read(source(place), tmp_path)] == RECORDS
 
 
+def test_files_have_one_name_in_the_clone_and_in_a_run_s_worktree(tmp_path: Path) -> None:
+    clone, worktree = tmp_path / "clone", tmp_path / "worktree"
+    for place in (clone / "data" / "more", worktree):
+        place.mkdir(parents=True)
+    for name in ("a.jsonl", "more/b.jsonl"):
+        write(clone / "data" / name, RECORDS)
+    (worktree / "data").symlink_to(clone / "data")  # as `flows.workspace` links it
+    for path in ("data", "data/a.jsonl", "data/*/b.jsonl", "data/more"):
+        named = [[entry.source for entry in sources.read(source(path), root)] for root in (clone, worktree)]
+        assert named[0] == named[1] and all(name.startswith("data/") for name in named[0])
+    assert [entry.source for entry in sources.read(source(clone / "data"), worktree)][-1] == "data/more/b.jsonl"
+    assert [entry.source for entry in sources.read(source(clone / "data/a.jsonl"), worktree)] == ["a.jsonl"] * 2
+
+
 def test_long_json_is_read_in_pieces_as_the_library_reads_it_whole(tmp_path: Path) -> None:
     rng = random.Random(0)
     records = {f"k{n}": {"n": rng.random(), "text": "é\n" * rng.randrange(3000)} for n in range(900)}

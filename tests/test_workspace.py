@@ -19,7 +19,7 @@ import station
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Crashed, Failed, Pending
 
-from flows import backfill, failures, isolated, overrides, run_locks, stages, workspace
+from flows import backfill, failures, isolated, overrides, run_locks, sources, stages, workspace
 from flows.isolated import run_name
 from pipelines.core import store
 from pipelines.core.errors import ArtifactError, ParamsError, StoreUnavailable, UserError
@@ -85,6 +85,20 @@ def test_files_of_ones_own_make_no_run_dirty(root: Path) -> None:
     (root / "data").mkdir()
     with workspace.opened(root, "nightly") as run:
         assert (run.place / "data").is_symlink() and workspace.git(run.place, "status", "--porcelain") == ""
+
+
+def test_files_of_ones_own_are_the_deps_they_are_in_the_clone(root: Path) -> None:
+    """By another name every run would make the data again, with the clone's address in its `dvc.yaml`."""
+    (root / "data").mkdir()
+    (root / "data" / "mine.jsonl").write_text('{"text": "a"}\n')
+    shutil.copy(fake.ROOT / ".gitignore", root)
+    overrides.apply(root, ["data.sources=[{path: data/mine.jsonl, table: corpus}]"])
+    assert sources.keep(root) == ["dvc.yaml: stage data now depends on data/mine.jsonl"]
+    dvc(root, "repro", "-q")
+    station.commit(root, "data of one's own")
+    with workspace.opened(root, "nightly") as run:
+        assert sources.keep(run.place) == []
+        assert set(stages.look(run.place).reasons) <= {"report"}, "which no cache has"
 
 
 def test_a_run_that_changes_nothing_leaves_no_branch(root: Path) -> None:
