@@ -21,7 +21,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from flows import failures, news, overrides, stages, workspace
+from flows import failures, news, overrides, sources, stages, workspace
 from flows.supervise import Crew
 from flows.workspace import Workspace
 from pipelines.core import artifacts, graph
@@ -66,6 +66,8 @@ def isolated_run(
     name = run_name(str(flow_run.name), str(flow_run.id))
     with workspace.opened(clone, name, revision) as place:
         changed = overrides.apply(place.place, params or [])
+        if changed:
+            changed += sources.keep(place.place)
         if data_of is not None:
             changed += take_data(place, data_of)
         if changed:
@@ -103,18 +105,18 @@ def take_data(place: Workspace, revision: str) -> list[str]:
         StoreUnavailable: the remote does not answer.
     """
     commit = workspace.resolve(place.root, revision)
-    sources = [spec for spec in graph.load(place.place).values() if not spec.parents]
+    first = [spec for spec in graph.load(place.place).values() if not spec.parents]
     lock = place.place / "dvc.lock"
     there: dict[str, Any] = yaml.safe_load(lock.read_text(encoding="utf-8")) if lock.exists() else {"schema": "2.0"}
     then = workspace.locked(place.root, commit)
-    for spec in sources:
+    for spec in first:
         if spec.name not in then:
             raise UserError(f"dvc.lock at {revision} has no stage {spec.name}, which makes the data")
         there.setdefault("stages", {})[spec.name] = then[spec.name]
         workspace.git(place.place, "checkout", commit, "--", spec.metrics)  # byte for byte: dvc.lock has its hash
     artifacts.write_text(lock, yaml.safe_dump(there, sort_keys=False))
-    place.dvc("freeze", *(spec.name for spec in sources))
-    outputs = [spec.output for spec in sources]
+    place.dvc("freeze", *(spec.name for spec in first))
+    outputs = [spec.output for spec in first]
     if place.remote:
         place.fetch(*outputs)
     try:

@@ -240,6 +240,20 @@ def test_from_a_stage_on_what_it_needs_is_taken_as_it_stands(root: Path, monkeyp
         isolated.isolated_run.fn(str(root), only=["right"], from_stage="left")
 
 
+def test_files_that_overrides_name_are_deps_before_a_stage_runs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "data").mkdir()
+    (root / "data" / "mine.jsonl").write_text('{"text": "a"}\n')
+    shutil.copy(fake.ROOT / ".gitignore", root)
+    station.commit(root, "as in the real one")
+    seen: list[str] = []
+    monkeypatch.setattr(isolated, "run_name", lambda *_: "nightly")
+    monkeypatch.setattr(isolated, "create_markdown_artifact", lambda *_, **__: None)
+    monkeypatch.setattr(isolated, "_stages", lambda run, *_: seen.append(workspace.git(run.place, "status", "-s")))
+    isolated.isolated_run.fn(str(root), params=["data.sources=[{path: data/mine.jsonl, table: corpus}]"])
+    assert seen == [""], "what is registered names a commit that makes it again"
+    assert "- data/mine.jsonl" in workspace.git(root, "show", "runs/nightly:dvc.yaml")
+
+
 def test_overrides_are_written_as_the_values_they_are(root: Path) -> None:
     overrides.apply(root, ["sft.lr=0.0005", "ppo.iterations=12"])
     said = overrides.apply(root, ["sft.lr=1e-4", "ppo.iterations=3"])
