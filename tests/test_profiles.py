@@ -172,6 +172,21 @@ def test_rewards_become_deps_of_ppo_and_leave_again(root: Path) -> None:
     assert place.read_text() == marked
 
 
+def test_a_base_of_ones_own_is_a_dep_of_both_stages_that_read_it(root: Path) -> None:
+    """Or new weights under the same name would change nothing."""
+    shutil.copy(ROOT / "dvc.yaml", root)
+    before = (root / "dvc.yaml").read_text()
+    (root / "mine").mkdir()
+    (root / "mine/config.json").write_text("{}")
+    edit(root, "base: smollm2-135m", "base: mine")
+    assert sources.keep(root) == [f"dvc.yaml: stage {stage} now depends on mine" for stage in ("tokenizer", "pretrain")]
+    assert all("mine" in graph.stage(root, stage).inputs for stage in ("tokenizer", "pretrain"))
+    runner._check_files(root, graph.stage(root, "pretrain"), whole.load(root / "params.yaml"))
+    (root / "dvc.yaml").write_text(before)
+    with pytest.raises(ParamsError, match=r"pretrain\.base reads mine, which is not among the deps of stage pretrain"):
+        runner._check_files(root, graph.stage(root, "pretrain"), whole.load(root / "params.yaml"))
+
+
 def test_models_that_dials_name_become_deps_and_leave_again(root: Path) -> None:
     place, before = root / "dvc.yaml", text(root)
     stage = GRAPH.removeprefix("stages:\n").replace(sources.MARKERS["data"], sources.MARKERS["quantize"])
