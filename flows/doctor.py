@@ -118,7 +118,7 @@ def _disk(root: Path) -> Iterator[Finding]:
     verdict: Literal["ok", "warn", "fail"] = "ok"
     if free < FREE_GB_COMFORTABLE:
         verdict = "fail" if free < FREE_GB_NEEDED else "warn"
-    remedy = "" if verdict == "ok" else "`dvc gc -w` drops old outputs (never while a run goes on)"
+    remedy = "" if verdict == "ok" else "`sluice gc` shows what nobody needs, `sluice gc --yes` removes it"
     yield Finding(verdict, "disk", f"{free:.1f} GB free", remedy)
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_repository as fake
 import pytest
@@ -117,6 +118,12 @@ def test_doctor_fails_on_a_wrong_version_and_says_what_to_type(root: Path) -> No
     assert wrong.startswith("fail") and "(pinned: 0.0.1)" in wrong
     assert missing.startswith("warn") and "no-such-package" in missing
     assert "-> `make setup`" in done.stdout
+
+
+def test_a_full_disk_is_no_reason_to_remove_what_champions_need(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e9))
+    (found,) = doctor._disk(root)
+    assert found.verdict == "fail" and "sluice gc" in found.remedy and "dvc gc" not in found.remedy
 
 
 def test_pins_and_differences() -> None:
