@@ -209,15 +209,19 @@ def _make(root: Path, name: str, base: str) -> Workspace:
 
 
 def _share_dvc(root: Path, place: Path) -> str:
-    """Write `.dvc/config.local` of a worktree: the clone's, with its cache. Returns the default remote's name."""
+    """Write `.dvc/config.local` of a worktree: cache and remotes of the clone as it is now, committed or not.
+
+    Returns the default remote's name.
+    """
     from configobj import ConfigObj  # type: ignore[import-untyped]
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo:
         cache, remote = repo.cache.local_cache_dir, str(repo.config["core"].get("remote", ""))
         urls = {name: str(values["url"]) for name, values in repo.config["remote"].items() if "url" in values}
-    own = root / ".dvc" / "config.local"
-    config = ConfigObj(str(own)) if own.exists() else ConfigObj()
+    config = ConfigObj()
+    for own in (root / ".dvc" / "config", root / ".dvc" / "config.local"):
+        config.merge(ConfigObj(str(own)) if own.exists() else {})
     config.setdefault("cache", {})["dir"] = cache
     for name, url in urls.items():
         if "://" not in url:  # a folder; a relative one would be another one, seen from the worktree

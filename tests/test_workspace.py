@@ -206,6 +206,14 @@ def test_outputs_go_to_the_remote_and_come_back_where_the_cache_has_lost_them(ro
         assert (run.place / "artifacts" / "data" / "made.txt").read_text() == "data"
 
 
+def test_a_remote_that_is_not_committed_yet_is_one(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "PAUSES", (0.0, 0.0))
+    dvc(root, "remote", "add", "-q", "-d", "team", str(tmp_path / "remote"))
+    with workspace.opened(root, "pushes") as run:
+        run.push()
+        assert list((tmp_path / "remote").rglob("*.dir")) and workspace.git(run.place, "status", "-s", ".dvc") == ""
+
+
 # What a deployment is given
 
 
