@@ -69,8 +69,10 @@ def owned(root: Path, name: str) -> Iterator[None]:
             if _taken(file):
                 # One that was removed between opening and locking guards nothing any more
                 if place.exists() and os.fstat(file).st_ino == place.stat().st_ino:
-                    yield
-                    place.unlink()
+                    try:
+                        yield
+                    finally:
+                        place.unlink()
                     return
             elif time.monotonic() > deadline:
                 raise UserError(f"a run named {name} is going on")

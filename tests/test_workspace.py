@@ -166,6 +166,12 @@ def test_a_killed_run_is_no_obstacle_and_its_checkpoints_go_on(root: Path, tmp_p
     assert workspace.git(root, "branch", "--list", "runs/*") == ""
 
 
+def test_a_run_that_fails_leaves_no_lock(root: Path) -> None:
+    with pytest.raises(ZeroDivisionError), workspace.opened(root, "fails"):
+        raise ZeroDivisionError
+    assert list(run_locks.folder(root).iterdir()) == [run_locks.folder(root) / "present"]
+
+
 @pytest.mark.parametrize(
     ("name", "revision", "said"),
     [("../up", "HEAD", "is no name of a run"), ("a", "no-such-branch", "'no-such-branch' names no commit")],
