@@ -12,7 +12,7 @@ from stores import python, repository
 
 from flows import gc
 from flows import promote as commands
-from pipelines.core import moves, promotion, release, store, versions
+from pipelines.core import artifacts, moves, promotion, release, store, versions
 from pipelines.core.errors import GateError, UserError
 from pipelines.core.ledger import FileLedger
 
@@ -174,6 +174,22 @@ def test_what_a_dropped_variant_was_stays_as_long_as_its_release_may_be_rolled_b
     for _ in range(2):
         release.rollback(root, release.last(root, FileLedger(root)), why="bad")
     assert champions(root) == every("1") | {"sluice-quantized-nf4": "1"}
+
+
+def test_a_stage_whose_data_gave_it_nothing_holds_up_no_release(root):
+    """Of data without knowledge `rag` makes no index, however often it runs."""
+    place = root / "mlflow/registry.yaml"
+    place.write_text(place.read_text().replace("    stage: rag\n", "    stage: rag\n    where_made: true\n"))
+    rest = [model for model in CHAIN if model != "sluice-rag"]
+    for model in rest:
+        add(root, model, "a", data=artifacts.content_hash(root / "artifacts/data"))
+    with pytest.raises(GateError, match="sluice-rag: no version .*`sluice run rag` makes one"):
+        plan(root)
+    (root / "artifacts/rag").mkdir()  # it has run
+    assert names(plan(root)) == dict.fromkeys(rest, "1") and plan(root).retired == {}
+    (root / "artifacts/data/corpus.txt").write_text("of other data, which may have knowledge")
+    with pytest.raises(GateError, match="sluice-rag: no version"):
+        plan(root)
 
 
 def test_rollback_goes_back_release_by_release_and_not_over_what_moved(root):

@@ -8,9 +8,9 @@ What belongs to a version follows from the graph and from lineage, not from a li
 2. Versions: of each of them the newest that passed its gate and read the same artifacts as the others. "Same" is the
    hash of the content: whatever artifact two of them read, or one made and another read, has one hash.
 
-A model of which no version fits is a refusal: there is no whole release yet. One that an entry with `*` stands for and
-that was not made this time (a variant that was dropped) has no champion afterwards. A rollback puts back what the
-last release has replaced.
+A model of which no version fits is a refusal: there is no whole release yet. One that was not made this time (a variant
+that was dropped, an index of data without knowledge) has no champion afterwards. A rollback puts back what the last
+release has replaced.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import graph, lineage, moves, policy, promotion, references, store, versions
+from pipelines.core import graph, lineage, moves, policy, promotion, references, store, verdicts, versions
 from pipelines.core.errors import GateError, UserError
 from pipelines.core.ledger import Ledger, Move, Promotion
 
@@ -82,7 +82,7 @@ def plan(root: Path, client: Any, model: str | None = None, version: str | None 
         fitting = {each: _fitting(client, each, stage, known, made, shared) for each in here}
         if stage == stage_of[name]:
             fitting = {name: [entry]}  # of several models of its stage it is the one that was named
-        if not any(fitting.values()):
+        if not any(fitting.values()) and not _made_none(root, specs[stage], declared, known):
             patterns = [key for key, each in declared.models.items() if each.stage == stage]
             missing.append(_lacks(", ".join(here or patterns), stage, references.shown(entry)))
         for each, found in fitting.items():
@@ -224,6 +224,18 @@ def _fitting(
         # What others read of a stage with several models is the hash of all; a version has that of its own directory
         and (stage in shared or known.get(own) in (None, entry.tags.get(lineage.CONTENT)))
     ]
+
+
+def _made_none(root: Path, spec: graph.StageSpec, declared: policy.Policy, known: dict[str, str]) -> bool:
+    """Whether a stage has made no model of what the release was made from, as data without knowledge make no index.
+
+    Its output stands here, holds none, and what it read is what the others have read.
+    """
+    output = root / spec.output
+    if not output.exists() or declared.of_stage(spec.name, output):
+        return False
+    read = {name: root / path for name, path in spec.inputs.items() if name in known}
+    return all(place.exists() and verdicts.content_hash(root, place) == known[name] for name, place in read.items())
 
 
 def _lacks(models: str, stage: str, head: str) -> str:
