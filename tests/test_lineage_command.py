@@ -17,6 +17,7 @@ from stores import repository, run_stage
 
 from flows import lineage_report
 from pipelines.core import artifacts, lineage, promotion, provenance, registry, store
+from pipelines.core.errors import GateError
 from pipelines.core.params import whole
 from pipelines.core.provenance import Origin
 
@@ -72,6 +73,15 @@ def test_without_a_commit_nothing_can_be_made_again(repository):
     text = told(root, "sluice-base/1")
     assert text.rstrip().endswith("made outside a git repository: no commit says what its code was")
     assert "git clone" not in text
+
+
+def test_a_version_that_no_stage_made_is_told(repository):
+    root, _ = repository
+    client, _ = store.connect(root)
+    client.create_registered_model("by-hand")
+    client.create_model_version("by-hand", source=f"file://{root}/artifacts/data")
+    with pytest.raises(GateError, match="by-hand 1 carries no sluice.content_hash: no stage of this"):
+        told(root, "by-hand/1")
 
 
 @pytest.fixture

@@ -51,7 +51,11 @@ class Origin:
 
 
 def trace(client: Any, experiment: str, entry: Any) -> list[Origin]:
-    """A version and everything it was made from, parents first, each once."""
+    """A version and everything it was made from, parents first, each once.
+
+    Raises:
+        GateError: no stage made the version.
+    """
     found: dict[str, Origin] = {}
 
     def visit(origin: Origin) -> None:
@@ -60,8 +64,8 @@ def trace(client: Any, experiment: str, entry: Any) -> list[Origin]:
                 visit(_artifact(client, experiment, name, digest))
         found[origin.content] = origin
 
+    content = references.content(entry)  # before its run is looked for: what no stage made may have none
     run = client.get_run(entry.run_id)
-    content = references.content(entry)
     visit(Origin(entry.name, content, (references.shown(entry),), dict(entry.tags), dict(run.data.params), True))
     return list(found.values())
 
