@@ -4,7 +4,7 @@
 2. Objects of DVC's cache that no branch (`runs/*` among them), no tag, no worktree and no version that has an alias or
    is on offer refers to. A version refers to the commit it was made at and to the next one that changed `dvc.lock`,
    which recorded it.
-3. Versions of registered models, of an embedded store. Kept are: what has an alias; what a rollback, however often,
+3. Versions that stages made, of an embedded store. Kept are: what has an alias; what a rollback, however often,
    would go back to; what is on offer; parents of what is kept; the newest of each model, which may be offered next.
 
 On offer is a version that a person is asked to approve (flows/approve.py), until it is decided or its time is over.
@@ -167,7 +167,7 @@ def _revisions(root: Path, client: Any) -> Iterator[str]:
 
 
 def _versions(root: Path, client: Any | None) -> Iterator[Waste]:
-    from pipelines.core import references, release, store
+    from pipelines.core import lineage, references, release, store
     from pipelines.core.ledger import FileLedger
 
     if client is None or store.embedded(root) is None:  # a shared store is looked after by whoever owns it
@@ -178,7 +178,7 @@ def _versions(root: Path, client: Any | None) -> Iterator[Waste]:
     keep = needed(every, held, [(move.model, move.source) for move in moved if move.source is not None])
     for model, entries in every.items():
         for entry in entries:
-            if (model, str(entry.version)) not in keep:
+            if (model, str(entry.version)) not in keep and lineage.CONTENT in entry.tags:
                 place = _files(root, client, entry)
                 why = "no alias, no rollback, no approval and no kept version needs it"
                 size = _bytes(place) if place else 0

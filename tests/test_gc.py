@@ -80,6 +80,15 @@ def test_versions_nobody_needs_go_with_their_files_and_the_champion_loads(reposi
     assert list(gc._versions(root, client)) == []
 
 
+def test_what_no_stage_made_is_not_ours_to_remove(repository) -> None:
+    root, _ = repository
+    client, _ = store.connect(root)
+    client.create_registered_model("by-hand")
+    for _ in range(2):
+        client.create_model_version("by-hand", source=f"file://{root}/artifacts/data")
+    assert list(gc._versions(root, client)) == []
+
+
 def test_a_version_on_offer_stays_until_it_is_decided(repository) -> None:
     root, model = Path(repository[0]), repository[1]
     for bits in (2.0, 1.9, 1.8):
