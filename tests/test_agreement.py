@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,19 @@ def test_stage_modules_import_fast_and_light() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("made_in", "cleared"), [("", False), (".", False), ("/elsewhere/.venv", True)])
+def test_a_moved_folder_gets_a_new_virtual_environment(tmp_path: Path, made_in: str, cleared: bool) -> None:
+    """The scripts of the old one call a Python by its path; a stamp of before these were told apart is let be."""
+    root = tmp_path / "a folder"
+    for name in ("pyproject.toml", "constraints.txt", "flows/environment.pth", ".venv/.sluice-stamp"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    shutil.copy(ROOT / "Makefile", root)
+    (root / ".venv/.sluice-stamp").write_text(f"{root.resolve()}/.venv\n" if made_in == "." else made_in)
+    printed = subprocess.run(["make", "-n", "setup"], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert ("-m venv --clear" in printed) is cleared and ("-m venv" in printed) is cleared
 
 
 def test_readme_names_what_exists() -> None:
