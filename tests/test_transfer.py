@@ -304,9 +304,6 @@ def test_dials_of_one_task() -> None:
     ):
         with pytest.raises(ValidationError, match=told):
             toy_tasks.params(per_task=(wrong,))
-    two = ({"task": "rte", "kind": "acceptability"}, {"task": "rte", "kind": "words", "words": ("a", "b")})
-    with pytest.raises(ValidationError, match="heuristics: rte: accepted: one for each task"):
-        toy_tasks.params(heuristics=two)
     with pytest.raises(ValidationError, match=r"task rte is none of transfer.tasks: sst"):
         toy_tasks.params(tasks=("sst",), per_task=({"task": "rte"},))
 

@@ -24,7 +24,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
 
-from pipelines.core import artifacts, context, distributed, environment, graph, hardware, language_models, verdicts
+from pipelines.core import (
+    artifacts,
+    context,
+    distributed,
+    environment,
+    errors,
+    graph,
+    hardware,
+    language_models,
+    verdicts,
+)
 from pipelines.core.errors import ArtifactError, DataError, ParamsError, StoreUnavailable, UserError
 from pipelines.core.params import whole
 from pipelines.core.params.compute import ComputeParams
@@ -51,7 +61,7 @@ def main(name: str, root: Path) -> int:
     except UserError as error:
         return _failed(live, "failed", str(error), error.exit_code)
     except Exception as error:  # the last line of defence: say whose mistake it is, keep the traceback
-        remedy = _environment_problem(error)
+        remedy = errors.of_machine(error)
         if remedy is not None:
             return _failed(live, "failed", f"{name}: {remedy}", UserError.exit_code)
         traceback.print_exc()
@@ -251,25 +261,6 @@ def _check_metrics(name: str, metrics: dict[str, float], declared: frozenset[str
     wrong = {key: value for key, value in metrics.items() if value != value or value in (float("inf"), -float("inf"))}
     if wrong:
         raise DataError(f"{name}: these metrics are not finite numbers: {wrong}. Nothing was published.")
-
-
-def _environment_problem(error: Exception) -> str | None:
-    """What the user must mend when the machine, not the program, is at fault; None for anything else."""
-    import errno
-
-    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-        error = error.__context__  # torch.save tells a fault of its archive, after the disk has told its own
-    number = getattr(error, "errno", None)
-    place = getattr(error, "filename", None) or "the repository's disk"
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-        return f"the disk is full ({place}): {error}. Free some space and run again; nothing was published."
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission to write or read {place}: {error}. Nothing was published."
-    # torch's own errors of this kind are no MemoryError: on a GPU one by name, on a CPU a RuntimeError
-    of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    if isinstance(error, MemoryError) or of_torch:
-        return "not enough memory. Lower batch sizes in params.yaml or free some memory; nothing was published."
-    return None
 
 
 def _failed(live: context.StageContext, state: str, message: str, code: int) -> int:
