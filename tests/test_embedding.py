@@ -167,6 +167,10 @@ def test_what_cannot_embed_is_refused_by_its_name(tmp_path: Path, monkeypatch: p
     (place / "model.safetensors").write_text(pointer)
     with pytest.raises(embedding.EmbedderUnusable, match="embedder m: transformers cannot load it"):
         embedding.Embedder(place)
+    bare = tiny(tmp_path / "bare")
+    (bare / "tokenizer.json").write_text("{}")
+    with pytest.raises(embedding.EmbedderUnusable, match="embedder bare: transformers cannot load it"):
+        embedding.Embedder(bare)
     cross = tiny(tmp_path / "cross", labels=1)
     (cross / "model.safetensors").write_text(pointer)
     with pytest.raises(ValueError, match="re-ranker .*cross: transformers cannot load it"):

@@ -266,6 +266,9 @@ def test_a_damaged_file_is_named(folder: Path, name: str, tmp_path: Path) -> Non
     (copy / "manifest.json").write_text('{"format": 99, "files": {}}')
     with pytest.raises(retrieval.IndexDamaged, match="format 99; accepted: 1"):
         retrieval.Index.open(copy)
+    (copy / "manifest.json").write_text('{"format": 1, "files": {}}')
+    with pytest.raises(retrieval.IndexDamaged, match="'fusion'"):
+        retrieval.Index.open(copy)
 
 
 def test_the_files_a_registered_model_carries_need_nothing_else(folder: Path, tmp_path: Path) -> None:

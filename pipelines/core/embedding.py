@@ -163,7 +163,7 @@ class Embedder:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(place)
             model = AutoModel.from_pretrained(place, dtype=dtype, attn_implementation="sdpa")
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise EmbedderUnusable(f"embedder {place.name}: transformers cannot load it: {error}") from None
         self.model = model.eval().to(device)
         self.dimensions = int(model.config.hidden_size)

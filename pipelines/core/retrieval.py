@@ -95,9 +95,9 @@ class Index:
         import pyarrow.parquet as pq
 
         self.folder, self.manifest = folder, manifest
-        self.fusion_k = float(manifest["fusion"]["k"])
-        self.dense_weight = float(manifest["fusion"]["dense_weight"])
         try:
+            self.fusion_k = float(manifest["fusion"]["k"])
+            self.dense_weight = float(manifest["fusion"]["dense_weight"])
             self._texts = pq.ParquetFile(folder / "chunks.parquet", memory_map=True)
             names = [name for name in self._texts.schema_arrow.names if name not in TEXT_COLUMNS]
             self.chunks = self._texts.read(names)
