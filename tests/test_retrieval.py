@@ -267,7 +267,7 @@ def test_a_damaged_file_is_named(folder: Path, name: str, tmp_path: Path) -> Non
     with pytest.raises(retrieval.IndexDamaged, match="format 99; accepted: 1"):
         retrieval.Index.open(copy)
     (copy / "manifest.json").write_text('{"format": 1, "files": {}}')
-    with pytest.raises(retrieval.IndexDamaged, match="'fusion'"):
+    with pytest.raises(retrieval.IndexDamaged, match="no embedder, no fusion"):
         retrieval.Index.open(copy)
 
 

@@ -80,6 +80,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise IndexDamaged(f"{place}: no manifest of an index: {error!r}; build the index again") from None
     if manifest.get("format") != FORMAT:
         raise IndexDamaged(f"{place}: format {manifest.get('format')!r}; accepted: {FORMAT}; build the index again")
+    if lacking := [name for name in ("embedder", "fusion") if name not in manifest]:
+        raise IndexDamaged(f"{place}: it has no {', no '.join(lacking)}; build the index again")
     for path, size in expected.items():
         found = path.stat().st_size if path.is_file() else None
         if found != size:
@@ -95,9 +97,9 @@ class Index:
         import pyarrow.parquet as pq
 
         self.folder, self.manifest = folder, manifest
+        self.fusion_k = float(manifest["fusion"]["k"])
+        self.dense_weight = float(manifest["fusion"]["dense_weight"])
         try:
-            self.fusion_k = float(manifest["fusion"]["k"])
-            self.dense_weight = float(manifest["fusion"]["dense_weight"])
             self._texts = pq.ParquetFile(folder / "chunks.parquet", memory_map=True)
             names = [name for name in self._texts.schema_arrow.names if name not in TEXT_COLUMNS]
             self.chunks = self._texts.read(names)
