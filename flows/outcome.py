@@ -40,8 +40,8 @@ def judge(root: Path, stage: str, measure: Measure | None = None, again: bool = 
 def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
     """Make a version that passed the champion if `promote: auto` says so. Returns what was done, in words.
 
-    An output that did not change in this run is promoted only where there is no champion yet: a person may
-    have rolled back on purpose.
+    An output that did not change in this run is promoted only if it never was, as when a run was cut off in between:
+    a version that was champion has been rolled back on purpose.
 
     Raises:
         StoreUnavailable: the registry's store is away.
@@ -53,7 +53,11 @@ def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
     from pipelines.core import promotion, registry
 
     champion = registry.champion(root, verdict.model)
-    if champion is not None and (not fresh_output or champion == verdict.version):
+    if champion == verdict.version:
+        return None
+    if not fresh_output and (
+        champion != verdict.champion or promotion.was_promoted(root, verdict.model, verdict.version)
+    ):
         return None
     promotion.promote(
         root,

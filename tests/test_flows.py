@@ -242,19 +242,30 @@ def test_a_store_that_is_away_stops_no_stage(job: Job, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("champion", "fresh_output", "expected"),
-    [(None, False, True), (None, True, True), ("1", True, True), ("1", False, False), ("2", True, False)],
+    ("champion", "compared", "before", "fresh_output", "expected"),
+    [
+        (None, None, False, False, True),
+        (None, None, False, True, True),
+        ("1", "1", True, True, True),
+        ("1", "1", False, False, True),  # a run was cut off between the stage and its promotion
+        ("1", "1", True, False, False),  # a person has rolled back
+        (None, None, True, False, False),  # the same, to nobody
+        ("1", "0", False, False, False),  # the champion is another one than it was compared with
+        ("2", "1", False, True, False),  # it is the champion
+    ],
 )
 def test_what_passed_is_promoted_but_never_over_a_persons_rollback(
-    root: Path, monkeypatch: pytest.MonkeyPatch, champion: str | None, fresh_output: bool, expected: bool
-) -> None:
+    root: Path, monkeypatch: pytest.MonkeyPatch, champion: str | None, compared: str | None, before: bool,
+    fresh_output: bool, expected: bool,
+) -> None:  # fmt: skip
     rule = {"metric": "score", "at_most": 1.0}
     entry = {"stage": "data", "model": "model", "gate": [rule], "promote": "auto"}
     (root / "mlflow" / "registry.yaml").write_text(json.dumps({"models": {"sluice-base": entry}}))
     calls: list[Any] = []
     monkeypatch.setattr(registry, "champion", lambda _, model: champion if model == "sluice-base" else None)
     monkeypatch.setattr(promotion, "promote", lambda *args, **kwargs: calls.append(kwargs["expected_champion"]))
-    judged = replace(verdict(True), champion="the one it was compared with")
+    monkeypatch.setattr(promotion, "was_promoted", lambda *_: before)
+    judged = replace(verdict(True), champion=compared)
     done = outcome.promote(root, judged, fresh_output)
     assert (done is not None, calls) == (expected, [judged.champion] if expected else [])
     entry["promote"] = "manual"

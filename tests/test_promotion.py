@@ -101,6 +101,7 @@ def test_rollback_goes_back_step_by_step(models):
         promotion.rollback(models, NAME, why="more", expected_champion=1)
     client, _ = store.connect(models)
     assert client.get_model_version(NAME, "2").tags["rollback.who"] == "bob"
+    assert [promotion.was_promoted(models, NAME, version) for version in ("1", "3", "4")] == [True, True, False]
 
 
 def test_racers_leave_one_champion_and_clear_refusals(models):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import best, moves, policy, versions
+from pipelines.core import best, moves, policy, store, versions
 from pipelines.core.errors import GateError
 from pipelines.core.ledger import FileLedger, Ledger, Move, Promotion, State
 from pipelines.core.moves import FROM, PREVIOUS
@@ -87,6 +87,19 @@ def rollback(
 def before(client: Any, model: str, version: str | None) -> str | None:
     """The champion that a version replaced when it was promoted."""
     return None if version is None else moves.fetch(client, model, version).tags.get(FROM) or None
+
+
+def was_promoted(root: Path, model: str, version: str) -> bool:
+    """Whether a version has been champion, by whatever way.
+
+    Raises:
+        GateError: there is no such version.
+        StoreUnavailable: the store is away.
+    """
+    client, _ = store.connect(root)
+    with store.answering(root):
+        tags = moves.fetch(client, model, version).tags
+    return any(key.startswith(("promotion.", "rollback.")) for key in tags)
 
 
 def history(root: Path) -> list[tuple[State, Promotion]]:
