@@ -70,8 +70,10 @@ def promote(
     shown = _shown(clone, model, version, release, approval_hours)
     form = Approval.with_initial_data(description=shown["page"])
     answer = suspend_flow_run(wait_for_input=form, timeout=round(approval_hours * 3600), key="approval")
-    message, done = decide(clone, shown, answer, str(flow_run.name))
-    let_go(clone, shown, str(flow_run.id))
+    try:
+        message, done = decide(clone, shown, answer, str(flow_run.name))
+    finally:  # refused by the gate, too, this offer can no more be taken
+        let_go(clone, shown, str(flow_run.id))
     news.tell("promoted" if done else "refused", model, message)
     return Completed(name="Promoted" if done else "Refused", message=message)
 

@@ -96,14 +96,17 @@ def _deliver() -> None:
 
 
 def require(api: str) -> None:
-    """See that an API answers, and to whoever is logged in here.
+    """See that an API answers, and to whoever is logged in here; Prefect Cloud is not asked, as its client does not.
 
     Raises:
         StoreUnavailable: it does not.
     """
     from prefect.settings import get_current_settings
 
-    login = get_current_settings().api
+    settings = get_current_settings()
+    if api.startswith(settings.cloud.api_url):
+        return
+    login = settings.api
     headers = {}
     if login.auth_string is not None:
         known = base64.b64encode(login.auth_string.get_secret_value().encode()).decode()

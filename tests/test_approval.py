@@ -141,3 +141,17 @@ def test_what_a_release_retires_is_shown_and_approved_too(root: Path, monkeypatc
 def test_a_rollback_needs_a_name_and_a_reason(tmp_path: Path) -> None:
     with pytest.raises(GateError, match="needs who and why"):
         approve.rollback.fn(str(tmp_path), "sluice-base", who="Ada", why=" ")
+
+
+def test_an_offer_that_can_no_more_be_taken_is_let_go(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved(*_: Any) -> Any:
+        raise GateError("the champion is another one")
+
+    gone: list[Any] = []
+    monkeypatch.setattr(approve, "_shown", lambda *_: {"page": "", "members": []})
+    monkeypatch.setattr(approve, "suspend_flow_run", lambda **_: yes())
+    monkeypatch.setattr(approve, "decide", moved)
+    monkeypatch.setattr(approve, "let_go", lambda *given: gone.append(given))
+    with pytest.raises(GateError, match="another one"):
+        approve.promote.fn(str(root))
+    assert len(gone) == 1

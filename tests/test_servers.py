@@ -87,6 +87,11 @@ def test_a_prefect_server_that_does_not_answer_us_is_told(monkeypatch: pytest.Mo
         guarded.shutdown()
 
 
+def test_prefect_cloud_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.urllib.request, "urlopen", pytest.fail)
+    server.require("https://api.prefect.cloud/api/accounts/1/workspaces/2")
+
+
 def test_what_is_no_address_or_no_http_server_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "REQUIRE_SECONDS", 0.2)
     for address in ("prefect", "http://user:planted@host:port/api"):
