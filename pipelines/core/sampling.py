@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipelines.core import attention, packing, training
+from pipelines.core import attention, few_rows, packing, training
 from pipelines.core.branch_cache import BLOCK, SPARE, SPARE_SHARE, BranchCache, Layout, layout, widest
 from pipelines.core.drawing import LARGEST, draw, room_to_draw
 from pipelines.core.errors import ArtifactError, DataError
@@ -86,7 +86,12 @@ def sample(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), training.computing_in(precision, head.device.type, model), _quick_attention(inner):
+        with (
+            torch.inference_mode(),
+            training.computing_in(precision, head.device.type, model),
+            _quick_attention(inner),
+            few_rows.quick(body, precision),
+        ):
             for batch in _batches([len(prompt) for prompt in prompts], every, tokens):
                 uniforms = np.full((len(batch), every, tokens), LARGEST, dtype=np.float32)
                 for place, one in np.ndindex(len(batch), count):
