@@ -29,7 +29,7 @@ def promote(root: Path, model: str, version: str | None, why: str, expected: str
     with store.answering(root):
         chosen = references.resolve(client, f"{model}/{version}") if version else references.newest(client, model)
         champion = versions.alias(client, model, policy.CHAMPION)
-        seen = champion if expected is None else None if expected == "none" else expected
+        seen = champion if expected is None else _seen(expected)
         if champion != str(chosen.version):
             moves.compare(model, champion, seen)  # before a gate is asked, which may take minutes
         _asked(root, client, [(chosen, champion)], console)
@@ -55,7 +55,7 @@ def promote_release(
         planned = release.plan(root, client, model, version)
         head = next(one for one in planned.members if f"{one.model} {one.version}" == planned.name)
         if expected is not None:
-            moves.compare(head.model, head.champion, None if expected == "none" else expected)
+            moves.compare(head.model, head.champion, _seen(expected))
         _say(console, f"release {planned.name}", *(f"  {one.model} {one.version}" for one in planned.members))
         _say(
             console, *(f"  {name} {gone}: was not made, has no champion then" for name, gone in planned.retired.items())
@@ -80,7 +80,7 @@ def rollback(root: Path, model: str, why: str, expected: str | None, console: Co
     with store.answering(root):
         references.registered(client, model)
         champion = versions.alias(client, model, policy.CHAMPION)
-    seen = champion if expected is None else None if expected == "none" else expected
+    seen = champion if expected is None else _seen(expected)
     _say(console, *_told(promotion.rollback(root, model, why=why, expected_champion=seen)))
 
 
@@ -157,3 +157,8 @@ def _told(done: Promotion) -> list[str]:
 def _say(console: Console, *lines: str) -> None:
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _seen(expected: str) -> str | None:
+    """The champion that a caller saw."""
+    return None if expected == "none" else expected

@@ -33,7 +33,6 @@ from pipelines.core import artifacts, distributed, language_models, preference_d
 from pipelines.core.checkpoint import Checkpoints
 from pipelines.core.completions import Prompt
 from pipelines.core.context import StageContext
-from pipelines.core.errors import ParamsError
 from pipelines.core.params.dpo import DpoParams
 from pipelines.core.reward_examples import Elements, Examples
 
@@ -185,13 +184,9 @@ def _model(params: DpoParams, sft: Path, train: Elements, context: StageContext)
     torch.manual_seed(params.seed)
     longest = max(k_way.ROW_TOKENS, *(len(one.ids) for one in train.sequences))
     model = fine_tuning.load(sft, params, longest, context)
-    room = sampling.context_length(model.config)
-    asked = params.max_prompt_tokens + params.max_new_tokens
-    if room is not None and max(params.max_length, asked) > room:
-        raise ParamsError(
-            f"dpo.max_length is {params.max_length}, dpo.max_prompt_tokens + dpo.max_new_tokens {asked} tokens; the "
-            f"SFT model's context is {room}: lower them"
-        )
+    answered = params.max_prompt_tokens + params.max_new_tokens
+    asked = {"dpo.max_length": params.max_length, "dpo.max_prompt_tokens + dpo.max_new_tokens": answered}
+    sampling.check_context(asked, "the SFT model's context", model.config)
     return model.eval()
 
 

@@ -224,11 +224,11 @@ def shared(sft: Path, reward: Path | None, adapters: Tuning, longest: int, seed:
     reward_head, mean = None, 0.0
     if reward is None:
         model.add_adapter("value", copy.deepcopy(model.peft_config["policy"]))
-        low_rank.fuse(model)
     else:
         reward_head, mean = reward_model.load_adapter(model, reward / "adapter", sft, "reward"), _mean(reward / "model")
         reward_model.load_adapter(model, reward / "adapter", sft, "value")
         models["reward"] = model
+    low_rank.fuse(model)
     return _on_device(models, base.config.hidden_size, reward_head, mean, sft, adapters, context)
 
 

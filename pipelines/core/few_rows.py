@@ -20,9 +20,8 @@ def quick(model: Any, precision: str) -> Iterator[None]:
 
     Without gradients, and while the weights do not change. Where it is computed in anything but bf16, nothing happens.
     """
-    linear = [part for part in model.modules() if type(part) is torch.nn.Linear and part.weight.device.type == "cpu"]
-    if precision != "bf16" or not _there():
-        linear = []
+    parts = model.modules() if precision == "bf16" and _there() else ()
+    linear = [part for part in parts if type(part) is torch.nn.Linear and part.weight.device.type == "cpu"]
     for part in linear:
         part.forward = _forward(part)  # type: ignore[assignment]
     try:

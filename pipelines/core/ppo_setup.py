@@ -70,13 +70,9 @@ def roles(params: PpoParams, inputs: dict[str, Path], context: StageContext) -> 
     if context.world.size > 1 and context.world.sharding == "full":
         raise ParamsError("compute.sharding: ppo cannot split its model, which samples while it learns; set none")
     sft, reward = inputs["sft"] / "model", inputs["reward"]
-    room = sampling.context_length(AutoConfig.from_pretrained(sft))
     need = params.max_prompt_tokens + params.max_new_tokens
-    if room is not None and max(need, params.ptx_length) > room:
-        raise ParamsError(
-            f"ppo.max_prompt_tokens + ppo.max_new_tokens is {need} and ppo.ptx_length {params.ptx_length} tokens; the "
-            f"SFT model's context is {room}: lower them"
-        )
+    asked = {"ppo.max_prompt_tokens + ppo.max_new_tokens": need, "ppo.ptx_length": params.ptx_length}
+    sampling.check_context(asked, "the SFT model's context", AutoConfig.from_pretrained(sft))
     longest = max(k_way.ROW_TOKENS, need * params.samples_per_prompt, params.ptx_length, scoring.WINDOW)
     own = not params.rewards
     if params.method == "full":

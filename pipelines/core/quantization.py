@@ -108,13 +108,12 @@ def check(subject: Subject, model: Any, params: QuantizeParams) -> None:
     """
     if getattr(model.config, "quantization_config", None) is not None:
         raise ArtifactError(f"{subject.place}: the model is quantized; name the one it was made from")
-    room = sampling.context_length(model.config)
-    asked = params.max_prompt_tokens + params.max_new_tokens
-    if room is not None and max(params.calibration_length, asked) > room:
-        raise ParamsError(
-            f"quantize.calibration_length is {params.calibration_length}, quantize.max_prompt_tokens + "
-            f"quantize.max_new_tokens {asked} tokens; the context of {subject.place} is {room}: lower them"
-        )
+    answered = params.max_prompt_tokens + params.max_new_tokens
+    asked = {
+        "quantize.calibration_length": params.calibration_length,
+        "quantize.max_prompt_tokens + quantize.max_new_tokens": answered,
+    }
+    sampling.check_context(asked, f"the context of {subject.place}", model.config)
     for name, value in model.named_parameters():
         if not bool(torch.isfinite(value).all()):
             count = int((~torch.isfinite(value)).sum())

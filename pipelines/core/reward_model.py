@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipelines.core import artifacts, chats, fine_tuning, k_way, low_rank, segments
+from pipelines.core import artifacts, chats, fine_tuning, k_way, segments
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
 from pipelines.core.params.tuning import Method
@@ -159,7 +159,6 @@ def load_adapter(model: Any, place: Path, sft: Path, name: str) -> torch.Tensor:
             f"{place}: the reward model was trained on another SFT model than {sft}. Make it again: dvc repro reward"
         )
     model.add_adapter(name, PeftConfig.from_pretrained(place))
-    low_rank.fuse(model)
     state = load_file(place / ADAPTER)
     told = set_peft_model_state_dict(model, state, adapter_name=name)
     absent = [key for key in told.missing_keys if f".{name}." in key and "lora_" in key]

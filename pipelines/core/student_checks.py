@@ -57,13 +57,9 @@ def check_finite(model: PreTrainedModel, place: Path | str) -> None:
 
 def check_context(params: DistillParams, *models: PreTrainedModel) -> None:
     """Raises ParamsError where what is to be read does not fit the context of teacher and student."""
-    rooms = [room for model in models if (room := sampling.context_length(model.config)) is not None]
-    asked = params.max_prompt_tokens + params.max_new_tokens
-    if rooms and max(params.max_length, asked) > min(rooms):
-        raise ParamsError(
-            f"distill.max_length is {params.max_length}, distill.max_prompt_tokens + distill.max_new_tokens {asked} "
-            f"tokens; the context of teacher and student is {min(rooms)}: lower them"
-        )
+    answered = params.max_prompt_tokens + params.max_new_tokens
+    asked = {"distill.max_length": params.max_length, "distill.max_prompt_tokens + distill.max_new_tokens": answered}
+    sampling.check_context(asked, "the context of teacher and student", *(model.config for model in models))
 
 
 def check_top_k(k: int | None, teacher: PreTrainedModel) -> None:
