@@ -101,7 +101,8 @@ def test_a_moved_folder_gets_a_new_virtual_environment(tmp_path: Path, made_in: 
         (root / name).touch()
     shutil.copy(ROOT / "Makefile", root)
     (root / ".venv/.sluice-stamp").write_text(f"{root.resolve()}/.venv\n" if made_in == "." else made_in)
-    printed = subprocess.run(["make", "-n", "setup"], cwd=root, capture_output=True, text=True, check=True).stdout
+    command = ["make", "-n", "setup", "VENV=.venv"]  # said again: the tests may run under `make VENV=...`
+    printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     assert ("-m venv --clear" in printed) is cleared and ("-m venv" in printed) is cleared
 
 
