@@ -110,11 +110,14 @@ def seen(exact: torch.Tensor, smaller: torch.Tensor, name: str) -> Seen:
     Raises:
         ArtifactError: they are not finite; the layer is named.
     """
-    inputs = smaller.flatten(0, -2).float()
-    square = inputs.t() @ inputs
+    inputs, wanted = smaller.flatten(0, -2).float(), exact.flatten(0, -2).float()
+    # Products of bf16 numbers are exact in fp32: where both are, oneDNN forms these sums at the rate of bf16.
+    narrow = exact.dtype == smaller.dtype == torch.bfloat16
+    with torch.backends.mkldnn.flags(enabled=True, fp32_precision="bf16" if narrow else "none"):
+        square, product = inputs.t() @ inputs, wanted.t() @ inputs
     if not bool(torch.isfinite(square).all()):
         raise ArtifactError(f"layer {name}: its inputs on the calibration rows are not finite")
-    return Seen(root(square), (exact.flatten(0, -2).float() - inputs).t() @ inputs)
+    return Seen(root(square), product - square)
 
 
 def restored(weight: torch.Tensor, found: Seen) -> torch.Tensor:
