@@ -24,7 +24,8 @@ whole batch, the value loss clipped, a lower score for a response that does not 
    hundreds of episodes cannot tell easy prompts from hard ones, and that would be most of the gradient's noise.
 7. A response without an end loses `missing_eos_penalty`. A fixed score, as in Stiennon et al., is a prize where the
    reward model likes no answer to a prompt.
-8. A second run without the pre-training gradient, from the same start (`without_ptx`), tells what it is good for.
+8. A second run without the pre-training gradient, from the same start (`without_ptx`), tells what it is good for. It
+   is there to be compared with: a guard that stops it, or a divergence, ends that run alone, and is told on the card.
 9. By default the KL coefficient is 0.2 (paper: 0.02) and a batch 64 episodes (paper: 512): a reward model of a few
    hundred rankings is worth following for a nat or two only (docs/notes.md).
 """
@@ -70,7 +71,8 @@ OPTIONAL = frozenset(
         "best_of_n_reached",
         # with a second arm
         "alignment_tax_bits_without_ptx", "alignment_tax_bits_without_ptx_low", "alignment_tax_bits_without_ptx_high",
-        "ptx_repairs", "ptx_repairs_low", "ptx_repairs_high",
+        "ptx_repairs", "ptx_repairs_low", "ptx_repairs_high",  # where it came to its end
+        "without_ptx_stopped_after",  # iterations, where it did not
     }
 )  # fmt: skip
 SCORES = frozenset(
@@ -98,10 +100,10 @@ def run(params: PpoParams, inputs: dict[str, Path], outputs: Path, context: Stag
 
     Raises:
         ParamsError, DataError, ArtifactError: prompts, models or rewards that do not fit, a reward that cannot be
-            used, a guard that has fired; the last good checkpoint is kept.
+            used, a guard that has fired on the policy; the last good checkpoint is kept.
         Stopped: a signal came; the checkpoint is written.
     """
-    from pipelines.core import alignment_tax, policy_answers, policy_card, policy_evaluation, reward_functions
+    from pipelines.core import alignment_tax, policy_answers, policy_card, policy_evaluation, reward_functions, training
 
     # 1. Prompts, reward, the four roles, and how long and how fast.
     sft = inputs["sft"] / "model"
@@ -119,13 +121,16 @@ def run(params: PpoParams, inputs: dict[str, Path], outputs: Path, context: Stag
     arms = {Arm("", params.ptx_coefficient): outputs / "model"}
     if params.without_ptx:
         arms[Arm("plain_", 0.0)] = context.work / "plain"
-    start, parameters = actors.trained_state(), 0
+    start, parameters, ended = actors.trained_state(), 0, ""
     for arm, place in arms.items():
         actors.load_trained_state(start)
         try:
             _train(arm, params, plan, actors, task, context)
         except (ArtifactError, DataError) as error:
-            raise type(error)(f"{error} {ppo_setup.kept(context.work / arm.checkpoints, context.root)}") from None
+            if not (arm.name and isinstance(error, guards.Fired | training.Diverged)):
+                raise type(error)(f"{error} {ppo_setup.kept(context.work / arm.checkpoints, context.root)}") from None
+            ended = f"The run to compare with came to no end: {error}"
+            context.say(ended)
         if context.world.leads:
             shutil.rmtree(place, ignore_errors=True)
             parameters = actors.save(place, tokenizer, context)
@@ -149,13 +154,15 @@ def run(params: PpoParams, inputs: dict[str, Path], outputs: Path, context: Stag
         **trained.metrics(),
         "parameters": float(parameters),
     }
+    if ended:
+        metrics = alignment_tax.of_stopped(metrics, sum("plain_kl" in row for row in context.history))
     samples = policy_card.samples(compared, params.samples)
     context.say(samples)
     artifacts.write_text(outputs / "samples.md", samples)
     how = (
         f"PPO on {metrics['episodes']:.0f} episodes ({plan.steps} optimizer steps, {params.method}), KL coefficient "
-        f"{params.kl_coefficient:g}, coefficient of the pre-training gradient {params.ptx_coefficient:g}."
-    )
+        f"{params.kl_coefficient:g}, coefficient of the pre-training gradient {params.ptx_coefficient:g}. {ended}"
+    ).rstrip()
     card = policy_card.card(json.loads((outputs / "model/config.json").read_text())["model_type"], how, metrics)
     artifacts.write_text(outputs / "model" / "README.md", card)
     return metrics
@@ -230,7 +237,7 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
         if iteration in (0, params.iterations - 1):
             title = f"Rollouts of {arm.name}iteration {iteration + 1}"
             context.say(ppo_figures.page(found, coefficient, params.samples, title))
-        _guard(arm, params, context)
+        guards.watch(params, context.history, arm.name)
         if params.kl_target is not None:
             measured = (told["kl"], params.kl_target, params.kl_horizon, len(mask))
             coefficient = policy_gradient.next_coefficient(coefficient, *measured)
@@ -279,20 +286,3 @@ def _learner(params: PpoParams, plan: Plan, actors: Actors, state: dict[str, Any
         training.load_optimizer_state(policy, state["policy"])
         training.load_optimizer_state(value, state["value"])
     return Learner(actors, policy, value, plan.lr, plan.value_lr)
-
-
-def _guard(arm: Arm, params: PpoParams, context: StageContext) -> None:
-    """Stop a run that is being spoiled; its last good checkpoint stays where it is.
-
-    Raises:
-        ArtifactError: a guard has fired.
-    """
-    limits = guards.Guards(params.kl_ceiling, params.entropy_floor, params.cap_share)
-    rows = [
-        {key.removeprefix(arm.name): value for key, value in row.items()}
-        for row in context.history
-        if f"{arm.name}kl" in row
-    ]
-    if (problem := guards.check(limits, rows)) is not None:
-        which = " without the pre-training gradient" if arm.name else ""
-        raise ArtifactError(f"ppo{which} stopped after iteration {len(rows)}: {problem}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from test_reward import TINY as REWARD
 from test_reward import comparisons, write
 
 from pipelines import ppo, reward
-from pipelines.core import artifacts, ppo_step
+from pipelines.core import artifacts, guards, ppo_step, training
 from pipelines.core.context import StageContext, Stopped
 from pipelines.core.errors import ArtifactError, DataError, ParamsError
 from pipelines.core.params.ppo import PpoParams
@@ -215,6 +216,36 @@ def test_a_guard_stops_the_run_and_the_last_good_checkpoint_is_kept(inputs: dict
     after = int(str(raised.value).split("iteration ")[1].split(":")[0])
     kept = [int(place.name.split("-")[1]) for place in (tmp_path / ".work/ppo").glob("*/checkpoints/step-*")]
     assert max(kept) == after - 1 and not (tmp_path / "out/model").exists()
+
+
+@pytest.mark.parametrize("what", ["guard", "divergence"])
+def test_what_ends_the_run_to_compare_with_ends_that_run_alone(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The policy is published, the other's tax is told with where it was stopped, and compared with nothing."""
+    check, take = guards.check, ppo_step.take
+
+    def checked(limits: guards.Guards, rows: Sequence[guards.Row]) -> str | None:
+        return "KL is too large." if len(rows) == 2 and "ptx_loss" not in rows[-1] else check(limits, rows)
+
+    def taken(*args: Any) -> Any:
+        if args[3] is None and args[4] == 5:  # no pre-training gradient, the last step
+            raise training.Diverged("training diverged in step 6: {'loss': nan}.")
+        return take(*args)
+
+    if what == "guard":
+        monkeypatch.setattr(guards, "check", checked)
+    else:
+        monkeypatch.setattr(ppo_step, "take", taken)
+    metrics, out, context = run(inputs, tmp_path, checkpoint_steps=2)
+    assert ppo.METRICS <= set(metrics) <= ppo.METRICS | ppo.OPTIONAL
+    assert metrics["without_ptx_stopped_after"] == 2.0 and "alignment_tax_bits_without_ptx_low" in metrics
+    assert not any(key.startswith("ptx_repairs") for key in metrics)
+    told = {"guard": "stopped after iteration 2: KL is too large.", "divergence": "training diverged in step 6"}[what]
+    card = (out / "model/README.md").read_text()
+    assert told in card and "when it was stopped, after iteration 2." in card and told in "".join(context.samples)
+    hashed = artifacts.content_hash(out)
+    assert artifacts.content_hash(run(inputs, tmp_path, checkpoint_steps=2)[1]) == hashed
 
 
 def test_steps_that_were_not_made_are_noticed(

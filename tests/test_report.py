@@ -168,6 +168,15 @@ def test_a_policy_against_its_distance_and_its_tax(
     assert "kl of ppo: -0.01000 at step 1, 1.100 at step 3 (without pre-training gradients 2.500)." in told
 
 
+def test_a_run_to_compare_with_that_was_stopped_says_where(
+    with_policy: dict[str, Path], tmp_path: Path, context: StageContext
+) -> None:
+    with_policy["metrics/ppo.json"].write_text(json.dumps(POLICY | {"without_ptx_stopped_after": 3.0}))
+    make(with_policy, tmp_path / "out", context)
+    told = (tmp_path / "out/report.md").read_text().replace("\\", "")
+    assert "without pre-training gradients, stopped after iteration 3 0.2000 (0.1000 to 0.3000)." in told
+
+
 def test_a_policy_that_nobody_judged(with_policy: dict[str, Path], tmp_path: Path, context: StageContext) -> None:
     metrics = {key: value for key, value in POLICY.items() if "gold" not in key and "without" not in key}
     with_policy["metrics/ppo.json"].write_text(json.dumps(metrics))

@@ -60,3 +60,11 @@ def metrics(scores: Mapping[str, Sequence[float]], sizes: Sequence[int], groups:
         estimate, low, high = statistics.paired_bootstrap(bits[more], bits[less], weight, group=groups)
         found |= {key: estimate, f"{key}_low": low, f"{key}_high": high}
     return found
+
+
+def of_stopped(metrics: Mapping[str, float], iterations: int) -> dict[str, float]:
+    """Metrics where the run without pre-training gradients was stopped after `iterations`: its tax is told with their
+    number, and compared with nothing, since the other run is longer.
+    """
+    kept = {key: value for key, value in metrics.items() if not key.startswith("ptx_repairs")}
+    return kept | {"without_ptx_stopped_after": float(iterations)}

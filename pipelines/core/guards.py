@@ -7,6 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipelines.core.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from pipelines.core.params.ppo import PpoParams
 
 CLIPPED = 0.3  # share of tokens beyond the clip from which the steps are no longer small: the usual rule of thumb
 NOISE = -0.5  # explained variance: a value model that adds half the variance of the returns; chance makes a tenth
@@ -22,6 +28,27 @@ class Guards:
     kl_ceiling: float  # nats a response
     entropy_floor: float  # share of the first iteration's entropy
     cap_share: float  # largest share of responses that reach the limit of tokens without EOS
+
+
+class Fired(ArtifactError):
+    """A guard has stopped a run."""
+
+
+def watch(params: PpoParams, history: Sequence[Row], prefix: str) -> None:
+    """Stop a run that is being spoiled; its last good checkpoint stays where it is.
+
+    Args:
+        history: rows of all runs so far.
+        prefix: of the run's columns; none: the policy's own, else the one without the pre-training gradient.
+
+    Raises:
+        Fired: a guard has something to say of the latest iteration.
+    """
+    rows = [{key.removeprefix(prefix): value for key, value in row.items()} for row in history if f"{prefix}kl" in row]
+    limits = Guards(params.kl_ceiling, params.entropy_floor, params.cap_share)
+    if (problem := check(limits, rows)) is not None:
+        which = " without the pre-training gradient" if prefix else ""
+        raise Fired(f"ppo{which} stopped after iteration {len(rows)}: {problem}")
 
 
 def check(guards: Guards, history: Sequence[Row]) -> str | None:

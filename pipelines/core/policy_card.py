@@ -84,4 +84,6 @@ def _tax(metrics: Mapping[str, float]) -> str:
     plain = ""
     if "alignment_tax_bits_without_ptx" in metrics:
         plain = f"; without pre-training gradients {told('alignment_tax_bits_without_ptx')}"
+    if "without_ptx_stopped_after" in metrics:
+        plain += f" when it was stopped, after iteration {metrics['without_ptx_stopped_after']:.0f}"
     return f"Alignment tax, in bits per byte of held-out text: {told('alignment_tax_bits')}{plain}."

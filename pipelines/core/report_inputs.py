@@ -25,7 +25,7 @@ KEY_METRICS: Mapping[str, tuple[str, ...]] = {
     "reward": ("accuracy", "accuracy_length_only", "accuracy_log_probability", "accuracy_held_out_labelers", "ece"),
     "ppo": (
         "gold_win_rate", "gold_win_rate_low", "gold_greedy", "gold_greedy_sft", "best_of_n_gold_at_equal_kl", "kl",
-        "alignment_tax_bits", "alignment_tax_bits_without_ptx",
+        "alignment_tax_bits", "alignment_tax_bits_without_ptx", "without_ptx_stopped_after",
     ),
     "dpo": (
         "accuracy", "accuracy_length_only", "gold_win_rate", "gold_win_rate_low", "gold_greedy", "gold_greedy_sft",

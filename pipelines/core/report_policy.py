@@ -78,7 +78,7 @@ def _distance(kl: float) -> float:
 def _tax(stage: Stage) -> Plot:
     """Bits per byte more than the SFT model on held-out text, of each arm."""
     arms = [
-        (name, Interval(*(stage.metrics[f"{key}{end}"] for end in ("", "_low", "_high"))))
+        (name + _stopped(stage, key), Interval(*(stage.metrics[f"{key}{end}"] for end in ("", "_low", "_high"))))
         for key, name in TAXES.items()
         if key in stage.metrics
     ]
@@ -99,3 +99,9 @@ def _tax(stage: Stage) -> Plot:
     )
     caption = f"Alignment tax of {stage.name}, in bits per byte of held-out text, with 95 % intervals: {told}."
     return Plot(f"{stage.name}-alignment-tax", caption, svg(draw, caption))
+
+
+def _stopped(stage: Stage, key: str) -> str:
+    """After how many iterations the run that a tax is of was stopped, if it was."""
+    after = stage.metrics.get("without_ptx_stopped_after")
+    return "" if after is None or "without_ptx" not in key else f",\nstopped after\niteration {after:.0f}"

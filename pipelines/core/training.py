@@ -67,7 +67,7 @@ def update(
     Returns the loss, as the mean over the processes, and the gradient's norm before clipping.
 
     Raises:
-        ArtifactError: the loss or the gradient is not finite; nothing was updated.
+        Diverged: the loss or the gradient is not finite; nothing was updated.
     """
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     distributed.average_gradients(trained, world)
@@ -114,15 +114,19 @@ def language_model_loss(model: Any, batch: packing.Batch, context: StageContext)
     return losses.linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten())
 
 
+class Diverged(ArtifactError):
+    """A loss or a gradient is not finite."""
+
+
 def refuse_nan(step: int, **values: float) -> None:
     """Stop a run that has diverged, before it spoils a checkpoint.
 
     Raises:
-        ArtifactError: one of the values is not finite.
+        Diverged: one of the values is not finite.
     """
     wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
     if wrong:
-        raise ArtifactError(f"training diverged in step {step + 1}: {wrong}. Lower lr or raise warmup_share.")
+        raise Diverged(f"training diverged in step {step + 1}: {wrong}. Lower lr or raise warmup_share.")
 
 
 def random_state() -> dict[str, Any]:
