@@ -93,6 +93,7 @@ def run(params: RewardParams, inputs: dict[str, Path], outputs: Path, context: S
     examples = reward_examples.gather(*asked)
     train, held_out = examples.train, examples.held_out
     elements = reward_examples.by_prompt(train)
+    written = reward_examples.demonstrations(params, inputs["data"], tokenizer)  # before the training, not after it
     model = _model(params, inputs["sft"] / "model", tokenizer, elements, context)
     plan = _plan(params, model, elements)
 
@@ -126,7 +127,6 @@ def run(params: RewardParams, inputs: dict[str, Path], outputs: Path, context: S
     reward_model.save(model, tokenizer, outputs / "model", context.dtype)
     context.write_history(outputs / "history.csv")
     model, _ = reward_model.load(outputs / "model", context, k_way.kind(context.device, held_out.sequences))
-    written = reward_examples.demonstrations(params, inputs["data"], tokenizer)
     level = reward_model.level(model, written, context, teller("demonstrations after training"))
     reward_model.save_constants(outputs / "model", model, level)
 

@@ -226,6 +226,21 @@ def test_files_metrics_and_learning(inputs: dict[str, Path], tmp_path: Path) -> 
     assert "kept out of training" in context.samples[0] and "first ranking" in context.samples[1]
 
 
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [(3, r"of 3 chosen ones 0 have at most .*calibration_demonstrations"), (1, "more rows of table")],
+)
+def test_demonstrations_without_a_mean_are_told_before_the_training(
+    inputs: dict[str, Path], tmp_path: Path, count: int, told: str
+) -> None:
+    answer = "the width of the area " * (60 if count > 1 else 1)
+    said = [{"role": "user", "content": "what is w?"}, {"role": "assistant", "content": answer}]
+    write(tmp_path / "data/demonstrations/train.parquet", [{"id": f"d{n}", "messages": said} for n in range(count)])
+    with pytest.raises(DataError, match=told):
+        run({**inputs, "data": tmp_path / "data"}, tmp_path)
+    assert not list(tmp_path.rglob("step-*")), "a run of hours would have been made again with another max_length"
+
+
 def test_demonstrations_score_zero_on_average(inputs: dict[str, Path], tmp_path: Path, known: Any) -> None:
     metrics, out, context = run(inputs, tmp_path)
     config = json.loads((out / "model/config.json").read_text())

@@ -122,9 +122,11 @@ def demonstrations(params: RewardParams, data: Path, tokenizer: Any) -> list[Seq
             raise DataError(f"demonstrations/train, id {row['id']}: {error}") from None
     fitting = [one for one in found if k_way.longest(one) <= params.max_length]
     if len(fitting) < 2:
+        remedy = "Raise reward.max_length, or reward.calibration_demonstrations: longer ones are passed over."
         raise DataError(
-            f"demonstrations: of {len(found)} chosen ones {len(fitting)} have at most reward.max_length = "
-            f"{params.max_length} tokens; their mean reward needs 2 or more. Raise reward.max_length."
+            f"demonstrations/train: of {len(found)} chosen ones {len(fitting)} have at most reward.max_length = "
+            f"{params.max_length} tokens; their mean reward needs 2 or more. "
+            + (remedy if len(found) > 1 else "Give data.sources more rows of table: demonstrations.")
         )
     return fitting
 
