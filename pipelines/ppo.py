@@ -268,7 +268,9 @@ def _experience(
         proxy = None if task.score is None else partial(task.score, call=iteration + 1)
         found = episodes.score(actors, rollout, proxy, params, task.tokenizer.pad_token_id, context)
     if iteration == 0:
-        reward_functions.refuse_constant(found.proxy.tolist(), ", ".join(params.rewards) or "the reward model")
+        group = params.samples_per_prompt if params.group_baseline else None
+        name = ", ".join(params.rewards) or "the reward model"
+        reward_functions.refuse_constant(found.proxy.tolist(), name, group)
         self_test.check(actors, found, params, task.tokenizer.eos_token_id, context)
     return found
 

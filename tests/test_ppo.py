@@ -195,6 +195,7 @@ def test_accumulation_changes_nothing_but_memory(inputs: dict[str, Path], tmp_pa
         ("return [1.0] * (len(responses) - 1)", "call 1"),
         ("if len(CALLS) == 3: raise RuntimeError('out of order')\nreturn [len(text) for text in responses]", "call 3"),
         ("return [0.5] * len(responses)", "nothing can be learned"),
+        ("return [float(text.split()[1]) for text in prompts]", "Does it read the prompts"),
     ],
 )
 def test_a_reward_that_cannot_be_used(inputs: dict[str, Path], tmp_path: Path, body: str, told: str) -> None:

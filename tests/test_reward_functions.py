@@ -182,6 +182,10 @@ def test_a_constant_reward_teaches_nothing() -> None:
     with pytest.raises(DataError, match="the reward gives 0.5 to each of the 3 responses of the first batch"):
         reward_functions.refuse_constant([0.5, 0.5, 0.5], "the reward")
     reward_functions.refuse_constant([0.5, 0.5, 0.25], "the reward")
+    with pytest.raises(DataError, match=r"one number to all 2 responses .* the 3 prompts .* which come first"):
+        reward_functions.refuse_constant([0.5, 0.5, 2.0, 2.0, 1.0, 1.0], "the reward", 2)
+    reward_functions.refuse_constant([0.5, 0.5, 2.0, 2.0, 1.0, 1.1], "the reward", 2)
+    reward_functions.refuse_constant([0.5, 0.5, 2.0, 2.0], "the reward")
 
 
 @pytest.mark.parametrize(

@@ -104,19 +104,27 @@ def score(rewards: Sequence[Reward], prompts: Sequence[str], responses: Sequence
     return Scores([fmean(column) for column in columns], each, fmean(pstdev(column) for column in columns))
 
 
-def refuse_constant(values: Sequence[float], name: str) -> None:
+def refuse_constant(values: Sequence[float], name: str, group: int | None = None) -> None:
     """Refuse a reward under which no response of the first batch is better than another.
 
     Args:
-        values: of the responses of the first batch, two or more.
+        values: of the responses of the first batch, two or more, prompt by prompt.
+        group: responses of each prompt, where only they are compared; None: all are.
 
     Raises:
-        DataError: all values are the same.
+        DataError: all that are compared are the same.
     """
+    accepted = "Accepted: a reward that tells responses apart, and a policy whose samples differ"
     if len(values) > 1 and len(set(values)) == 1:
         raise DataError(
             f"{name} gives {values[0]:g} to each of the {len(values)} responses of the first batch: nothing can be "
-            "learned from it. Accepted: a reward that tells responses apart, and a policy whose samples differ"
+            f"learned from it. {accepted}"
+        )
+    if group is not None and all(len(set(values[at : at + group])) == 1 for at in range(0, len(values), group)):
+        raise DataError(
+            f"{name} gives one number to all {group} responses of a prompt, for each of the {len(values) // group} "
+            "prompts of the first batch: with ppo.group_baseline nothing can be learned from it. Does it read the "
+            f"prompts, which come first, for the responses? {accepted}"
         )
 
 
