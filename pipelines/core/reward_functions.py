@@ -32,7 +32,7 @@ from pipelines.core.errors import ArtifactError, DataError, ParamsError
 from pipelines.core.params.ppo import reward_source
 
 Score = Callable[[list[str], list[str]], Sequence[float]]
-LARGEST = 3.4e38  # what fp32, in which advantages are computed, can hold
+LARGEST = 1e15  # the squares of a million of them, which the value loss adds up, are what fp32 can hold
 ACCEPTED = "accepted in ppo.rewards: a reward model's directory, or path/to/file.py:function"
 
 
@@ -147,7 +147,7 @@ def _answer(reward: Reward, prompts: Sequence[str], responses: Sequence[str], ca
         if number is None:
             raise DataError(
                 f"{where}: found {faults.shown(_plain(value))} for the response {faults.shown(response)} to the prompt "
-                f"{faults.shown(prompt)}; {accepted}"
+                f"{faults.shown(prompt)}; {accepted}, none beyond {LARGEST:g} on either side of 0"
             )
     return [number for number in numbers if number is not None]
 
@@ -167,7 +167,7 @@ def _plain(value: Any) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number that fp32 can hold, or None."""
+    """A number of at most `LARGEST` on either side of 0, or None."""
     plain = _plain(value)
     if not isinstance(plain, Real):
         return None
