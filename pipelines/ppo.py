@@ -265,7 +265,8 @@ def _experience(
         tell = partial(ppo_setup.tell, context, f"{arm.name}{iteration + 1} of {params.iterations}")
         rollout = episodes.generate(actors, task.tokenizer, prompts, params, iteration, context, tell)
     with phases.of("score"):
-        proxy = None if task.score is None else partial(task.score, call=iteration + 1)
+        call = iteration + 1 + bool(arm.name) * params.iterations
+        proxy = None if task.score is None else partial(task.score, call=call)
         found = episodes.score(actors, rollout, proxy, params, task.tokenizer.pad_token_id, context)
     if iteration == 0:
         group = params.samples_per_prompt if params.group_baseline else None

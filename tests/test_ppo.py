@@ -209,6 +209,15 @@ def test_a_reward_that_cannot_be_used(inputs: dict[str, Path], tmp_path: Path, b
     )
 
 
+def test_calls_of_a_reward_are_counted_over_both_runs(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """Three iterations each; then it is asked about other answers, of which there are more."""
+    for when, told in (("len(CALLS) == 5", "call 5: it"), ("len(responses) == 18", "answers to held-out prompts: it")):
+        root = tmp_path / when.split("(")[1][:5]
+        named = function(root, f"if {when}: raise RuntimeError('no')\nreturn [len(text) for text in responses]")
+        with pytest.raises(DataError, match=f"reward `own.py:reward`, {told} raised RuntimeError: no"):
+            run(inputs, root, rewards=[named])
+
+
 def test_a_guard_stops_the_run_and_the_last_good_checkpoint_is_kept(inputs: dict[str, Path], tmp_path: Path) -> None:
     named = function(tmp_path, "return [float(len(text)) for text in responses]")
     hacked = {"iterations": 20, "batch_prompts": 8, "lr": 2e-2, "kl_coefficient": 0.0, "kl_ceiling": 0.3}

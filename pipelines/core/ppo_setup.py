@@ -95,7 +95,7 @@ def plan(params: PpoParams, actors: Actors) -> Plan:
 
 
 def score(rewards: list[Reward], rollout: Rollout, call: int) -> list[float]:
-    """Scores of a rollout's responses by what is none of the actors' roles; `call` counts from 1."""
+    """Scores of a rollout's responses by what is none of the actors' roles; `call` counts from 1, over both runs."""
     from pipelines.core import reward_functions
 
     asked = [one.text for one, said in zip(rollout.prompts, rollout.responses, strict=True) for _ in said]
@@ -107,7 +107,7 @@ def text_scores(rewards: list[Reward], prompts: list[str], responses: list[str])
     """Scores of responses, each to the prompt of the same place, when training is over."""
     from pipelines.core import reward_functions
 
-    return reward_functions.score(rewards, prompts, responses, call=1).values
+    return reward_functions.score(rewards, prompts, responses, call=None).values
 
 
 def keep(

@@ -89,12 +89,12 @@ def load(names: Sequence[str], root: Path, tokenizer: Any, context: StageContext
     return rewards
 
 
-def score(rewards: Sequence[Reward], prompts: Sequence[str], responses: Sequence[str], call: int) -> Scores:
+def score(rewards: Sequence[Reward], prompts: Sequence[str], responses: Sequence[str], call: int | None) -> Scores:
     """Scores of N responses, each to the prompt of the same place.
 
     Args:
         rewards: one or more members.
-        call: which call of the run this is, from 1; for messages.
+        call: which call of the training this is, from 1; None: it is over. For messages.
 
     Raises:
         DataError: a member raised, or answered with something else than N finite numbers.
@@ -128,9 +128,9 @@ def refuse_constant(values: Sequence[float], name: str, group: int | None = None
         )
 
 
-def _answer(reward: Reward, prompts: Sequence[str], responses: Sequence[str], call: int) -> list[float]:
+def _answer(reward: Reward, prompts: Sequence[str], responses: Sequence[str], call: int | None) -> list[float]:
     """What one member says, checked."""
-    where = f"reward `{reward.name}`, call {call}"
+    where = f"reward `{reward.name}`, " + ("answers to held-out prompts" if call is None else f"call {call}")
     try:
         answer = reward.score(list(prompts), list(responses))
     except Stopped:
