@@ -245,3 +245,18 @@ def test_rankings_below_the_home_directory_are_a_dep(
 """
     )
     assert sources.keep(root) == [f"dvc.yaml: stage feedback now depends on {home}/ranked.jsonl"]
+
+
+def test_models_of_two_stages_of_one_name_are_both_deps(root: Path) -> None:
+    """Both directories are called `model`; one was looked for in vain among the deps that `sluice run` had written."""
+    shutil.copy(ROOT / "dvc.yaml", root)
+    for stage in ("dpo", "sft"):
+        (root / "artifacts" / stage / "model").mkdir(parents=True)
+        (root / "artifacts" / stage / "model/config.json").write_text("{}")
+    edit(root, "  teacher: null ", "  teacher: artifacts/dpo/model ")
+    edit(root, "  student: layers ", "  student: artifacts/sft/model ")
+    edit(root, "keep_layers: 15 ", "keep_layers: null ")
+    assert len(sources.keep(root)) == 2
+    spec = graph.stage(root, "distill")
+    assert {"artifacts/dpo/model", "artifacts/sft/model", "ppo"} <= set(spec.inputs)
+    runner._check_files(root, spec, whole.load(root / "params.yaml"))

@@ -1,7 +1,7 @@
 """The graph as `dvc.yaml` has it: what each stage reads, runs and writes. Nothing else repeats it.
 
-Names: an artifact directory `artifacts/NAME` is the input or output `NAME`; any other file that a stage reads
-as data (`metrics/NAME.json`, `mlflow/registry.yaml`) is named by its path.
+Names: an artifact directory `artifacts/NAME` is the input or output `NAME`; anything else that a stage reads
+as data (`metrics/NAME.json`, `mlflow/registry.yaml`, `artifacts/NAME/model` that a dial names) is named by its path.
 """
 
 from __future__ import annotations
@@ -100,4 +100,4 @@ def _path(item: str | dict[str, Any]) -> str:
 
 def _name(path: str) -> str:
     pure = PurePosixPath(path)
-    return pure.name if pure.parts[0] == "artifacts" else path
+    return pure.name if pure.parent == PurePosixPath("artifacts") else path
