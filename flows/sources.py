@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from pipelines.core import artifacts
-from pipelines.core.errors import UserError
+from pipelines.core import artifacts, graph
+from pipelines.core.errors import ParamsError, UserError
 from pipelines.core.params import whole
 
 MARKERS = {
@@ -33,7 +34,7 @@ def keep(root: Path) -> list[str]:
     Raises:
         UserError: `dvc.yaml` lacks a marker although there are files to list.
         DataError: a source names a file that does not exist.
-        ParamsError: a reward or a model does.
+        ParamsError: a reward or a model does; or a stage is to read what it makes.
     """
     from pipelines.core import language_models, reward_functions
     from pipelines.core.sources import local_paths
@@ -45,9 +46,12 @@ def keep(root: Path) -> list[str]:
     rewards = reward_functions.local_paths(params.ppo.rewards, root)
     named = {"data": local_paths(params.data, root), "feedback": rankings, "ppo": rewards}
     named |= {stage: language_models.local_paths(whole.models(params, stage), root) for stage in whole.NAME_MODELS}
+    wanted = {stage: sorted({_name(path, root) for path in paths}) for stage, paths in named.items()}
+    for stage, names in wanted.items():
+        _refuse_own(root, stage, names)
     changes = []
-    for stage, paths in named.items():
-        changes += write(root / "dvc.yaml", stage, sorted({_name(path, root) for path in paths}))
+    for stage, names in wanted.items():
+        changes += write(root / "dvc.yaml", stage, names)
     return changes
 
 
@@ -79,6 +83,26 @@ def write(place: Path, stage: str, wanted: list[str]) -> list[str]:
     added = [f"dvc.yaml: stage {stage} now depends on {path}" for path in wanted if path not in there]
     removed = [f"dvc.yaml: stage {stage} no longer depends on {path}" for path in there if path not in wanted]
     return added + removed
+
+
+def _refuse_own(root: Path, stage: str, names: Iterable[str]) -> None:
+    """Raises ParamsError where a stage is to read what it makes, or what is made of that: nothing could come first."""
+    try:
+        stages = graph.load(root)
+    except UserError:  # told by whoever needs the graph
+        return
+    after = {stage}
+    for name, spec in stages.items():  # parents before children
+        if after.intersection(spec.parents):
+            after.add(name)
+    for name in names:
+        maker = next((one for one in after & set(stages) if Path(name).is_relative_to(stages[one].output)), None)
+        if maker is not None:
+            what = "makes it itself" if maker == stage else f"comes before stage {maker}, which makes it"
+            raise ParamsError(
+                f"params.yaml: stage {stage} is to read {name}, and {what}. Copy it to a place of its own (for "
+                f"example `cp -rL {name} models/mine`) and name that in section {stage}."
+            )
 
 
 def _name(path: Path, root: Path) -> str:

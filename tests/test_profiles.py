@@ -260,3 +260,27 @@ def test_models_of_two_stages_of_one_name_are_both_deps(root: Path) -> None:
     spec = graph.stage(root, "distill")
     assert {"artifacts/dpo/model", "artifacts/sft/model", "ppo"} <= set(spec.inputs)
     runner._check_files(root, spec, whole.load(root / "params.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("  teacher: null ", "  teacher: artifacts/distill/model ", "stage distill is to read .* makes it itself"),
+        (
+            "base: smollm2-135m",
+            "base: artifacts/ppo/model",
+            "stage tokenizer .* comes before stage ppo, which makes it",
+        ),
+    ],
+)
+def test_what_a_stage_makes_it_cannot_be_made_of(root: Path, old: str, new: str, told: str) -> None:
+    """DVC would find a circle, and `dvc.yaml` be of no use to any stage."""
+    shutil.copy(ROOT / "dvc.yaml", root)
+    before = (root / "dvc.yaml").read_text()
+    for stage in ("distill", "ppo"):
+        (root / "artifacts" / stage / "model").mkdir(parents=True)
+        (root / "artifacts" / stage / "model/config.json").write_text("{}")
+    edit(root, old, new)
+    with pytest.raises(ParamsError, match=told + r"\. Copy it to a place of its own"):
+        sources.keep(root)
+    assert (root / "dvc.yaml").read_text() == before
