@@ -69,7 +69,8 @@ def run(params: DistillParams, inputs: dict[str, Path], outputs: Path, context: 
     )
 
     # 1. Teacher, data and student, all checked before anything is trained.
-    place = inputs["ppo"] / "model" if params.teacher is None else language_models.fetched(params.teacher)
+    own = params.teacher
+    place = inputs["ppo"] / "model" if own is None else language_models.fetched(own, "distill.teacher")
     tokenizer = language_models.load_tokenizer(str(place))
     prompts = policy_answers.held_out(params, inputs["data"], tokenizer, context)
     people = distill_data.of_people(params, inputs["data"], tokenizer)
@@ -162,7 +163,7 @@ def _student(
         torch.manual_seed(params.seed)
         model = students.random(teacher.config, params.depth, attention=teacher.config._attn_implementation)
     else:
-        own = language_models.fetched(params.student)
+        own = language_models.fetched(params.student, "distill.student")
         student_checks.check_same_tokenizer(place, own)
         model = students.from_directory(own, attention=teacher.config._attn_implementation)
         student_checks.check_finite(model, params.student)

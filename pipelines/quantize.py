@@ -61,7 +61,7 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
     from pipelines.core.held_out import HeldOut
 
     # 1. What is made smaller, checked before anything is written.
-    place = inputs["ppo"] / "model" if params.model is None else language_models.fetched(params.model)
+    place = inputs["ppo"] / "model" if params.model is None else language_models.fetched(params.model, "quantize.model")
     subjects = [
         quantization.Subject("", place, params.variants, classifier=False),
         quantization.Subject("student", inputs["distill"] / "model", params.student_variants, classifier=False),

@@ -152,7 +152,7 @@ def test_a_base_model_below_the_home_directory(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert language_models.find("~/mine") == language_models.Source("directory", str(tmp_path / "home/mine"))
     assert language_models.local_paths({"pretrain.base": "~/mine"}, tmp_path) == [tmp_path / "home/mine"]
-    assert language_models.fetched("~/mine") == tmp_path / "home/mine"
+    assert language_models.fetched("~/mine", "distill.teacher") == tmp_path / "home/mine"
     with pytest.raises(ParamsError, match="'~/nowhere' is neither"):
         language_models.find("~/nowhere")
 

@@ -246,8 +246,16 @@ def test_a_model_of_the_hub_is_fetched_once_and_is_a_directory_from_then_on(
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    assert language_models.fetched("owner/name") == tmp_path and asked == ["owner/name"]
+    assert language_models.fetched("owner/name", "distill.teacher") == tmp_path and asked == ["owner/name"]
     (tmp_path / "config.json").write_text("{}")
-    assert language_models.fetched(str(tmp_path)) == tmp_path and len(asked) == 1
-    with pytest.raises(ArtifactError, match="owner/away: the hub did not give it: no such repository"):
-        language_models.fetched("owner/away")
+    assert language_models.fetched(str(tmp_path), "distill.teacher") == tmp_path and len(asked) == 1
+    with pytest.raises(ArtifactError, match="student: owner/away: the hub did not give it: no such repository"):
+        language_models.fetched("owner/away", "distill.student")
+
+
+def test_one_file_is_no_directory_for_those_who_read_it_in_other_ways(tmp_path: Path) -> None:
+    """They ended in a traceback, or in a process that had died, after the training."""
+    (tmp_path / "a.gguf").write_bytes(b"")
+    for name in (str(tmp_path / "a.gguf"), "smollm2-135m"):
+        with pytest.raises(ParamsError, match=rf"quantize\.model: {name} is one GGUF file .* a Hugging Face directory"):
+            language_models.fetched(name, "quantize.model")

@@ -87,21 +87,27 @@ def local_paths(named: Mapping[str, str | None], root: Path) -> list[Path]:
     return found
 
 
-def fetched(name: str) -> Path:
-    """A model's directory (or name, as `find` reads it): one of the hub is fetched first, its weights as safetensors.
+def fetched(name: str, dial: str) -> Path:
+    """A model's directory: one of the hub is fetched first, its weights as safetensors. `dial`: what names it.
 
     Raises:
-        ParamsError: as `find`.
+        ParamsError: as `find`; or what is named is a GGUF file, of which other code than ours knows nothing.
         ArtifactError: the hub does not give it.
     """
-    if find(name).kind != "hub":
-        return Path(name).expanduser()
+    source = find(name)
+    if source.kind == "gguf":
+        raise ParamsError(
+            f"{dial}: {name} is one GGUF file ({source.path}); accepted: a Hugging Face directory or a hub id. Stage "
+            "pretrain makes a directory of what its base is: artifacts/pretrain/model"
+        )
+    if source.kind == "directory":
+        return Path(source.path)
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"base {name}: the hub did not give it: {error}") from None
+        raise ArtifactError(f"{dial}: {name}: the hub did not give it: {error}") from None
 
 
 def load_tokenizer(base: str) -> Any:
