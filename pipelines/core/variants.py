@@ -70,8 +70,9 @@ def weight_of(layer: Any) -> Any:
 
 
 def size(place: Path) -> int:
-    """Bytes of a directory's weights: all its safetensors, or its GGUF file."""
-    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf") for file in place.glob(pattern))
+    """Bytes of a directory's weights: its safetensors, or its GGUF file; where there is none, torch's own files."""
+    files = [*place.glob("*.safetensors"), *place.glob("*.gguf")] or place.glob("pytorch_model*.bin")
+    return sum(file.stat().st_size for file in files)
 
 
 def _packed(kind: str) -> Any:
