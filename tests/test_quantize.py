@@ -374,6 +374,20 @@ def test_too_little_memory_is_told_with_the_numbers(inputs: dict[str, Path]) -> 
     quantization.check_memory([subject], 5 * size)
     with pytest.raises(ArtifactError, match=r"takes about 0\.0 GiB of memory, 0\.0 GiB are available"):
         quantization.check_memory([subject], 5 * size - 1)
+    quantization.check_memory([subject], 10 * size, aware=True)
+    with pytest.raises(ArtifactError, match=r"smaller with quantize\.aware takes about .* or set aware: \{\}"):
+        quantization.check_memory([subject], 10 * size - 1, aware=True)
+    quantization.check_memory([subject._replace(name="student")], 5 * size, aware=True)  # which is not fine-tuned
+
+
+def test_weights_that_are_no_safetensors_have_a_size_too(tmp_path: Path) -> None:
+    """Or memory is never short, and the report divides by the size of the original."""
+    saved = model(tokenizer())
+    torch.save(saved.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "training_args.bin").write_bytes(b"1" * 10**7)
+    assert 0 < variants.size(tmp_path) < 10**7
+    saved.save_pretrained(tmp_path)
+    assert variants.size(tmp_path) == (tmp_path / "model.safetensors").stat().st_size
 
 
 def test_a_quantized_directory_says_what_it_is(inputs: dict[str, Path], tmp_path: Path) -> None:

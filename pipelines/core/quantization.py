@@ -132,21 +132,25 @@ def check(subject: Subject, model: Any, params: QuantizeParams) -> None:
         )
 
 
-def check_memory(subjects: Sequence[Subject], available: int) -> None:
-    """Refuse a model that does not fit: the original in fp32 and in bf16, and one variant in bf16, are held at a time.
+def check_memory(subjects: Sequence[Subject], available: int, aware: bool = False) -> None:
+    """Refuse a model that does not fit: the original in fp32 and in bf16, and one variant in bf16, are held at a time;
+    where weights are fine-tuned, twice in bf16, and in fp32 once as they are, once as gradients, twice as moments.
 
     Args:
         available: bytes.
+        aware: whether a variant of the model itself is fine-tuned.
 
     Raises:
         ArtifactError: the estimate is more than there is; both numbers are told.
     """
     for subject in subjects:
-        need = 5 * variants.size(subject.place)  # saved in bf16: fp32 is twice that
+        tuned = aware and not subject.name
+        need = (10 if tuned else 5) * variants.size(subject.place)  # saved in bf16: fp32 is twice that
         if need > available:
             raise ArtifactError(
-                f"{subject.place}: making it smaller takes about {need / 2**30:.1f} GiB of memory, "
-                f"{available / 2**30:.1f} GiB are available; free some, or take a smaller model"
+                f"{subject.place}: making it smaller{' with quantize.aware' * tuned} takes about "
+                f"{need / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are available; free some, or take a "
+                f"smaller model{', or set aware: {}' * tuned}"
             )
 
 
