@@ -335,6 +335,25 @@ def test_bad_input_is_told_before_anything_is_made(inputs: dict[str, Path], tmp_
         run(inputs, tmp_path, model=str(tmp_path / "broken"))
 
 
+def test_a_format_that_cannot_hold_the_model_is_told_before_any_is_made(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "make", lambda *_: pytest.fail("a variant is made"))
+    known = tokenizer()
+    known.chat_template = CHAT_TEMPLATE
+    model(known, "gpt2", length=256).save_pretrained(tmp_path / "gpt2")
+    known.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ArtifactError, match="architecture 'gpt2' cannot be exported"):
+        run(inputs, tmp_path, variants=["int8", "gguf-q8_0"], model=str(tmp_path / "gpt2"))
+    narrow = str(inputs["distill"] / "model")
+    with pytest.raises(ArtifactError, match=r"int4: layer model\.layers\.0\..*: 64 inputs are no multiple"):
+        run(inputs, tmp_path, variants=["int8", "int4"], model=narrow, group_size=128)
+    capped = tiny("llama")
+    capped.config.final_logit_softcapping = 30.0
+    with pytest.raises(ArtifactError, match="its logits are not hidden states x output embedding"):
+        quantization.check(quantization.Subject("", tmp_path, ["int8"], False), capped, QuantizeParams(**TINY | ONE))
+
+
 def test_a_card_says_what_was_done_to_its_own_variant_and_how_to_load_it() -> None:
     aware = {"variants": ["int8", "int4"], "steps": 7}
     params = QuantizeParams(**TINY | {"aware": aware, "keep_in_high_precision": ["down_proj"]})

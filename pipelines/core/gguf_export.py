@@ -114,6 +114,18 @@ def export(place: Path, file: Path, kind: Kind) -> Report:
     )
 
 
+def check(place: Path, model: Any) -> None:
+    """Refuse what no file of a directory's model could say: what takes no look at its weights.
+
+    Raises:
+        ArtifactError: as `export`.
+    """
+    from transformers import AutoTokenizer
+
+    _architecture(place)
+    gguf_vocabulary.read(AutoTokenizer.from_pretrained(place), model.get_input_embeddings().weight.shape[0])
+
+
 def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of a query or key projection, (heads x width, ...), from halves to pairs within each head.
 

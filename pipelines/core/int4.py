@@ -54,7 +54,7 @@ def grid(weight: torch.Tensor, group: int) -> Grid:
         ValueError: the inputs are no multiple of the group; NaN or infinity in the weight.
     """
     if weight.shape[1] % group:
-        raise ValueError(f"{weight.shape[1]} inputs are no multiple of group_size {group}; keep it in high precision")
+        raise ValueError(_unfit(weight.shape[1], group))
     if not bool(torch.isfinite(weight).all()):
         count = int((~torch.isfinite(weight)).sum())
         raise ValueError(f"{count} of {weight.numel()} weights are NaN or infinite")
@@ -144,10 +144,8 @@ def quantize(
     Raises:
         ValueError: as `grid`; the layer is named.
     """
-    ends = {id(part) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
-    names = [name for name, part in int8.convertible(model) if id(part) not in ends and not int8.kept(name, keep)]
-    for name in names:
-        module = model.get_submodule(name)
+    names = []
+    for name, module in layers(model, keep):
         weight = int8.rows_of(module)
         try:
             found = (codes or {}).get(name) or (to_int4(weight, grid(weight, group)), grid(weight, group))
@@ -158,10 +156,30 @@ def quantize(
         if layer.bias is not None:
             layer.bias.data = module.bias.detach()
         model.set_submodule(name, layer)
+        names.append(name)
     int8.quantize(model, keep)  # what is left: embedding and head; the rest becomes bf16
     others = model.config.quantization_config.layers
     model.config.quantization_config = Int4Config(layers=sorted(names), int8_layers=others, group_size=group)
     return model
+
+
+def check(model: Any, group: int, keep: Sequence[str] = ()) -> None:
+    """Refuse layers that groups do not fit, as `quantize` does, without a look at their weights.
+
+    Raises:
+        ValueError: the inputs of a layer are no multiple of the group; the layer is named.
+    """
+    for name, module in layers(model, keep):
+        if (inputs := int8.rows_of(module).shape[1]) % group:
+            raise ValueError(f"layer {name}: {_unfit(inputs, group)}")
+
+
+def layers(model: Any, keep: Sequence[str] = ()) -> list[tuple[str, Any]]:
+    """What `quantize` keeps in 4 bits, by name: linear layers but for the head."""
+    ends = {id(part) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return [
+        (name, part) for name, part in int8.convertible(model) if id(part) not in ends and not int8.kept(name, keep)
+    ]
 
 
 class Int4Config(QuantizationConfigMixin):  # type: ignore[misc]  # transformers ships no types for it
@@ -215,6 +233,10 @@ def dense(model: Any) -> Any:
         if isinstance(module, Int4Linear):
             model.set_submodule(name, int8.plain(module))
     return int8.dense(model)
+
+
+def _unfit(inputs: int, group: int) -> str:
+    return f"{inputs} inputs are no multiple of group_size {group}; keep it in high precision"
 
 
 def _empty(module: Any, group: int) -> Int4Linear:

@@ -102,7 +102,8 @@ def check(subject: Subject, model: Any, params: QuantizeParams) -> None:
     Patterns are held against the model itself: a student has fewer blocks, and a reward model another head.
 
     Raises:
-        ArtifactError: a quantized model; NaN or infinity in a weight, the tensor is named.
+        ArtifactError: a quantized model; NaN or infinity in a weight, the tensor is named; a format that cannot hold
+            the model.
         ParamsError: an entry of `keep_in_high_precision` names no layer; a variant that knows none of the layers; what
             is to be read does not fit the context.
     """
@@ -130,6 +131,28 @@ def check(subject: Subject, model: Any, params: QuantizeParams) -> None:
             f"quantize.variants: {variants.DYNAMIC}: torch's dynamic quantization knows none of the layers of "
             f"architecture {model.config.model_type}, so it would change nothing; leave it out"
         )
+    _check_formats(subject, model, params)
+
+
+def _check_formats(subject: Subject, model: Any, params: QuantizeParams) -> None:
+    """Refuse what a format cannot hold now, not after minutes of making and measuring others.
+
+    Raises:
+        ArtifactError: logits that are more than states x output embedding; layers of a shape that a format does not
+            accept; an architecture or a tokenizer that llama.cpp would compute otherwise.
+    """
+    keep = params.keep_in_high_precision
+    if not subject.classifier:
+        language_models.body_and_head(model)
+    if "int4" in subject.variants:
+        try:
+            int4.check(model, params.group_size, keep)
+        except ValueError as error:
+            raise ArtifactError(f"{subject.place}: int4: {error}") from None
+    if "nf4" in subject.variants:
+        bnb_variants.check(model, keep)
+    if variants.GGUF.keys() & set(subject.variants):
+        gguf_export.check(subject.place, model)
 
 
 def check_memory(subjects: Sequence[Subject], available: int, aware: bool = False) -> None:
