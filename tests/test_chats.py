@@ -139,6 +139,8 @@ def test_prompts_as_stored() -> None:
         chat = random_chat(number)[:-1]
         said = [{**message, "content": message["content"].strip()} for message in chat]
         assert chats.messages_of(transcript(said, "prompt")) == said
+        for end in (" ", "\n") if len(said) > 1 else ():
+            assert chats.messages_of(transcript(said, "prompt") + end) == said
     for text in ("", "Plain", "Human: hello", "Say\n\nHuman: x\n\nAssistant:", "\n\nAssistants:\n\nAssistant:"):
         assert chats.messages_of(text) == [{"role": "user", "content": text}]
 

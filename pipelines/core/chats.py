@@ -69,11 +69,13 @@ def check_tokenizer(tokenizer: Any) -> None:
 def messages_of(prompt: str) -> list[Message]:
     """A stored prompt as messages: one user message, or the turns of an hh-rlhf transcript.
 
-    A transcript begins with a speaker (`Human:`) and ends with `\\n\\nAssistant:`, which waits for the answer.
+    A transcript begins with a speaker (`Human:`) and ends with `\\n\\nAssistant:`, which waits for the answer; files
+    often have a blank behind it.
     """
-    if not (SPEAKER.match(prompt) and prompt.endswith(ANSWER)):
+    said = prompt.rstrip()
+    if not (SPEAKER.match(said) and said.endswith(ANSWER)):
         return [{"role": "user", "content": prompt}]
-    pieces = SPEAKER.split(prompt.removesuffix(ANSWER))[1:]  # speaker, text, speaker, text, ...
+    pieces = SPEAKER.split(said.removesuffix(ANSWER))[1:]  # speaker, text, speaker, text, ...
     return [
         {"role": ROLE_OF[speaker], "content": text.strip()}
         for speaker, text in zip(pieces[::2], pieces[1::2], strict=True)
