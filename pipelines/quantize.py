@@ -57,7 +57,7 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
         ArtifactError: a model that cannot be made smaller, or does not fit into memory.
         Stopped: a signal came; the variants that are finished are kept.
     """
-    from pipelines.core import policy_answers, quantization, quantize_evaluation
+    from pipelines.core import policy_answers, quantization, quantize_evaluation, variants
     from pipelines.core.held_out import HeldOut
 
     # 1. What is made smaller, checked before anything is written.
@@ -67,6 +67,11 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
         quantization.Subject("student", inputs["distill"] / "model", params.student_variants, classifier=False),
         quantization.Subject("reward", inputs["reward"] / "model", params.reward_variants, classifier=True),
     ]
+    kinds = dict.fromkeys(variant for subject in subjects for variant in subject.variants)
+    skipped = {variant: reason for variant in kinds if (reason := variants.cannot_run(variant)) is not None}
+    for variant, reason in skipped.items():
+        context.say(f"{variant}: skipped, since this machine cannot run it ({reason})")
+    subjects = [one._replace(variants=[kind for kind in one.variants if kind not in skipped]) for one in subjects]
     subjects = [subject for subject in subjects if subject.variants or not subject.name]
     tokenizer = language_models.load_tokenizer(str(place))
     prompts = policy_answers.held_out(params, inputs["data"], tokenizer, context)
@@ -99,7 +104,7 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
 
     # 3. Speeds, in turns; then everything with its card.
     quantize_evaluation.speeds(quantization.timed(subjects, made), context)
-    _publish(params, subjects, made, told, held_out, prompts, metrics, outputs, context)
+    _publish(params, subjects, made, told, held_out, prompts, metrics, skipped, outputs, context)
     return metrics
 
 
@@ -111,6 +116,7 @@ def _publish(
     held_out: HeldOut,
     prompts: list[Prompt],
     metrics: dict[str, float],
+    skipped: dict[str, str],
     outputs: Path,
     context: StageContext,
 ) -> None:
@@ -125,7 +131,7 @@ def _publish(
         target = outputs / ("gguf" if variant in variants.GGUF else "models") / name
         shutil.copytree(place, target)
         layers = [row for one in told.values() for row in one.layers if row["variant"] == name]
-        page = quantize_card.card(name, subject, variant, params, metrics, layers)
+        page = quantize_card.card(name, subject, variant, params, metrics, layers, skipped)
         artifacts.write_text(target / "README.md", page)
     every = {column: bits for one in told.values() for column, bits in one.bits.items()}
     held_out.write(outputs / "evaluation.parquet", every)
@@ -136,6 +142,6 @@ def _publish(
     pareto = quantize_card.pareto(subjects, made, metrics)
     pd.DataFrame(pareto).to_csv(outputs / "pareto.csv", index=False, lineterminator="\n")
     page = quantize_card.samples(prompts, {name: said for one in told.values() for name, said in one.said.items()},
-                                 params.samples)  # fmt: skip
+                                 params.samples, skipped)  # fmt: skip
     context.say(page)
     artifacts.write_text(outputs / "samples.md", page)

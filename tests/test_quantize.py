@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -360,7 +361,7 @@ def test_a_card_says_what_was_done_to_its_own_variant_and_how_to_load_it() -> No
 
     def card(subject: str, variant: str) -> str:
         one = quantization.Subject(subject, Path("m"), [variant], classifier=subject == "reward")
-        return quantize_card.card(quantization.full_name(one, variant), one, variant, params, {}, [])
+        return quantize_card.card(quantization.full_name(one, variant), one, variant, params, {}, [], {})
 
     for variant in ("int8", "int4"):
         assert "Fine-tuned for 7 steps" in card("", variant)
@@ -371,6 +372,25 @@ def test_a_card_says_what_was_done_to_its_own_variant_and_how_to_load_it() -> No
     assert "GPTQ on" in card("student", "int4") and "Rounded to the nearest" in card("reward", "int4")
     assert "GPTQ on" not in card("", "int8")
     assert "down_proj" in card("", "int8") and "down_proj" not in card("", "gguf-q8_0")  # which keeps nothing
+
+
+def test_what_this_machine_cannot_run_is_skipped_and_the_cards_say_why(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [kind for kind in EVERY if variants.cannot_run(kind) is not None] == []
+
+    def no_kernel(self: Any) -> Any:
+        raise NotImplementedError("no kernel for this CPU")
+
+    monkeypatch.setattr(int4.Int4Linear, "product", no_kernel)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed
+    chosen = {"variants": ["int8", "int4", "nf4"], "student_variants": ["int4"]}
+    metrics, out, context = run(inputs, tmp_path, **chosen)
+    assert {place.name for place in (out / "models").iterdir()} == {"int8", "reward-int8"}
+    assert "int8/kl" in metrics and not any(key.startswith(("int4", "nf4", "student")) for key in metrics)
+    card, page = (out / "models/int8/README.md").read_text(), (out / "samples.md").read_text()
+    for told in (card, page, "".join(context.samples)):
+        assert "NotImplementedError: no kernel for this CPU" in told and "ModuleNotFoundError: import of bitsa" in told
 
 
 def test_a_variant_that_would_change_nothing_is_refused() -> None:

@@ -35,8 +35,14 @@ def card(
     params: QuantizeParams,
     metrics: Mapping[str, float],
     layers: Sequence[Mapping[str, Any]],
+    skipped: Mapping[str, str],
 ) -> str:
-    """Model card, with the front matter the hub reads. Figures of a machine are not in it: they differ by machine."""
+    """Model card, with the front matter the hub reads. Figures of a machine are not in it: they differ by machine.
+
+    Args:
+        layers: rows of `layers.csv` of this variant.
+        skipped: variants that could not be run where it was made, and why.
+    """
     gguf = variant in variants.GGUF
     library = "gguf" if gguf else "transformers"
     task = "text-classification" if subject.classifier else "text-generation"
@@ -61,6 +67,7 @@ def card(
         told = ", ".join(f"{row['layer']} {row['error']:.2%}" for row in worst)
         lines.append(f"Layers whose outputs are furthest off (`layers.csv` has all): {told}.")
     lines.append(NOT_TIMED if gguf else _loading(variant, subject.classifier))
+    lines += _skipped(skipped)
     return "\n".join(lines) + "\n"
 
 
@@ -104,9 +111,15 @@ def pareto(
     return rows
 
 
-def samples(prompts: Sequence[Prompt], said: Mapping[str, Said], count: int) -> str:
-    """Greedy answers of all variants to the first `count` held-out prompts."""
-    lines = ["# Answers to held-out prompts, greedy"]
+def _skipped(skipped: Mapping[str, str]) -> list[str]:
+    return [
+        f"\n`{variant}` was not made: this machine cannot run it ({reason})." for variant, reason in skipped.items()
+    ]
+
+
+def samples(prompts: Sequence[Prompt], said: Mapping[str, Said], count: int, skipped: Mapping[str, str]) -> str:
+    """Greedy answers of all variants to the first `count` held-out prompts, and what was skipped."""
+    lines = ["# Answers to held-out prompts, greedy", *_skipped(skipped)]
     for number, prompt in enumerate(prompts[:count]):
         lines.append(f"\n**Prompt:** {cards.inline(prompt.text)}\n")
         lines += [f"- *{name}*: {cards.inline(one.greedy.texts[number][0])}" for name, one in said.items()]

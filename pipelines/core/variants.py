@@ -5,6 +5,7 @@ Each form's own code is imported where it is needed: bitsandbytes takes seconds.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +53,52 @@ def modules(kind: str) -> tuple[str, ...]:
 def dense(model: Any, kind: str) -> Any:
     """A model whose packed layers of ours are made dense, in the model itself: what many rows at a time need."""
     return _packed(kind).dense(model) if kind in PACKED else model
+
+
+def cannot_run(kind: str) -> str | None:
+    """Why this machine cannot compute in a form: what a product of 64 x 64 has raised; None where it can.
+
+    GGUF files are not computed with here.
+    """
+    import torch
+
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # dynamic quantization is deprecated in favour of torchao
+            _try(kind, torch.nn.Linear(64, 64, bias=False).bfloat16(), torch.ones(1, 64, dtype=torch.bfloat16))
+    except Exception as error:  # a kernel or a library that is not there raises whatever it likes
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _try(kind: str, layer: Any, x: Any) -> None:
+    """Multiply x (1, in) with a linear layer in a form."""
+    import torch
+
+    if kind == "int8":
+        int8 = _packed(kind)
+        made = int8.empty(layer)
+        made.weight.data, made.scale.data = int8.to_int8(layer.weight)
+        made.product()(x)
+    elif kind == "int4":
+        int4 = _packed(kind)
+        grid = int4.grid(layer.weight, 32)
+        made = int4.Int4Linear(layer.in_features, layer.out_features, 32, bias=False)
+        made.weight.data = int4.pack(int4.to_int4(layer.weight, grid))
+        made.scales.data, made.zeros.data = grid
+        made.product()(x)
+    elif kind == DYNAMIC:
+        plain = torch.nn.Sequential(layer.float())
+        torch.ao.quantization.quantize_dynamic(plain, {torch.nn.Linear}, dtype=torch.qint8)(x.float())  # type: ignore[no-untyped-call]
+    elif kind in BNB:
+        import bitsandbytes as bnb
+
+        sizes = layer.in_features, layer.out_features
+        if kind == "nf4":
+            made = bnb.nn.Linear4bit(*sizes, bias=False, quant_type="nf4")
+        else:
+            made = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+        made.to("cpu")(x)  # which quantizes it; in training mode, in which nothing is packed for one kernel
 
 
 def weight_of(layer: Any) -> Any:
