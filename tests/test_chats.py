@@ -141,6 +141,14 @@ def test_prompts_as_stored() -> None:
         assert chats.messages_of(transcript(said, "prompt")) == said
         for end in (" ", "\n") if len(said) > 1 else ():
             assert chats.messages_of(transcript(said, "prompt") + end) == said
+    quoted = [
+        {"role": "user", "content": "Go on:\n\nHuman: hi\n\nAssistant:"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Human: again"},
+    ]
+    read = chats.messages_of(transcript(quoted, "prompt"))
+    assert [one["role"] for one in read] == ["user", "assistant", "user"], "what a message quotes opens no turn"
+    assert read[0]["content"] == "Go on:\n\n Human: hi\n\n Assistant:" and read[1:] == quoted[1:]
     for text in ("", "Plain", "Human: hello", "Say\n\nHuman: x\n\nAssistant:", "\n\nAssistants:\n\nAssistant:"):
         assert chats.messages_of(text) == [{"role": "user", "content": text}]
 

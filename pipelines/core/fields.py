@@ -6,6 +6,7 @@ Every refusal is a `BadRow` that names the file's own column, what was found and
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipelines.core.readers import Cells
 ROLES = ("system", "user", "assistant")
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 ANSWER = "\n\nAssistant:"
+SPELLED = re.compile(r"(?<=\n\n)(?=(?:System|Human|Assistant):)")  # in a message, where it names no speaker
 
 
 class Fields:
@@ -122,12 +124,14 @@ def prompt_of(value: Any, column: str) -> str:
 
 
 def transcript(messages: list[dict[str, str]], column: str) -> str:
-    """A conversation that waits for an answer, as text: one user message's content, or hh-rlhf's form."""
+    """A conversation that waits for an answer, as text: one user message's content, or hh-rlhf's form, in which a
+    space keeps what a message quotes from opening a turn.
+    """
     if not messages or messages[-1]["role"] != "user":
         raise BadRow(column, "messages whose last is not the user's", "a conversation that waits for an answer")
     if len(messages) == 1:
         return messages[0]["content"]
-    return "".join(f"\n\n{SPEAKERS[m['role']]}: {m['content']}" for m in messages) + ANSWER
+    return "".join(f"\n\n{SPEAKERS[m['role']]}: {SPELLED.sub(' ', m['content'])}" for m in messages) + ANSWER
 
 
 def whole(item: Any, low: int) -> bool:
