@@ -242,7 +242,10 @@ def _model(name: str, place: Path, tokenizer: Any, context: StageContext) -> Sco
     except (OSError, ValueError) as error:
         raise ArtifactError(f"ppo.rewards: {name}: {error}") from None
     if getattr(model.config, "reward_mean", None) is None:
-        raise ArtifactError(f"ppo.rewards: {name}: its config.json has no reward_mean: stage reward has not made it")
+        raise ArtifactError(
+            f"ppo.rewards: {name}: its config.json has no reward_mean: stage reward has not made it. For a model of "
+            'your own write `"reward_mean": 0.0` into it, or what good answers score on average'
+        )
     if (difference := _difference(tokenizer, own)) is not None:
         raise ArtifactError(
             f"ppo.rewards: {name}: reward model and policy with different tokenizers: {difference}. Train the reward "
