@@ -124,7 +124,7 @@ def test_our_own_lines() -> None:
     assert read_tasks(export(TASKS, "jsonl"), "t.jsonl") == TASKS
     lines = [
         {"task": FIRST.id, "labeler": "ada", "ranks": [1, 2, 2, 4]},  # competition ranks
-        {"task": FIRST.id, "labeler": 7, "scores": [0.5, 3, 3, -1]},
+        {"task": FIRST.id, "labeler": 7, "ranks": None, "scores": [0.5, 3, 3, -1]},  # as pandas writes two columns
         {"task": SECOND.id, "labeler": "ada", "ranks": [2, 1, 3, 4]},
     ]
     text = "\n".join(map(json.dumps, lines)) + "\n\n"

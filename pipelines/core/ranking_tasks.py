@@ -179,10 +179,11 @@ def _parse(text: str, name: str) -> Iterator[_Raw]:
     """Rankings of a file in whichever format it is."""
     if not text.lstrip().startswith("["):
         for where, record in _lines(text, name):
-            values = record.get("ranks", record.get("scores"))
+            ranks, scores = record.get("ranks"), record.get("scores")  # of a table with both columns one is null
+            values = scores if ranks is None else ranks
             if "task" not in record or not isinstance(values, list):
                 raise DataError(f"{where}: found {shown(record)}; accepted: {ACCEPTED}")
-            yield _Raw(where, record["task"], record.get("labeler"), values, "ranks" not in record)
+            yield _Raw(where, record["task"], record.get("labeler"), values, ranks is None)
         return
     try:
         records = json.loads(text)
