@@ -104,6 +104,22 @@ def test_of_inputs_that_are_always_zero_and_of_a_layer_of_zeros() -> None:
     assert torch.equal(exact, empty)
 
 
+def test_sums_of_bf16_inputs_are_those_of_fp32() -> None:
+    """Formed by the product for bf16, they are as exact as fp32's own; the setting for others stays what it was."""
+    torch.manual_seed(3)
+    exact, smaller = torch.randn(2, 300, 48).bfloat16().unbind()
+    setting = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    found = gptq.seen(exact, smaller, "layer")
+    assert torch.backends.mkldnn.matmul.fp32_precision == setting  # type: ignore[attr-defined]
+    drift = (exact.double() - smaller.double()).t() @ smaller.double()
+    torch.testing.assert_close(found.drift.double(), drift, rtol=1e-5, atol=1e-3)
+    square = smaller.double().t() @ smaller.double()
+    order, upper = found.root
+    damped = square + gptq.DAMPING * square.diagonal().mean() * torch.eye(48, dtype=torch.float64)
+    inverse = torch.linalg.inv(damped)[order][:, order]
+    torch.testing.assert_close((upper.t() @ upper).double(), inverse, rtol=1e-4, atol=1e-7)
+
+
 def test_what_inputs_have_drifted_is_made_up_for_as_least_squares_do(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(7)
     exact = torch.randn(2, 200, 48)

@@ -13,8 +13,8 @@ GPTQ's code has as an option, and the drift changes the weight at once (the squa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import Any, NamedTuple, cast
 
@@ -111,13 +111,24 @@ def seen(exact: torch.Tensor, smaller: torch.Tensor, name: str) -> Seen:
         ArtifactError: they are not finite; the layer is named.
     """
     inputs, wanted = smaller.flatten(0, -2).float(), exact.flatten(0, -2).float()
-    # Products of bf16 numbers are exact in fp32: where both are, oneDNN forms these sums at the rate of bf16.
-    narrow = exact.dtype == smaller.dtype == torch.bfloat16
-    with torch.backends.mkldnn.flags(enabled=True, fp32_precision="bf16" if narrow else "none"):
+    with _sums_at_the_rate_of(torch.promote_types(exact.dtype, smaller.dtype)):
         square, product = inputs.t() @ inputs, wanted.t() @ inputs
     if not bool(torch.isfinite(square).all()):
         raise ArtifactError(f"layer {name}: its inputs on the calibration rows are not finite")
     return Seen(root(square), product - square)
+
+
+@contextmanager
+def _sums_at_the_rate_of(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, fp32 products of numbers that came in bf16 cost oneDNN what bf16 ones do: they are exact in fp32, where
+    their sums are formed."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def restored(weight: torch.Tensor, found: Seen) -> torch.Tensor:
