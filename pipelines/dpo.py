@@ -179,14 +179,14 @@ def _model(params: DpoParams, sft: Path, train: Elements, context: StageContext)
     """
     import torch
 
-    from pipelines.core import fine_tuning, k_way, sampling
+    from pipelines.core import context_window, fine_tuning, k_way
 
     torch.manual_seed(params.seed)
     longest = max(k_way.ROW_TOKENS, *(len(one.ids) for one in train.sequences))
     model = fine_tuning.load(sft, params, longest, context)
     answered = params.max_prompt_tokens + params.max_new_tokens
     asked = {"dpo.max_length": params.max_length, "dpo.max_prompt_tokens + dpo.max_new_tokens": answered}
-    sampling.check_context(asked, "the SFT model's context", model.config)
+    context_window.check(asked, "the SFT model's context", model.config)
     return model.eval()
 
 

@@ -25,6 +25,7 @@ from pipelines.core import (
     artifacts,
     attention,
     cards,
+    context_window,
     continuation,
     distributed,
     language_models,
@@ -165,10 +166,11 @@ def _model(params: PretrainParams, tokenizer: Any, context: StageContext) -> Any
         )
     else:
         model = language_models.load(params.base, context.dtype if params.adapted else torch.float32, kind)
-        room = getattr(model.config, "max_position_embeddings", None)
-        if room and params.sequence_length > room:
-            raise ParamsError(f"pretrain.sequence_length: {params.sequence_length}; the base model's context is {room}")
         language_models.fit_vocabulary(model, tokenizer)
+    room = context_window.length(model.config)  # of random weights: what the architecture's window of attention leaves
+    if room and params.sequence_length > room:
+        whose = "the base model's context" if params.base else f"the window of attention of {params.architecture}"
+        raise ParamsError(f"pretrain.sequence_length: {params.sequence_length}; {whose} is {room}")
     language_models.body_and_head(model)
     if params.method == "qlora":  # quantised as it is read, which a file of GGUF cannot be
         place = context.work / BASE

@@ -207,13 +207,13 @@ def _model(
     """The model to train, on its device. Weights that are trained are fp32; frozen ones are in the compute type."""
     import torch
 
-    from pipelines.core import k_way, reward_model, tuning
+    from pipelines.core import context_window, k_way, reward_model, tuning
 
     torch.manual_seed(params.seed)
     dtype = torch.float32 if params.method in WHOLE else context.dtype
     kind = k_way.kind(context.device, train.sequences)
     model = reward_model.initial(place, tokenizer, params.seed, dtype, kind)
-    room = getattr(model.config, "max_position_embeddings", None) or params.max_length
+    room = context_window.length(model.config) or params.max_length
     if params.max_length > room:
         raise ParamsError(f"reward.max_length: {params.max_length} tokens; the SFT model's context is {room}")
     return tuning.prepare(model, params, context, head=reward_model.HEAD).to(context.device)

@@ -150,10 +150,12 @@ def _examples(params: SftParams, data: Path, tokenizer: Any, base: Path) -> Exam
     """The demonstrations that are trained on, validated on and held out."""
     from transformers import AutoConfig
 
-    context_length = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", None) or math.inf
-    if params.max_length > context_length:
+    from pipelines.core import context_window
+
+    room = context_window.length(AutoConfig.from_pretrained(base)) or math.inf
+    if params.max_length > room:
         raise ArtifactError(
-            f"sft.max_length is {params.max_length}, the model's context {context_length} tokens: lower the one, or "
+            f"sft.max_length is {params.max_length}, the model's context {room} tokens: lower the one, or "
             "train the base model on longer rows (pretrain.sequence_length)"
         )
     train, validation, held_out = (

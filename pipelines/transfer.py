@@ -28,7 +28,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.core import artifacts, hardware, language_models, reading, task_inputs
+from pipelines.core import artifacts, context_window, hardware, language_models, reading, task_inputs
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError, ParamsError
 from pipelines.core.params.transfer import TransferParams
@@ -180,7 +180,7 @@ def _prepare(
             context.say(f"warning: transfer.per_task: the data have no task {one['task']}; there are: {there_are}")
     own = {name: params.of(name) for name in names}
     config = AutoConfig.from_pretrained(place)
-    layers, room = config.num_hidden_layers, getattr(config, "max_position_embeddings", None)
+    layers, room = config.num_hidden_layers, context_window.length(config)
     for name, dials in own.items():
         for key, asked in (("transferred_layers", dials.transferred_layers), ("tuning.layers", dials.tuning.layers)):
             if asked is not None and asked > layers:

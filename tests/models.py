@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,14 @@ def tokenizer(vocab_size: int = 300) -> Any:
 def model(known: Any, architecture: str = "llama", depth: int = 2, length: int = 64, attention: str = "sdpa") -> Any:
     torch.manual_seed(0)
     return language_models.random_weights(architecture, depth, known, length, torch.float32, attention).eval()
+
+
+def windowed(place: Path, target: Path, window: int) -> Path:
+    """A copy of a model directory that says that its attention reaches `window` tokens back, as Mistral's does."""
+    shutil.copytree(place, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"sliding_window": window}))
+    return target
 
 
 def prepared(lm: Any, params: Tuning = LORA, head: str | None = None, root: Path = Path()) -> Any:

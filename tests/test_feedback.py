@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from models import model, tokenizer
+from models import model, tokenizer, windowed
 
 from pipelines import feedback
 from pipelines.core import artifacts, completions, judges, ranking_tasks
@@ -276,6 +276,9 @@ def test_too_long_prompts_and_prompts_without_reference(inputs: dict[str, Path],
         run(own, tmp_path, too_long="drop", max_prompt_tokens=3)
     with pytest.raises(ArtifactError, match="do not fit the SFT model's context of 128 tokens"):
         run(inputs, tmp_path / "long", max_new_tokens=120)
+    windowed(inputs["sft"] / "model", tmp_path / "base/model", 30)
+    with pytest.raises(ArtifactError, match=r"feedback.max_prompt_tokens .* do not fit the SFT model's context of 30"):
+        run(inputs | {"sft": tmp_path / "base"}, tmp_path / "window", max_new_tokens=29)
     write_table(place, [row | {"reference": None} for row in rows], schema)
     with pytest.raises(DataError, match="prompts/train has no prompt with a reference, which judge: overlap needs"):
         run(own, tmp_path, too_long="drop")

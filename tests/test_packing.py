@@ -141,6 +141,16 @@ def test_bits_equal_the_models_own_loss(known: object) -> None:
     assert bits[1] > bits[0]
 
 
+def test_no_text_is_scored_beyond_a_window_of_attention() -> None:
+    known = tokenizer()
+    config = model(known, "mistral", depth=1, length=64).config
+    longest = {}
+    for config.sliding_window in (None, 24):
+        pieces = [piece for batch in scoring.batches(config, known, [TEXTS[1] * 9]) for piece in batch]
+        longest[config.sliding_window] = max(len(piece.ids) for piece in pieces)
+    assert longest[24] == 24 < longest[None]
+
+
 @pytest.mark.parametrize(("tokens", "window"), [(2, 8), (8, 8), (9, 8), (10, 8), (40, 8), (41, 7), (5, 1)])
 def test_windows_score_every_token_once(tokens: int, window: int) -> None:
     ids = list(range(tokens))

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from data_folder import write_corpus
-from models import TEXTS, model, tokenizer
+from models import TEXTS, model, tokenizer, windowed
 
 from pipelines import pretrain
 from pipelines.core import artifacts, language_models, statistics, training
@@ -168,6 +168,18 @@ def test_rows_longer_than_the_base_models_context_are_refused(
     asked = {"base": str(tmp_path / "base"), "method": "lora", "sequence_length": 128, "micro_batch": 1}
     with pytest.raises(ParamsError, match=r"pretrain\.sequence_length: 128; the base model's context is 64"):
         run(inputs, tmp_path, **asked)
+
+
+def test_rows_longer_than_a_window_of_attention_are_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """Of a base, and of an architecture: rows are trained with every token in sight, the saved model has the window."""
+    known = tokenizer()
+    for part in (model(known, "mistral", depth=1), known):
+        part.save_pretrained(tmp_path / "whole")
+    base = windowed(tmp_path / "whole", tmp_path / "base", 20)
+    with pytest.raises(ParamsError, match=r"pretrain\.sequence_length: 32; the base model's context is 20"):
+        run(inputs, tmp_path / "one", base=str(base))
+    with pytest.raises(ParamsError, match=r"sequence_length: 8192; the window of attention of mistral is 4096"):
+        run(inputs, tmp_path / "two", architecture="mistral", sequence_length=8192, micro_batch=1, batch_tokens=8192)
 
 
 def test_a_foreign_tokenizer_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from models import model, tokenizer
+from models import model, tokenizer, windowed
 from safetensors.torch import load_file
 
 from pipelines import reward
@@ -366,6 +366,9 @@ def test_too_long(inputs: dict[str, Path], tmp_path: Path) -> None:
 def test_refused_before_training(inputs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match=r"reward.max_length: 512 tokens; the SFT model's context is 256"):
         run(inputs, tmp_path / "context", max_length=512)
+    windowed(inputs["sft"] / "model", tmp_path / "base/model", 100)
+    with pytest.raises(ParamsError, match=r"reward.max_length: 128 tokens; the SFT model's context is 100"):
+        run(inputs | {"sft": tmp_path / "base"}, tmp_path / "window")
     ties = [row | {"ranks": [1] * len(row["ranks"])} for row in comparisons("train", 9, random.Random(0))]
     with pytest.raises(DataError, match="there is nothing to learn"):
         run(changed(inputs, tmp_path / "a", "comparisons/train.parquet", ties), tmp_path / "ties")

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from models import model, tokenizer
+from models import model, tokenizer, windowed
 
 from pipelines import sft
 from pipelines.core import answers, artifacts, chats, demonstrations, hardware, segments
@@ -306,6 +306,9 @@ def test_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
         run(changed, tmp_path / "ends")
     with pytest.raises(ArtifactError, match=r"sft.max_length is 300, the model's context 256"):
         run(inputs, tmp_path / "context", max_length=300)
+    windowed(inputs["pretrain"] / "model", tmp_path / "base/model", 100)
+    with pytest.raises(ArtifactError, match=r"sft.max_length is 128, the model's context 100"):
+        run(inputs | {"pretrain": tmp_path / "base"}, tmp_path / "window")
     with pytest.raises(DataError, match=r"leaves no room for an answer: 6 fit"):
         run(inputs, tmp_path / "room", max_new_tokens=250)
     with pytest.raises(ArtifactError, match="have no table demonstrations"):

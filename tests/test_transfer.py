@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import toy_tasks
-from models import tokenizer
+from models import tokenizer, windowed
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -242,6 +242,14 @@ def test_refused_before_any_training(
     with pytest.raises(kind, match=told):
         run(inputs, tmp_path / "out", context, **changed)
     assert not list((tmp_path / "out").iterdir()) and not context.history
+
+
+def test_a_window_of_attention_bounds_the_length(
+    inputs: dict[str, Path], tmp_path: Path, context: StageContext
+) -> None:
+    windowed(inputs["pretrain"] / "model", tmp_path / "pretrain/model", 20)
+    with pytest.raises(ParamsError, match=r"max_length \(task close\): 24 tokens; the base model's context is 20"):
+        run(inputs | {"pretrain": tmp_path / "pretrain"}, tmp_path / "out", context)
 
 
 def test_the_last_task_is_checked_before_the_first_is_trained(

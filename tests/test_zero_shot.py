@@ -151,6 +151,11 @@ def test_what_is_longer_than_the_context_is_cut_and_told(known: Any, context: St
     assert found == scores.index(max(scores))
     assert context.samples[-1] == "warning: zero-shot: 1 of 1 texts of t were cut to the model's context of 64 tokens"
 
+    lm.config.sliding_window = 40
+    zero_shot.predict(lm, known, asked, context, lambda d, t: None)
+    assert context.samples[-1].endswith("cut to the model's context of 40 tokens")
+    lm.config.sliding_window = None
+
     train = [example(n, ["w", long][n])._replace(label=float(n)) for n in range(2)]
     judged = task("classification", ("bad", "good"), [example(0, long)])._replace(train=train)
     heuristic = Heuristic(task="t", kind="acceptability")

@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipelines.core import chats, losses, sampling, segments, statistics, text_scores
+from pipelines.core import chats, context_window, losses, sampling, segments, statistics, text_scores
 from pipelines.core.context import StageContext
 from pipelines.core.demonstrations import Demonstration
 from pipelines.core.errors import DataError
@@ -97,7 +97,7 @@ def greedy(
 
     Where the context is too short for all the shots, as many are given as fit, the last ones first.
     """
-    room = getattr(model.config, "max_position_embeddings", None) or math.inf
+    room = context_window.length(model.config) or math.inf
     prompts = [_prompt(tokenizer, example, shots, room - limit) for example in examples]
     model.eval()
     samples = sampling.sample(

@@ -15,6 +15,7 @@ from pipelines.core import (
     assistant,
     attention,
     chats,
+    context_window,
     generate,
     grounding,
     language_models,
@@ -71,7 +72,7 @@ def speaker(name: str, place: Path) -> Speaker:
     """A model of a directory."""
     from transformers import AutoConfig
 
-    room = sampling.context_length(AutoConfig.from_pretrained(place))
+    room = context_window.length(AutoConfig.from_pretrained(place))
     return Speaker(name, place, language_models.load_tokenizer(str(place)), room)
 
 

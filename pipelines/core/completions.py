@@ -151,13 +151,13 @@ def _sample(
     """Sample and write the batches from number `done` on."""
     from transformers import AutoTokenizer
 
-    from pipelines.core import attention, language_models, sampling
+    from pipelines.core import attention, context_window, language_models, sampling
 
     tokenizer = AutoTokenizer.from_pretrained(place)
     room = params.max_prompt_tokens + params.max_new_tokens
     model = language_models.load(str(place), context.dtype, attention.choose(context.device, room)).to(context.device)
     model.eval()
-    limit = getattr(model.config, "max_position_embeddings", None) or room
+    limit = context_window.length(model.config) or room
     if max(len(prompt.ids) for batch in batches for prompt in batch) + params.max_new_tokens > limit:
         raise ArtifactError(
             f"feedback.max_prompt_tokens ({params.max_prompt_tokens}) + max_new_tokens ({params.max_new_tokens}) do "

@@ -12,10 +12,10 @@ def greedy(model: Any, tokenizer: Any, prompts: list[str], tokens: int) -> list[
     """
     import torch
 
-    from pipelines.core import packing, sampling
+    from pipelines.core import context_window, packing, sampling
 
     separator = packing.separator_id(tokenizer)
-    room = sampling.context_length(model.config)
+    room = context_window.length(model.config)
     new = min(tokens, room // 2) if room else tokens
     ids = [[separator, *one] for one in packing.encode(tokenizer, prompts)]
     stops = sorted({separator, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])})

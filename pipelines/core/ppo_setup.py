@@ -65,14 +65,14 @@ def roles(params: PpoParams, inputs: dict[str, Path], context: StageContext) -> 
     """
     from transformers import AutoConfig
 
-    from pipelines.core import actors, k_way, sampling, scoring
+    from pipelines.core import actors, context_window, k_way, scoring
 
     if context.world.size > 1 and context.world.sharding == "full":
         raise ParamsError("compute.sharding: ppo cannot split its model, which samples while it learns; set none")
     sft, reward = inputs["sft"] / "model", inputs["reward"]
     need = params.max_prompt_tokens + params.max_new_tokens
     asked = {"ppo.max_prompt_tokens + ppo.max_new_tokens": need, "ppo.ptx_length": params.ptx_length}
-    sampling.check_context(asked, "the SFT model's context", AutoConfig.from_pretrained(sft))
+    context_window.check(asked, "the SFT model's context", AutoConfig.from_pretrained(sft))
     longest = max(k_way.ROW_TOKENS, need * params.samples_per_prompt, params.ptx_length, scoring.WINDOW)
     own = not params.rewards
     if params.method == "full":

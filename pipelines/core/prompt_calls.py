@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipelines.core import artifacts, attention, chats, k_way, language_models, sampling, segments
+from pipelines.core import artifacts, attention, chats, context_window, k_way, language_models, sampling, segments
 from pipelines.core.context import StageContext
 from pipelines.core.prompt_rendering import Message
 from pipelines.core.prompt_tasks import Question
@@ -65,7 +65,7 @@ class Speaker:
         """Tokens that a prompt may have before an answer of so many."""
         from transformers import AutoConfig
 
-        limit = sampling.context_length(AutoConfig.from_pretrained(self.place))
+        limit = context_window.length(AutoConfig.from_pretrained(self.place))
         return min(self.most, limit - answer) if limit else self.most
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:

@@ -13,6 +13,7 @@ from pipelines.core import (
     artifacts,
     attention,
     bnb_variants,
+    context_window,
     demonstrations,
     gguf_export,
     gptq,
@@ -23,7 +24,6 @@ from pipelines.core import (
     quantization_aware,
     reading,
     reward_model,
-    sampling,
     scoring,
     variants,
 )
@@ -114,7 +114,7 @@ def check(subject: Subject, model: Any, params: QuantizeParams) -> None:
         "quantize.calibration_length": params.calibration_length,
         "quantize.max_prompt_tokens + quantize.max_new_tokens": answered,
     }
-    sampling.check_context(asked, f"the context of {subject.place}", model.config)
+    context_window.check(asked, f"the context of {subject.place}", model.config)
     for name, value in model.named_parameters():
         if not bool(torch.isfinite(value).all()):
             count = int((~torch.isfinite(value)).sum())

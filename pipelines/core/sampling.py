@@ -8,17 +8,17 @@ list and its own number, not on what else is sampled with it (up to the rounding
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from pipelines.core import attention, few_rows, packing, training
+from pipelines.core import attention, context_window, few_rows, packing, training
 from pipelines.core.branch_cache import BLOCK, SPARE, SPARE_SHARE, BranchCache, Layout, layout, widest
 from pipelines.core.drawing import LARGEST, draw, room_to_draw
-from pipelines.core.errors import ArtifactError, DataError, ParamsError
+from pipelines.core.errors import ArtifactError, DataError
 from pipelines.core.language_models import body_and_head
 
 BRANCHES = 256  # samples that grow side by side
@@ -110,27 +110,6 @@ def sample(
     finally:
         model.train(was_training)
     return found
-
-
-def context_length(config: Any) -> int | None:
-    """Tokens the model can attend to, prompt and completion together; None where the architecture sets no limit."""
-    known = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-    return min((length for length in known if length), default=None)
-
-
-def check_context(asked: Mapping[str, int], whose: str, *configs: Any) -> None:
-    """See that what is to be read fits the context of models; `whose` it is, for the message.
-
-    Args:
-        asked: dials, and the tokens that they ask for.
-
-    Raises:
-        ParamsError: one asks for more than the shortest of them.
-    """
-    rooms = [room for config in configs if (room := context_length(config)) is not None]
-    if rooms and max(asked.values()) > min(rooms):
-        told = ", ".join(f"{dials} is {tokens}" for dials, tokens in asked.items())
-        raise ParamsError(f"{told} tokens; {whose} is {min(rooms)}: lower them")
 
 
 def _continue(
@@ -291,7 +270,7 @@ def _refuse(model: Any, lengths: list[int], tokens: int) -> None:
             + (f"it has layers of {', '.join(sorted(kinds))}" if kinds else "its attention makes masks of its own")
             + "; choose another, for example llama, gpt2, qwen3, gpt_neox, mistral"
         )
-    need, room = max(lengths, default=0) + tokens, context_length(config)
+    need, room = max(lengths, default=0) + tokens, context_window.length(config)
     if room and need > room:
         raise ArtifactError(
             f"the longest prompt has {max(lengths)} tokens; with {tokens} new ones that is {need}, but the model's "

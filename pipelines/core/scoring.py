@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipelines.core import packing
+from pipelines.core import context_window, packing
 from pipelines.core.language_models import body_and_head
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Piece(NamedTuple):
 
 def batches(config: Any, tokenizer: Any, texts: list[str]) -> list[list[Piece]]:
     """The windows of all texts that fit a model's context, the longest first, in batches of `BATCH_TOKENS`."""
-    window = min(WINDOW, getattr(config, "max_position_embeddings", WINDOW) or WINDOW)
+    window = min(WINDOW, context_window.length(config) or WINDOW)
     separator = packing.separator_id(tokenizer)
     pieces: list[Piece] = []
     for number, ids in enumerate(packing.encode(tokenizer, texts)):

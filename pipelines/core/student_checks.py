@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipelines.core import language_models, sampling
+from pipelines.core import context_window, language_models
 from pipelines.core.errors import ArtifactError, ParamsError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def check_context(params: DistillParams, *models: PreTrainedModel) -> None:
     """Raises ParamsError where what is to be read does not fit the context of teacher and student."""
     answered = params.max_prompt_tokens + params.max_new_tokens
     asked = {"distill.max_length": params.max_length, "distill.max_prompt_tokens + distill.max_new_tokens": answered}
-    sampling.check_context(asked, "the context of teacher and student", *(model.config for model in models))
+    context_window.check(asked, "the context of teacher and student", *(model.config for model in models))
 
 
 def check_top_k(k: int | None, teacher: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipelines.core import k_way, packing, segments
+from pipelines.core import context_window, k_way, packing, segments
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ParamsError
 from pipelines.core.task_inputs import Example, Task
@@ -107,7 +107,7 @@ def _mean_log_probabilities(
     tell: k_way.Tell,
 ) -> list[list[float]]:
     """Of each response to each prompt, after what opens a document."""
-    start, room = packing.separator_id(tokenizer), getattr(model.config, "max_position_embeddings", None)
+    start, room = packing.separator_id(tokenizer), context_window.length(model.config)
     ids = iter(packing.encode(tokenizer, [text for prompt, responses in asked for text in (prompt, *responses)]))
     sequences, cut = [], 0
     for _, responses in asked:
