@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
-from pipelines.core import artifacts, language_models, packing, reading
+from pipelines.core import artifacts, chats, language_models, packing, reading
 from pipelines.core.context import StageContext
-from pipelines.core.errors import ArtifactError
+from pipelines.core.errors import ArtifactError, DataError
 from pipelines.core.params.tokenizer import TokenizerParams
 
 METRICS = frozenset({"vocabulary", "bytes_per_token", "round_trip"})
@@ -45,7 +45,8 @@ def run(params: TokenizerParams, inputs: dict[str, Path], outputs: Path, context
     """Make the tokenizer and measure it on held-out text.
 
     Raises:
-        ArtifactError: it does not give every text back unchanged, or the data hold no corpus.
+        ArtifactError: it does not give every text back unchanged, chats of the data cannot be learned with it, or the
+            data hold no corpus.
     """
     # 1. Take the base model's, or train one on the corpus.
     if params.base is not None:
@@ -64,8 +65,9 @@ def run(params: TokenizerParams, inputs: dict[str, Path], outputs: Path, context
     tokenizer.padding_side = "left"  # generation continues at the right end; training pads by itself
     tokenizer.save_pretrained(outputs)
 
-    # 3. Every text must come back unchanged; then bytes per token on text it has not seen.
+    # 3. Every text must come back unchanged, chats must be learnable; then bytes per token on text it has not seen.
     _check_probes(tokenizer)
+    _check_chats(tokenizer, params.base, inputs["data"], context)
     rows = _evaluate(tokenizer, inputs["data"])
     reading.write_evaluation(outputs / "evaluation.parquet", rows)
     total_bytes, total_tokens = sum(rows["bytes"]), sum(rows["tokens"])
@@ -114,6 +116,20 @@ def _spare_token(tokenizer: Any) -> str:
     template = tokenizer.chat_template or ""
     spare = [token for token in special if token not in used and token not in template]
     return spare[-1] if spare else SPECIAL[-1]
+
+
+def _check_chats(tokenizer: Any, base: str | None, data: Path, context: StageContext) -> None:
+    """Raise where `sft`, which comes after pre-training, would refuse the tokenizer; where it has no chats, say so."""
+    try:
+        chats.check_tokenizer(tokenizer)
+    except (ArtifactError, DataError) as error:
+        told = f"tokenizer.base {base}: {error}"
+        if (data / "demonstrations").is_dir():
+            raise ArtifactError(
+                f"{told} Save the mended tokenizer (transformers: save_pretrained) in a copy of the base's directory, "
+                "and name that one: tokenizer.base and pretrain.base"
+            ) from None
+        context.say(f"warning: stage sft would refuse {told}")
 
 
 def _check_probes(tokenizer: Any) -> None:

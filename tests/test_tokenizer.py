@@ -93,6 +93,25 @@ def test_a_base_without_a_chat_template_gets_one_that_ends_a_turn_with_its_own_e
     assert chat.ids[-1] == known.eos_token_id and chat.supervised[-1]
 
 
+def test_a_template_that_does_not_end_turns_with_eos_is_told_before_pretraining(
+    data: Path, tmp_path: Path, context: StageContext
+) -> None:
+    """As that of Qwen's base models: refused where `sft` would refuse it, told where there is nothing to chat about."""
+    base = tokenizer()
+    base.chat_template, base.eos_token = stage.CHAT_TEMPLATE.replace("eos_token", "'<|im_end|>'"), "<|endoftext|>"
+    base.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')
+    run(data, tmp_path / "a", context, str(tmp_path / "base"))
+    assert any(
+        line.startswith("warning: stage sft would refuse tokenizer.base") and "<|endoftext|>" in line
+        for line in context.samples
+    )
+    (data / "demonstrations").mkdir()
+    told = r"tokenizer.base \S+/base: the chat template does not end an answer with EOS .* copy .*: tokenizer.base and"
+    with pytest.raises(ArtifactError, match=told):
+        run(data, tmp_path / "b", context, str(tmp_path / "base"))
+
+
 def test_one_that_composes_characters_is_no_loss(data: Path, tmp_path: Path, context: StageContext) -> None:
     """As those of Qwen: e and a combining acute come back as one character, which to Unicode is the same text."""
     from tokenizers import normalizers
