@@ -165,6 +165,7 @@ def _model(params: PretrainParams, tokenizer: Any, context: StageContext) -> Any
             params.architecture, params.depth, tokenizer, length, torch.float32, kind
         )
     else:
+        language_models.refuse_quantized(params.base)
         model = language_models.load(params.base, context.dtype if params.adapted else torch.float32, kind)
         language_models.fit_vocabulary(model, tokenizer)
     room = context_window.length(model.config)  # of random weights: what the architecture's window of attention leaves

@@ -145,6 +145,17 @@ def test_a_base_model_without_all_of_its_weights_is_refused(inputs: dict[str, Pa
             language_models.load(str(base), torch.float32, "sdpa")
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_quantized_base_is_refused(inputs: dict[str, Path], tmp_path: Path, method: str) -> None:
+    """bitsandbytes would load it, train nothing of its layers, and merge adapters into 4 bits."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    in_4_bits = BitsAndBytesConfig(load_in_4bit=True)
+    AutoModelForCausalLM.from_pretrained(inputs["base"], quantization_config=in_4_bits).save_pretrained(tmp_path / "b")
+    with pytest.raises(ParamsError, match=r"base \S+/b: its weights are quantized \(bitsandbytes\), .* method: qlora"):
+        run(inputs, tmp_path, base=str(tmp_path / "b"), method=method)
+
+
 def test_a_base_model_below_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Like the files of data.sources; read as a hub id, it would be asked for there."""
     (tmp_path / "home/mine").mkdir(parents=True)

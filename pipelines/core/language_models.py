@@ -134,6 +134,28 @@ def load_tokenizer(base: str) -> Any:
     return tokenizer
 
 
+def refuse_quantized(base: str) -> None:
+    """Raises ParamsError where the weights of `base` are stored in few bits (a GGUF file's are whole when it is read).
+
+    They get no gradient, and adapters would be merged into what is rounded anew.
+    """
+    source = find(base)
+    if source.kind == "gguf":
+        return
+    from transformers import PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source.path)
+    except (OSError, ValueError):
+        return  # `load` tells
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method", "by a method it does not name")
+        raise ParamsError(
+            f"base {base}: its weights are quantized ({method}), which cannot be trained further; accepted: the model "
+            "it was made from, which method: qlora reads in 4 bits"
+        )
+
+
 def load(base: str, dtype: Any, attention: str) -> Any:
     """The base model with its weights in `dtype` (torch), ready to be trained and saved.
 
