@@ -43,9 +43,16 @@ def keep(root: Path) -> list[str]:
     # Rankings need not be there yet: the first run of the stage writes what is to be ranked.
     people = params.feedback.rankings_in(root)
     rankings = [people] if people and people.exists() else []
-    rewards = reward_functions.local_paths(params.ppo.rewards, root)
+    # What a stage makes need not be there yet either: the graph runs that stage first.
+    given = [name for name in params.ppo.rewards if not graph.made(root, name)]
+    rewards = [path for name in params.ppo.rewards for path in graph.made(root, name)]
+    rewards += reward_functions.local_paths(given, root)
     named = {"data": local_paths(params.data, root), "feedback": rankings, "ppo": rewards}
-    named |= {stage: language_models.local_paths(whole.models(params, stage), root) for stage in whole.NAME_MODELS}
+    for stage in whole.NAME_MODELS:
+        models = whole.models(params, stage)
+        named[stage] = [path for model in models.values() for path in graph.made(root, model)]
+        given_models = {dial: model for dial, model in models.items() if not graph.made(root, model)}
+        named[stage] += language_models.local_paths(given_models, root)
     wanted = {stage: sorted({_name(path, root) for path in paths}) for stage, paths in named.items()}
     for stage, names in wanted.items():
         _refuse_own(root, stage, names)

@@ -204,6 +204,25 @@ def test_models_that_dials_name_become_deps_and_leave_again(root: Path) -> None:
     assert place.read_text() == marked
 
 
+def test_a_model_of_another_stage_can_be_named_before_it_is_made(root: Path) -> None:
+    """In a fresh clone, or the worktree of an isolated run: DVC runs the other stage first, and lineage knows it."""
+    shutil.copy(ROOT / "dvc.yaml", root)
+    edit(root, "  model: null                 # null: the policy", "  model: artifacts/dpo/model # null: the policy")
+    edit(root, "  teacher: null ", "  teacher: ./artifacts/sft/model ")
+    edit(root, "  rewards: [] ", "  rewards: [artifacts/reward/model] ")
+    told = [("ppo", "reward"), ("distill", "sft"), ("quantize", "dpo")]
+    assert sources.keep(root) == [
+        f"dvc.yaml: stage {one} now depends on artifacts/{other}/model" for one, other in told
+    ]
+    assert all(other in graph.stage(root, one).parents for one, other in told) and sources.keep(root) == []
+    every = whole.load(root / "params.yaml")
+    assert not runner._names_hub(root, every)
+    runner._check_files(root, graph.stage(root, "quantize"), every)
+    edit(root, "  teacher: ./artifacts/sft/model ", "  teacher: nowhere/at/all ")
+    with pytest.raises(ParamsError, match=r"distill\.teacher: 'nowhere/at/all' is neither"):
+        runner._names_hub(root, whole.load(root / "params.yaml"))
+
+
 def test_a_base_model_in_a_directory_is_a_dep_of_both_its_stages(root: Path) -> None:
     """Or another model in the same place would change neither, and a checkpoint of the one go on as the other."""
     shutil.copy(ROOT / "dvc.yaml", root)

@@ -6,6 +6,7 @@ as data (`metrics/NAME.json`, `mlflow/registry.yaml`, `artifacts/NAME/model` tha
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -75,6 +76,12 @@ def stage(root: Path, name: str) -> StageSpec:
     return stages[name]
 
 
+def made(root: Path, path: str | None) -> list[Path]:
+    """The path, if it lies where stages put what they make: it need not be there yet."""
+    place = Path(os.path.normpath(root / path)) if path else None
+    return [place] if place and place.is_relative_to(os.path.normpath(root / "artifacts")) else []
+
+
 def _spec(name: str, raw: dict[str, Any], made_by: dict[str, str]) -> StageSpec:
     deps = [_path(item) for item in raw.get("deps", [])]
     outs = [_path(item) for item in raw.get("outs", [])]
@@ -89,8 +96,14 @@ def _spec(name: str, raw: dict[str, Any], made_by: dict[str, str]) -> StageSpec:
         inputs={_name(dep): dep for dep in deps if not dep.endswith(".py")},
         output=outs[0],
         metrics=metrics[0],
-        parents=tuple(dict.fromkeys(made_by[dep] for dep in deps if dep in made_by)),
+        parents=tuple(dict.fromkeys(maker for dep in deps if (maker := _maker(dep, made_by)) is not None)),
     )
+
+
+def _maker(path: str, made_by: dict[str, str]) -> str | None:
+    """The stage that makes a path, or the directory it lies in."""
+    pure = PurePosixPath(path)
+    return next((made_by[part.as_posix()] for part in (pure, *pure.parents) if part.as_posix() in made_by), None)
 
 
 def _path(item: str | dict[str, Any]) -> str:

@@ -84,7 +84,7 @@ def execute(name: str, root: Path) -> dict[str, float]:
     section: Section = getattr(every, name)
     inputs = _inputs(root, spec)
     _check_files(root, spec, every)
-    environment.allow_hub(_names_hub(every))
+    environment.allow_hub(_names_hub(root, every))
     with _thin_imports():
         module = importlib.import_module(f"pipelines.{name}")
     machine = hardware.choose(every.compute, root, every.compute.processes if _shared(section) else 1)
@@ -205,7 +205,7 @@ def _check_files(root: Path, spec: graph.StageSpec, every: whole.Params) -> None
         named["ppo.rewards"] = reward_functions.local_paths(every.ppo.rewards, root)
     if spec.name in whole.NAME_MODELS:
         for dial, model in whole.models(every, spec.name).items():
-            named[dial] = language_models.local_paths({dial: model}, root)
+            named[dial] = graph.made(root, model) or language_models.local_paths({dial: model}, root)
     deps = [(root / path).resolve() for path in (*spec.inputs.values(), *spec.code)]
     for key, paths in named.items():
         for path in paths:
@@ -217,12 +217,16 @@ def _check_files(root: Path, spec: graph.StageSpec, every: whole.Params) -> None
                 )
 
 
-def _names_hub(every: whole.Params) -> bool:
+def _names_hub(root: Path, every: whole.Params) -> bool:
     """Whether anything in the file is to come from a hub; nothing else may reach for one."""
     from pipelines.core import sources
 
-    named = {model for stage in whole.NAME_MODELS for model in whole.models(every, stage).values() if model}
-    return sources.names_hub(every.data) or any(language_models.find(model).kind == "hub" for model in named)
+    named = {dial: model for stage in whole.NAME_MODELS for dial, model in whole.models(every, stage).items()}
+    return sources.names_hub(every.data) or any(
+        model not in (None, *language_models.PACKAGES)
+        and not (graph.made(root, model) or language_models.local_paths({dial: model}, root))
+        for dial, model in named.items()
+    )
 
 
 def _inputs(root: Path, spec: graph.StageSpec) -> dict[str, Path]:
