@@ -132,6 +132,24 @@ def test_folder_and_glob_are_sorted_and_labelled_without_the_place(tmp_path: Pat
     assert sources.names_hub(params({"hub": "a/b", "table": "corpus"}))
 
 
+def test_links_to_folders_are_followed_and_stand_among_the_deps(tmp_path: Path) -> None:
+    """DVC does not look behind them in a folder that is a dep: what changes there would not be noticed."""
+    for name in ("given/a.jsonl", "far/b.jsonl", "far/.hidden/c.jsonl", "given/sub/d.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        jsonl(tmp_path / name, RECORDS[:1])
+    (tmp_path / "given/link").symlink_to("../far")
+    (tmp_path / "given/again").symlink_to("sub")
+    (tmp_path / "far/round").symlink_to("../given")
+    given = {"path": "given", "table": "demonstrations"}
+    assert [entry.source for entry in sources.read(source("given"), tmp_path)] == [
+        "given/a.jsonl", "given/link/b.jsonl", "given/sub/d.jsonl",
+    ]  # fmt: skip
+    assert sources.local_paths(params(given), tmp_path) == [tmp_path / "given", tmp_path / "given/link"]
+    for pattern in ("given/*/b.jsonl", "given/**/b.jsonl"):
+        globbed = params(given | {"path": pattern})
+        assert sources.local_paths(globbed, tmp_path) == [tmp_path / "given", tmp_path / "given/link"]
+
+
 def test_brackets_in_the_repositorys_own_name_are_no_pattern(tmp_path: Path) -> None:
     root = tmp_path / "copy [2]"
     for name in ("given/a.jsonl", "given/b [old].jsonl"):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,8 @@ def local_paths(params: DataParams, root: Path) -> list[Path]:
     """Every local file and folder the sources read, sorted: what the stage depends on.
 
     A glob stands for the deepest folder without a wildcard, so that a new file under it is noticed; if that
-    folder holds the repository itself, for the files that match now.
+    folder holds the repository itself, for the files that match now. Links to folders stand for themselves beside the
+    folder they lie in, since DVC does not follow them there.
 
     Raises:
         DataError: a path that does not exist, or a folder or glob without a file that can be read.
@@ -51,10 +53,12 @@ def local_paths(params: DataParams, root: Path) -> list[Path]:
             found = files_of(source, root)
             if _is_glob(source, root):
                 parts = Path(source.path).expanduser().parts
-                stem = root / Path(*parts[: next(i for i, part in enumerate(parts) if any(c in part for c in WILD))])
-                paths.update(found if root.resolve().is_relative_to(stem.resolve()) else [stem])
-            else:
-                paths.add(place)
+                place = root / Path(*parts[: next(i for i, part in enumerate(parts) if any(c in part for c in WILD))])
+                if root.resolve().is_relative_to(place.resolve()):
+                    paths.update(found)
+                    continue
+            inner = {folder for file in found for folder in file.parents if folder.is_relative_to(place)} - {place}
+            paths.update([place, *(folder for folder in inner if folder.is_symlink())])
     return sorted(paths)
 
 
@@ -67,14 +71,15 @@ def files_of(source: FileSource, root: Path) -> list[Path]:
     place = _resolve(source.path, root)
     accepted = f"accepted: {', '.join(readers.READERS)}, each also with .gz"
     if place.is_dir():
-        inside = (path for path in place.rglob("*") if path.is_file())
-        visible = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(place).parts)]
-        files = [path for path in visible if readers.kind_of(path) is not None]
+        files = [path for path in _visible(place) if readers.kind_of(path) is not None]
         if not files:
             raise DataError(f"{place}: the folder holds no file that can be read; {accepted}")
     elif _is_glob(source, root):
         pattern = str(_resolve(source.path, Path(glob.escape(str(root)))))
-        files = [Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file()]
+        names = sorted(glob.glob(pattern, recursive=True), key=lambda name: (name.count("/"), name))
+        # Links may loop: of a file with several names the shortest stands for it.
+        first = {os.path.realpath(name): Path(name) for name in reversed(names)}
+        files = [path for path in first.values() if path.is_file()]
         if not files:
             raise DataError(f"{place}: no file matches; {accepted}")
     elif place.is_file():
@@ -82,6 +87,27 @@ def files_of(source: FileSource, root: Path) -> list[Path]:
     else:
         raise DataError(f"{place}: no such file or folder (data.sources, path: {source.path})")
     return sorted(files, key=lambda path: path.as_posix())
+
+
+def _visible(top: Path) -> Iterator[Path]:
+    """The files below a folder that are not hidden, behind links to folders too, of no folder twice: links may loop.
+
+    Raises:
+        DataError: a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: the folder cannot be read: {error.strerror}")
+
+    waiting, seen = [top], set()
+    while waiting:
+        for name, folders, files in os.walk(waiting.pop(0), onerror=refuse):
+            here = Path(name)
+            folders[:] = [] if here.resolve() in seen else [one for one in folders if not one.startswith(".")]
+            if here.resolve() not in seen:
+                seen.add(here.resolve())
+                waiting += sorted(here / one for one in folders if (here / one).is_symlink())
+                yield from (here / one for one in files if not one.startswith(".") and (here / one).is_file())
 
 
 def within(path: Path, root: Path) -> Path | None:
