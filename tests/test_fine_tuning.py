@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from models import LORA, model, tokenizer
+from transformers import GenerationConfig
 
-from pipelines.core import fine_tuning, training
+from pipelines.core import fine_tuning, generate, language_models, training
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
 from pipelines.core.params.tuning import Tuning
@@ -42,3 +43,20 @@ def test_adapters_begin_as_the_base(context: StageContext, tmp_path: Path) -> No
     ids = torch.arange(1, 40)[None]
     assert torch.equal(base(input_ids=ids).logits, adapted(input_ids=ids).logits)
     assert set(training.trained_state(adapted)).isdisjoint(training.trained_state(base))
+
+
+@pytest.mark.parametrize("of_base", [None, 7, [7, 9]])
+def test_what_is_saved_ends_with_the_tokenizers_eos(
+    of_base: int | list[int] | None, context: StageContext, tmp_path: Path
+) -> None:
+    """A base's own generation config may name another token, and what is served would talk on after each answer."""
+    known, lm = tokenizer(), model(tokenizer())
+    whole = Tuning(method="full", lora_rank=4)
+    fine_tuning.save(lm, tmp_path, whole, known, tmp_path / "same", context)
+    assert GenerationConfig.from_pretrained(tmp_path / "same").eos_token_id == known.eos_token_id
+    lm.config.eos_token_id = lm.generation_config.eos_token_id = of_base
+    fine_tuning.save(lm, tmp_path, whole, known, tmp_path / "other", context)
+    others = [7, 9] if of_base == [7, 9] else [7] if of_base else []
+    assert generate.endings(language_models.load(str(tmp_path / "other"), torch.float32, "sdpa"), known) == {
+        known.eos_token_id, *others
+    }  # fmt: skip
