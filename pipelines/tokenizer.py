@@ -28,6 +28,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
     "+ eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Llama 3's templates, and SmolLM3's, tell today's date: what is learned and sampled would change from day to day.
+FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"  # Llama's own, where there is no clock
 TRAIN_BYTES = 32 * 2**20  # BPE merges settle long before this; it bounds time and memory on a large corpus
 HELD_OUT_BYTES = 2**20
 PROBES = (
@@ -62,6 +64,9 @@ def run(params: TokenizerParams, inputs: dict[str, Path], outputs: Path, context
         tokenizer.pad_token = spare
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
+    if "strftime_now" in tokenizer.chat_template:
+        context.say("the chat template tells today's date: it is 26 Jul 2024 for good")
+        tokenizer.chat_template = FIXED_DATE + tokenizer.chat_template
     tokenizer.padding_side = "left"  # generation continues at the right end; training pads by itself
     tokenizer.save_pretrained(outputs)
 

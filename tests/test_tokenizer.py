@@ -112,6 +112,23 @@ def test_a_template_that_does_not_end_turns_with_eos_is_told_before_pretraining(
         run(data, tmp_path / "b", context, str(tmp_path / "base"))
 
 
+def test_a_template_that_tells_the_date_tells_always_the_same(
+    data: Path, tmp_path: Path, context: StageContext
+) -> None:
+    """As those of Llama 3 and SmolLM3: a stage has no clock, and a run that goes on tomorrow must go on the same."""
+    base = tokenizer()
+    llama = "{% if not date_string is defined %}{% if strftime_now is defined %}"
+    llama += "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{% endif %}{{ date_string }}\n"
+    for number, opening in enumerate((llama, "{%- set today = strftime_now('%d %B %Y') -%}{{ today }}\n")):
+        base.chat_template = opening + stage.CHAT_TEMPLATE
+        base.save_pretrained(tmp_path / "base")
+        (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')
+        run(data, tmp_path / str(number), context, str(tmp_path / "base"))
+        known = loaded(tmp_path / str(number))
+        assert known.apply_chat_template(chats.PROBE, tokenize=False).startswith("26 Jul 2024\n<|im_start|>user\nOne?")
+        chats.check_tokenizer(known)
+
+
 def test_one_that_composes_characters_is_no_loss(data: Path, tmp_path: Path, context: StageContext) -> None:
     """As those of Qwen: e and a combining acute come back as one character, which to Unicode is the same text."""
     from tokenizers import normalizers
