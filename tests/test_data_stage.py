@@ -291,6 +291,23 @@ def test_builder_rows_become_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert content_hash(first) == content_hash(second)
 
 
+def test_packages_of_two_builders_are_classes_of_one_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbered by each for itself, the same number stood for two packages, and transfer refused the table."""
+    monkeypatch.chdir(tmp_path)
+    for place, name in enumerate(("alpha", "beta", "gamma")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+        body = "".join(
+            f'def f{k}(a):\n    """Return {sentence(place * 90 + k)}."""\n    return a\n\n\n' for k in range(90)
+        )
+        (tmp_path / name / "m.py").write_text(body)
+    built = {"builder": "pydocs", "stdlib": False, "tables": ["corpus", "tasks"]}
+    both = params(built | {"folders": ["gamma", "beta"]}, built | {"folders": ["beta", "alpha"]})
+    outputs, _ = run(tmp_path, both)
+    rows = [row for rows in table(outputs, "tasks/package").values() for row in rows]
+    assert {(row["label"], row["label_text"]) for row in rows} == {(0, "alpha"), (1, "beta"), (2, "gamma")}
+
+
 def judged(expectation: Any, frame: pd.DataFrame) -> Any:
     from pipelines.core.validation import Judge
 

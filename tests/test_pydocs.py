@@ -296,8 +296,8 @@ def test_tasks_are_labelled_right(numpy_tables: Tables, small: Path) -> None:
     assert set(labels["choice"]) == {0, 1, 2, 3}
     assert 0.4 < sum(labels["entailment"]) / len(labels["entailment"]) < 0.6
     both = tables(PydocsSource(builder="pydocs", stdlib=False, packages=("numpy",), folders=(str(small),)))
-    packages = {row["label"]: row["label_text"] for row in both["tasks"] if row["task"] == "package"}
-    assert packages.get(0) == "numpy" and set(packages) <= {0, 1}
+    packages = {row["label"] for row in both["tasks"] if row["task"] == "package"}
+    assert "numpy" in packages and len(packages) <= 2
 
 
 def test_numpy_has_its_public_names(numpy_tables: Tables) -> None:

@@ -67,7 +67,7 @@ def tasks(entries: Sequence[Entry], labels: Sequence[str]) -> Iterator[Row]:
 def _package(entry: Entry, labels: Sequence[str]) -> Iterator[Row]:
     text = entry.summary.lower()
     if not any(label.lower() in text for label in labels):  # the answer must not stand in the question
-        columns = {"text": entry.summary, "label": labels.index(entry.package), "label_text": entry.package}
+        columns = {"text": entry.summary, "label": entry.package}  # numbered with those of all sources together
         yield _row("package", entry.name, entry.group, columns)
 
 
