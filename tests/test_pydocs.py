@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from pipelines.core.pydocs import build
 from pipelines.core.pydocs.docstrings import parse
 from pipelines.core.pydocs.tasks import fold
 
+ROOT = Path(__file__).parents[1]
 Tables = dict[str, list[dict[str, Any]]]
 
 CORE = '''
@@ -298,6 +302,31 @@ def test_tasks_are_labelled_right(numpy_tables: Tables, small: Path) -> None:
     both = tables(PydocsSource(builder="pydocs", stdlib=False, packages=("numpy",), folders=(str(small),)))
     packages = {row["label"] for row in both["tasks"] if row["task"] == "package"}
     assert "numpy" in packages and len(packages) <= 2
+
+
+def test_workers_end_with_a_stage_that_is_killed() -> None:
+    """They wait for calls on a queue that they hold open themselves: each kill left some behind for good."""
+    code = (
+        "import time\n"
+        "from pipelines.core.params.data import PydocsSource\n"
+        "from pipelines.core.pydocs import build\n"
+        "if __name__ == '__main__':\n"
+        "    rows = build(PydocsSource(builder='pydocs', stdlib=False, packages=('numpy',)), 2)\n"
+        "    print(next(rows), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    stage = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert stage.stdout is not None and stage.stdout.readline()
+    lists = Path(f"/proc/{stage.pid}/task").glob("*/children")
+    workers = [Path("/proc", child) for one in lists for child in one.read_text().split()]
+    workers = [place for place in workers if b"spawn_main" in (place / "cmdline").read_bytes()]
+    assert workers
+    stage.kill()
+    stage.wait()
+    ends = time.monotonic() + 20
+    while any(place.exists() and b"spawn_main" in (place / "cmdline").read_bytes() for place in workers):
+        assert time.monotonic() < ends, "a worker has outlived its stage"
+        time.sleep(0.1)
 
 
 def test_numpy_has_its_public_names(numpy_tables: Tables) -> None:

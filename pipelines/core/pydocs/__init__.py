@@ -15,11 +15,13 @@ over processes; what it yields depends on the source files alone, not on the num
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.core.pydocs import rows, tasks
@@ -102,7 +104,8 @@ def _parsed(found: list[Library], workers: int) -> Iterator[tuple[Library, Compl
         pool = readers = None
         if workers > 1 and sum(len(library.files) for library in found) > _CHUNK:
             # Spawned, not forked: the caller may have threads (torch, pyarrow), and a fork copies locks in any state.
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+            pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
+            stack.enter_context(pool)
             readers = stack.enter_context(ThreadPoolExecutor(_AHEAD))  # they only wait for the workers
         waiting: deque[Future[Complete]] = deque()
         for at, library in enumerate(found):
@@ -112,6 +115,18 @@ def _parsed(found: list[Library], workers: int) -> Iterator[tuple[Library, Compl
             while at + len(waiting) < min(at + 1 + _AHEAD, len(found)):
                 waiting.append(readers.submit(_complete, pool, found[at + len(waiting)]))
             yield library, waiting.popleft().result()
+
+
+def _end_with_parent() -> None:
+    """In a worker: end when the stage does, which a worker that waits for its next call would not notice."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _complete(pool: ProcessPoolExecutor | None, library: Library) -> Complete:
