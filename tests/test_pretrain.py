@@ -121,6 +121,11 @@ def test_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
     for number, (changes, error, told) in enumerate(
         [
             ({"architecture": "resnet"}, ParamsError, "no causal language model"),
+            (
+                {"architecture": "gemma3"},
+                ParamsError,
+                "'gemma3' reads more than text; its part for text is gemma3_text",
+            ),
             ({"base": str(tmp_path / "nowhere"), "method": "lora"}, ParamsError, "nor an existing directory"),
             ({"sequence_length": 8192, "batch_tokens": 8192, "micro_batch": 1}, Exception, "less than one row"),
         ]
@@ -154,6 +159,19 @@ def test_a_quantized_base_is_refused(inputs: dict[str, Path], tmp_path: Path, me
     AutoModelForCausalLM.from_pretrained(inputs["base"], quantization_config=in_4_bits).save_pretrained(tmp_path / "b")
     with pytest.raises(ParamsError, match=r"base \S+/b: its weights are quantized \(bitsandbytes\), .* method: qlora"):
         run(inputs, tmp_path, base=str(tmp_path / "b"), method=method)
+
+
+def test_a_base_that_sees_images_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """transformers loads Gemma 3's larger ones as causal language models; their configuration has parts."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    common = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text = {**common, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": len(tokenizer())}
+    vision = {**common, "image_size": 14, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(ArtifactError, match="gemma3 reads more than text; accepted: a model of text alone"):
+        run(inputs, tmp_path, base=str(tmp_path / "base"), method="lora")
 
 
 def test_a_base_model_below_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,9 +181,11 @@ def load(base: str, dtype: Any, attention: str) -> Any:
             f"base {base}: {source.path} has no weights, or none of the right shape, for {len(drawn)} of the model's, "
             f"such as {drawn[0]}: they would be random. Its weights and its config.json do not belong together"
         )
+    config = model.config
+    if config.get_text_config() is not config:
+        raise ArtifactError(f"base {base}: {config.model_type} reads more than text; accepted: a model of text alone")
     if source.kind != "gguf":
         return model
-    config = model.config
     del config.quantization_config
     config._name_or_path = base
     fresh = _from_config(config, dtype, attention)
@@ -199,7 +201,7 @@ def random_weights(architecture: str, depth: int, tokenizer: Any, length: int, d
     3. Context: the rows it is trained on. Input and output embeddings are tied.
 
     Raises:
-        ParamsError: `architecture` is not a decoder-only causal language model of transformers.
+        ParamsError: `architecture` is not a decoder-only causal language model of transformers, of text alone.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
@@ -210,6 +212,10 @@ def random_weights(architecture: str, depth: int, tokenizer: Any, length: int, d
             f"pretrain.architecture: {architecture!r} is no causal language model of transformers; for example: {near}"
         )
     default = AutoConfig.for_model(architecture)
+    if (text := default.get_text_config()) is not default:
+        raise ParamsError(
+            f"pretrain.architecture: {architecture!r} reads more than text; its part for text is {text.model_type}"
+        )
     wanted = {
         "vocab_size": len(tokenizer),
         "num_hidden_layers": depth,
