@@ -146,7 +146,7 @@ def test_a_base_model_without_all_of_its_weights_is_refused(inputs: dict[str, Pa
     language_models.load(str(base), torch.float32, "sdpa")
     for weights in (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", b""):
         (base / "model.safetensors").write_bytes(weights)
-        with pytest.raises(ArtifactError, match="no causal language model could be loaded"):
+        with pytest.raises(ArtifactError, match="no causal language model in"):
             language_models.load(str(base), torch.float32, "sdpa")
 
 

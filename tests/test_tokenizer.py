@@ -10,7 +10,7 @@ from data_folder import write_corpus
 from models import TEXTS, model, tokenizer
 
 from pipelines import tokenizer as stage
-from pipelines.core import artifacts, chats, packing
+from pipelines.core import artifacts, chats, language_models, packing
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
 from pipelines.core.params.tokenizer import TokenizerParams
@@ -127,6 +127,27 @@ def test_a_template_that_tells_the_date_tells_always_the_same(
         known = loaded(tmp_path / str(number))
         assert known.apply_chat_template(chats.PROBE, tokenize=False).startswith("26 Jul 2024\n<|im_start|>user\nOne?")
         chats.check_tokenizer(known)
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "told"),
+    [
+        ("LlamaTokenizer", {"tokenizer.model": "\n\x05abcde"}, "tiktoken"),
+        (
+            "PreTrainedTokenizerFast",
+            {"tokenizer.json": '{"version": "1.0", "model": {"type": "Strange"}}'},
+            "added_tokens",
+        ),
+        ("BioGptTokenizer", {"vocab.json": '{"<unk>": 0}', "merges.txt": "#version: 0.2\n"}, "sacremoses"),
+        ("CTRLTokenizer", {"vocab.json": '{"<unk>": 0}', "merges.txt": "#version: 0.2\n"}, "tokenizer.json is needed"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_told(tmp_path: Path, kind: str, files: dict[str, str], told: str) -> None:
+    for name, text in {**files, "tokenizer_config.json": f'{{"tokenizer_class": "{kind}"}}'}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ArtifactError, match=rf"base {tmp_path}: .*{told}"):
+        language_models.load_tokenizer(str(tmp_path))
 
 
 def test_one_that_composes_characters_is_no_loss(data: Path, tmp_path: Path, context: StageContext) -> None:

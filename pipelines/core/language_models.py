@@ -52,9 +52,7 @@ def find(base: str) -> Source:
         return Source("gguf", str(path))
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ParamsError(
-                f"base {base}: the directory has no config.json; a Hugging Face model directory is needed"
-            )
+            raise ParamsError(f"base {base}: the directory has no config.json; a Hugging Face model's has one")
         return Source("directory", str(path))
     if base.count("/") == 1 and not base.startswith((".", "/", "~")) and path.suffix != ".gguf":
         return Source("hub", base)
@@ -115,15 +113,18 @@ def load_tokenizer(base: str) -> Any:
 
     Raises:
         ParamsError: `base` names nothing.
-        ArtifactError: it is there but holds no tokenizer that transformers can read.
+        ArtifactError: it is there but holds no fast tokenizer that transformers can read.
     """
     source = find(base)
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source.arguments())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"base {base}: no tokenizer could be loaded from {source.path}: {error}") from None
+    except Exception as error:  # a package it needs is missing; a damaged file ends in a KeyError or a bare Exception
+        told = f"{type(error).__name__}: {error}"
+        raise ArtifactError(f"base {base}: no tokenizer could be loaded from {source.path}: {told}") from None
+    if not tokenizer.is_fast:
+        raise ArtifactError(f"base {base}: its tokenizer is no fast one; a tokenizer.json is needed")
     if source.kind == "gguf" and _splitting_rule(Path(source.path)) == "smollm":
         from tokenizers import pre_tokenizers
 
@@ -173,9 +174,7 @@ def load(base: str, dtype: Any, attention: str) -> Any:
     try:
         model, told = AutoModelForCausalLM.from_pretrained(**asked, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ArtifactError(
-            f"base {base}: no causal language model could be loaded from {source.path}: {error}"
-        ) from None
+        raise ArtifactError(f"base {base}: no causal language model in {source.path}: {error}") from None
     if drawn := sorted({*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])}):
         raise ArtifactError(
             f"base {base}: {source.path} has no weights, or none of the right shape, for {len(drawn)} of the model's, "
