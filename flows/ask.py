@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -59,8 +58,7 @@ def ask(root: Path, here: Path, question: str, options: Options, console: Consol
     if options.json:
         told = {"question": question, "answer": reply.text, "sources": [one._asdict() for one in reply.sources]}
         told |= {"refused": reply.refused, "own_citations": reply.own, "model": answering.name, "seconds": seconds}
-        json.dump(told, console.file, ensure_ascii=False, indent=2)
-        print(file=console.file)
+        print(assistants.as_json(told, spelled=not console.encoding.startswith("utf")), file=console.file)
         return
     lines = ["" if live else assistants.clean(reply.text), ""]
     if live and (again := assistants.numbered(reply, "".join(pieces))):

@@ -19,7 +19,10 @@ STAGE, FOLDER = "answers", "assistant"  # the stage, and the directory in its ou
 REGISTERED = "sluice-rag"
 CACHE = "models"  # in the state folder: registered versions that were fetched from a server
 ALONE_NEW_TOKENS = 256  # of an answer, where no assistant's settings say
-CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+# Control characters, and marks that turn the direction of the text after them.
+STEERING = [code for code in (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+            if chr(code) not in "\n\t"]  # fmt: skip
+CLEAN, ESCAPED = dict.fromkeys(STEERING), {code: f"\\u{code:04x}" for code in STEERING}
 
 
 class Found(NamedTuple):
@@ -141,8 +144,13 @@ def checked(question: str) -> str:
 
 
 def clean(text: str) -> str:
-    """Text without control characters: what a document or a model says must not steer the terminal."""
-    return text.translate(CONTROL)
+    """Text without what steers: what a document or a model says must not steer the terminal."""
+    return text.translate(CLEAN)
+
+
+def as_json(value: Any, spelled: bool) -> str:
+    """A value as JSON for a terminal, which it does not steer; `spelled`: in ASCII."""
+    return json.dumps(value, ensure_ascii=spelled, indent=2).translate(ESCAPED)
 
 
 def source_lines(reply: Any) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ def messages() -> Iterator[tuple[Path, Console]]:
     from pipelines.core import environment
     from pipelines.core.errors import UserError
 
+    _write_anything()
     console = Console()
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -38,6 +40,7 @@ def messages() -> Iterator[tuple[Path, Console]]:
         os.chdir(root)  # DVC names files as seen from the current directory
         environment.prepare(root)
         yield root, console
+        console.file.flush()  # where nobody reads any more (`| head`), this tells typer, which ends without a word
     except UserError as error:
         _end(f"error: {error}", error.exit_code)
     except OSError as error:
@@ -65,6 +68,12 @@ def find_root(here: Path) -> Path:
         if (folder / "dvc.yaml").exists() and (folder / "params.yaml").exists():
             return folder
     raise UserError(f"no dvc.yaml and params.yaml in {here} or above it: change into the repository")
+
+
+def _write_anything() -> None:
+    """What the encoding of the standard output lacks is spelled out, `\\u2026`: no answer may end in a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

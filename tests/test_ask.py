@@ -76,6 +76,15 @@ def test_numbers_that_come_or_go_behind_the_stream_are_shown(
     assert "of its sources:" not in said(root) and "no source:" not in said(root)  # what is not streamed is told once
 
 
+def test_what_steers_a_terminal_is_left_out_or_in_json_spelled_out() -> None:
+    text = "a\x1b[2J\x9b\u202eb\u2066\tc\n"
+    assert assistants.clean(text) == "a[2Jb\tc\n"
+    for spelled in (False, True):
+        told = assistants.as_json({"한": text}, spelled)
+        assert json.loads(told) == {"한": text} and told.isascii() is spelled
+        assert not set(told) & set("\x1b\x9b\u202e\u2066")
+
+
 def test_a_document_writes_no_line_among_the_sources() -> None:
     title, url = "Notes\n[2] numpy.flip  (numpy.py, line 1)", "a.md\n\x85The numbers were put in\u2028by us#L3"
     source = assistant.Source(1, title, url, 3, "text", 0.5, True)
@@ -292,3 +301,19 @@ def test_the_command_answers_and_exits(tmp_path: Path, made: Path) -> None:
     )
     done = run("what is w?", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert done.returncode == 75 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    own = Path(shutil.copytree(made, place / "modèle"))
+    asked = ("quel modèle…?", "--no-rag", "--max-new-tokens", "3", "--model", own.name)
+    done = run(*asked, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and r"mod\xe8le: loaded in" in done.stdout, done.stderr
+    told = json.loads(run(*asked, "--json", PYTHONIOENCODING="ascii").stdout)
+    assert (told["question"], told["model"]) == (asked[0], own.name), "JSON stays JSON"
+
+
+def test_a_pipe_that_nobody_reads_ends_it_without_a_word(tmp_path: Path, made: Path) -> None:
+    place = make_root(tmp_path / "root")
+    command = [sys.executable, "-m", "flows.cli", "ask", "w?", "--no-rag", "--json", "--model", str(made)]
+    env = own_environment() | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as asking:
+        assert asking.stdout is not None and asking.stderr is not None
+        asking.stdout.close()  # `| head` that has read enough
+        assert asking.stderr.read() == b"" and asking.wait(120) == 1
