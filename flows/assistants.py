@@ -103,7 +103,7 @@ def opened(what: Found, look_up: bool, precision: str) -> Answering:
     began = time.perf_counter()
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoTokenizer, logging
+    from transformers import logging
 
     from pipelines.core import assistant, grounding, indexing, retrieval
 
@@ -117,7 +117,7 @@ def opened(what: Found, look_up: bool, precision: str) -> Answering:
         if what.knows is not None and look_up:
             index = retrieval.Index.open(what.knows / "index", embedder=settings.embedder)
             indexing.verify(what.knows / "index")  # a changed byte would end a search, or change what it finds
-        tokenizer, model = AutoTokenizer.from_pretrained(what.model), assistant.load(what.model)
+        tokenizer, model = _tokenizer(what.model), assistant.load(what.model)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{what.name} cannot be opened: {str(error).strip() or type(error).__name__}") from None
     if not tokenizer.chat_template:
@@ -126,6 +126,16 @@ def opened(what: Found, look_up: bool, precision: str) -> Answering:
         model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     made = assistant.Assistant(index, model, tokenizer, settings)
     return Answering(made, what.name, look_up, time.perf_counter() - began)
+
+
+def _tokenizer(place: Path) -> Any:
+    """The tokenizer of a directory. Raises ValueError: there is none that can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except Exception as error:  # what the library for tokenizers raises has no narrower class
+        raise ValueError(f"no tokenizer could be loaded from {place}: {error}") from None
 
 
 def checked(question: str) -> str:

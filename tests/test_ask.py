@@ -156,6 +156,11 @@ def test_an_index_of_another_embedder_and_damaged_folders(
     with pytest.raises(ArtifactError, match="assistant.json is damaged"):
         said(root, alone)
     place = folder / "model"
+    whole = (place / "tokenizer.json").read_bytes()
+    (place / "tokenizer.json").write_bytes(whole.replace(b'"merges"', b'"fusions"'))  # as of a later library
+    with pytest.raises(ArtifactError, match="answers/assistant/model cannot be opened: no tokenizer could be loaded"):
+        said(root, alone._replace(model=str(place)))
+    (place / "tokenizer.json").write_bytes(whole)
     (place / "model.safetensors").write_bytes((place / "model.safetensors").read_bytes()[:2000])
     with pytest.raises(ArtifactError, match="answers/assistant/model cannot be opened: "):
         said(root, alone._replace(model=str(place)))
@@ -299,14 +304,14 @@ def test_the_command_answers_and_exits(tmp_path: Path, made: Path) -> None:
     assert done.returncode == 2 and done.stderr.startswith(
         "error: there is no assistant yet: type `sluice run answers`"
     )
-    done = run("what is w?", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
-    assert done.returncode == 75 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     own = Path(shutil.copytree(made, place / "modèle"))
     asked = ("quel modèle…?", "--no-rag", "--max-new-tokens", "3", "--model", own.name)
     done = run(*asked, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and r"mod\xe8le: loaded in" in done.stdout, done.stderr
     told = json.loads(run(*asked, "--json", PYTHONIOENCODING="ascii").stdout)
     assert (told["question"], told["model"]) == (asked[0], own.name), "JSON stays JSON"
+    done = run("what is w?", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert done.returncode == 75 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
 def test_a_pipe_that_nobody_reads_ends_it_without_a_word(tmp_path: Path, made: Path) -> None:

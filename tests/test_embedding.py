@@ -171,7 +171,18 @@ def test_what_cannot_embed_is_refused_by_its_name(tmp_path: Path, monkeypatch: p
     (bare / "tokenizer.json").write_text("{}")
     with pytest.raises(embedding.EmbedderUnusable, match="embedder bare: transformers cannot load it"):
         embedding.Embedder(bare)
+    later = tiny(tmp_path / "later")
+    split = b'"pre_tokenizer": {'
+    unknown = (later / "tokenizer.json").read_bytes().replace(split, split + b'"type": "Later"}, "other": {')
+    (later / "tokenizer.json").write_bytes(unknown)  # as of a later library
+    with pytest.raises(embedding.EmbedderUnusable, match="embedder later: transformers cannot load it"):
+        embedding.Embedder(later)
     cross = tiny(tmp_path / "cross", labels=1)
+    whole = (cross / "tokenizer.json").read_bytes()
+    (cross / "tokenizer.json").write_bytes(unknown)
+    with pytest.raises(ValueError, match="re-ranker .*cross: transformers cannot load it"):
+        reranking.Reranker(cross)
+    (cross / "tokenizer.json").write_bytes(whole)
     (cross / "model.safetensors").write_text(pointer)
     with pytest.raises(ValueError, match="re-ranker .*cross: transformers cannot load it"):
         reranking.Reranker(cross)

@@ -19,14 +19,18 @@ class Reranker:
     """A sequence classifier with one label."""
 
     def __init__(self, place: Path) -> None:
-        """Load a directory. Raises ValueError: it has another number of labels, or transformers cannot load it."""
-        from safetensors import SafetensorError
+        """Load a directory.
+
+        Raises:
+            ValueError: no safetensors, which an index carries along; another number of labels; transformers cannot
+                load it.
+        """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         try:
             self.model = AutoModelForSequenceClassification.from_pretrained(place, dtype=torch.float32).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(place)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # of a damaged tokenizer.json it has no narrower class
             raise ValueError(f"re-ranker {place}: transformers cannot load it: {error}") from None
         if self.model.config.num_labels != 1:
             raise ValueError(f"re-ranker {place}: it has {self.model.config.num_labels} labels; accepted: 1")
