@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_embedding import WORDS, tiny
 
 from pipelines.core import embedding, indexing, near_chunks, nearest, retrieval
@@ -182,3 +185,23 @@ def test_bad_knowledge_and_dials_are_refused_by_name(embedder: str, tmp_path: Pa
         build(documents(1), tmp_path / "a", embedder, size=63)
     with pytest.raises(ParamsError, match=r"rag\.reranker: .*2 labels; accepted: 1"):
         build(documents(1), tmp_path / "a", embedder, reranker=str(tiny(tmp_path / "two", labels=2)))
+
+
+def test_a_re_ranker_that_would_not_work_in_the_folder_is_refused_before_anything_is_embedded(
+    embedder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding.Embedder, "embed", lambda *given: pytest.fail("vectors were made"))
+    pickled = tiny(tmp_path / "pickled", labels=1)
+    weights = load_file(pickled / "model.safetensors")
+    torch.save(weights, pickled / "pytorch_model.bin")  # transformers reads it, the index does not carry it along
+    (pickled / "model.safetensors").unlink()
+    unpadded = tiny(tmp_path / "unpadded", labels=1)
+    known = json.loads((unpadded / "tokenizer_config.json").read_text())
+    (unpadded / "tokenizer_config.json").write_text(json.dumps(known | {"pad_token": None}))
+    for name, told in (
+        (str(pickled), r"re-ranker .*pickled: the directory has no model\.safetensors"),
+        (str(unpadded), "padding token"),
+        ("nowhere", r"re-ranker 'nowhere' is neither a directory, nor a hub id"),
+    ):
+        with pytest.raises(ParamsError, match=rf"^rag\.reranker: .*{told}"):
+            build(documents(1), tmp_path / "a", embedder, reranker=name)

@@ -50,23 +50,23 @@ class Settings(NamedTuple):
     document_prompt: str
 
 
-def find(name: str) -> Path:
+def find(name: str, kind: str = "embedder") -> Path:
     """The directory that `name` means: a package's, an existing directory, or a hub id's (which is downloaded).
 
     Raises:
-        EmbedderUnusable: there is none, or it has no config.json.
+        EmbedderUnusable: there is none, or it has no config.json; told as what `kind` it was asked for.
     """
     if name in PACKAGES:
         spec = importlib.util.find_spec(PACKAGES[name])  # found, not imported: its code wants more packages
         place = Path(spec.origin).parent / "model" if spec and spec.origin else None
         if place is None or not (place / "config.json").is_file():
             package = PACKAGES[name].replace("_", "-")
-            raise EmbedderUnusable(f"embedder {name}: package {package} is not installed; pip install {package}")
+            raise EmbedderUnusable(f"{kind} {name}: package {package} is not installed; pip install {package}")
         return place
     place = Path(name)
     if place.is_dir():
         if not (place / "config.json").is_file():
-            raise EmbedderUnusable(f"embedder {name}: the directory has no config.json; a model directory is needed")
+            raise EmbedderUnusable(f"{kind} {name}: the directory has no config.json; a model directory is needed")
         return place
     if name.count("/") == 1 and not name.startswith((".", "/")):
         from huggingface_hub import snapshot_download
@@ -74,10 +74,9 @@ def find(name: str) -> Path:
         try:
             return Path(snapshot_download(name, allow_patterns=list(FILES)))
         except (OSError, ValueError) as error:
-            raise EmbedderUnusable(f"embedder {name}: the hub did not give it: {error}") from None
-    raise EmbedderUnusable(
-        f"embedder {name!r} is neither one of {sorted(PACKAGES)}, nor a directory, nor a hub id (owner/name)"
-    )
+            raise EmbedderUnusable(f"{kind} {name}: the hub did not give it: {error}") from None
+    known = f"one of {sorted(PACKAGES)}, nor " if kind == "embedder" else ""
+    raise EmbedderUnusable(f"{kind} {name!r} is neither {known}a directory, nor a hub id (owner/name)")
 
 
 def files(place: Path) -> list[Path]:

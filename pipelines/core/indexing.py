@@ -110,6 +110,7 @@ def build(
             f"reads {window} tokens, two of them its own"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    reranker = _reranker(settings, folder / "reranker")  # refused before hours are spent on vectors
     sha = embedding.fingerprint(place)
     documents = _checked(documents)
     chunks, count, data = _chunks(documents, embedder, settings, SpanCache(cache, _chunker(settings, sha)))
@@ -125,7 +126,6 @@ def build(
     if len(vectors) > settings.exact_chunks:
         nearest.build(vectors, folder)
     _copy(place, embedding.files(place), folder / "embedder")
-    reranker = _reranker(settings, folder / "reranker")
     counts = Counts(count, len(chunks), len(vectors), int((near != np.arange(len(near))).sum()), made)
     manifest = {
         "format": retrieval.FORMAT,
@@ -272,8 +272,8 @@ def _reranker(settings: Settings, target: Path) -> dict[str, str] | None:
     if settings.reranker is None:
         return None
     try:
-        place = embedding.find(settings.reranker)
-        reranking.Reranker(place)
+        place = embedding.find(settings.reranker, "re-ranker")
+        reranking.Reranker(place).scores("a query", ["a passage", "another one, which is longer"])
     except ValueError as error:
         raise ParamsError(f"rag.reranker: {error}") from None
     _copy(place, embedding.files(place), target)

@@ -27,6 +27,8 @@ class Reranker:
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        if not list(place.glob("model*.safetensors")):
+            raise ValueError(f"re-ranker {place}: the directory has no model.safetensors")
         try:
             self.model = AutoModelForSequenceClassification.from_pretrained(place, dtype=torch.float32).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(place)
