@@ -108,6 +108,33 @@ def test_title_paths_follow_the_levels_of_headings() -> None:
     assert {chunk.title for chunk in cut(fenced, 9)} == {"T"}
 
 
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("Install\n~~~~~~~\n\nfirst\n\n## Use\n\nlast words", "T > Use"),  # underlined, not fenced
+        ("First example\n~~~\n# no heading\n~~~\n\n## Use\n\nlast words", "T > Use"),  # fenced, not underlined
+        ("# A\n~~~~\n# no heading\n~~~~\n\n## Use\n\nlast words", "T > A > Use"),
+        ("````md\n```\n# no heading\n```\n````\n\n# Use\n\nlast words", "T > Use"),
+        ("```\n~~~\n# no heading\n```\n\n# Use\n\nlast words", "T > Use"),
+        ("```\n```py\n# no heading\n```\n\n# Use\n\nlast words", "T > Use"),
+        ("```one line``` of code\n\n# Use\n\nlast words", "T > Use"),
+        ("~~~\n`````\n# no heading\n~~~~~ \n# Use\n\nlast words", "T > Use"),
+        ("```\n# never closed\n\nlast words", "T"),
+    ],
+)
+def test_fenced_blocks_end_where_they_end(text: str, path: str) -> None:
+    found = cut(text, 6, 0.0)
+    assert found[-1].title == path and text[found[-1].start : found[-1].end].endswith("last words")
+    assert not any("no heading" in chunk.title for chunk in found)
+
+
+def test_an_encyclopedia_s_extract_has_its_sections() -> None:
+    text = "Seoul is a city.\n\n\n== History ==\nOld words.\n\n=== 조선 ===\nNew words.\n\n"
+    text += "==Names==\na == b ==\n====\n== =="
+    titles = dict.fromkeys(chunk.title for chunk in cut(text, 12, 0.0, "Seoul"))
+    assert list(titles) == ["Seoul", "Seoul > History", "Seoul > History > 조선", "Seoul > Names"]
+
+
 def test_chunks_end_with_sentences_and_repeat_whole_ones() -> None:
     text = " ".join(f"This is the sentence of number {number}." for number in range(30))
     found = cut(text, 40, 0.3)
@@ -150,6 +177,8 @@ HOSTILE = {
     "quotes": "." + "'" * 20_000 + "x",
     "quotes after stops": ".')" * 20_000,
     "blanks after a stop": "." + " " * 20_000 + "a",
+    "signs of a section": "== a" + " ==" * 20_000 + " " * 20_000 + "x",
+    "signs of a fence": "`" * 20_000 + " `" * 10_000,
     "a section's name and blanks": "Args:" + " " * 20_000 + "x",
 }
 

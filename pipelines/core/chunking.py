@@ -1,7 +1,7 @@
 """Documents in, chunks out: spans of a document's text, cut where its structure allows, with the titles above them.
 
-1. A text falls into paragraphs under headings: Markdown's, underlined ones (numpydoc, reStructuredText) and Google's
-   `Args:`. A fenced block is one paragraph.
+1. A text falls into paragraphs under headings: Markdown's, MediaWiki's, underlined ones (numpydoc, reStructuredText)
+   and Google's `Args:`. A fenced block is one paragraph: as CommonMark has it, to a line of as many of its signs.
 2. A paragraph that is longer than a chunk falls into sentences, these into lines, these into words, these into pieces.
 3. Chunks are filled with what comes next. Where a heading follows, a chunk that is half full ends: sections stay whole
    where they can, and do not become chunks of three words where they cannot.
@@ -22,13 +22,14 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-VERSION = 1  # of the cuts: another one makes other chunks
+VERSION = 2  # of the cuts: another one makes other chunks
 CHARACTERS = 8  # of a token at most, as sizes count it; English has 4
 TITLE = 160  # characters of a title path
 
 _UNDERLINE = re.compile(r"\s*([-=~^*+#\"'])\1{2,}\s*")
 _MARKDOWN = re.compile(r" {0,3}(#{1,6})\s+(.*)")
-_FENCE = re.compile(r" {0,3}(```|~~~)")
+_WIKI = re.compile(r"(={2,6})(?!=)(.*)(?<!=)\1\s*")
+_FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})(.*)", re.DOTALL)
 _GOOGLE = re.compile(
     r"(Args|Arguments|Parameters|Params|Keyword Args|Keyword Arguments|Other Parameters|Returns?|Yields?|Raises|"
     r"Attributes|Methods|Methods and attributes|Examples?|Notes?|References?|Usage|Warnings?):\s*"
@@ -132,12 +133,12 @@ def _paragraphs(title: str, text: str) -> Iterator[tuple[str, bool, int, int]]:
     above: list[tuple[int, str]] = []
     lines = text.splitlines(keepends=True)
     path, opens, start, at = _path(title, above), False, -1, 0
-    end = fence = -1
+    end, fence = -1, ""
     bare = False  # nothing but a heading yet
     for number, line in enumerate(lines):
-        marked = bool(_FENCE.match(line))
-        found = None if fence >= 0 or marked else _heading(lines, number)
-        if start >= 0 and fence < 0 and (found or not (bare or line.strip())):
+        before, fence = fence, _fence(lines, number, fence)
+        found = None if before or fence else _heading(lines, number)
+        if start >= 0 and not before and (found or not (bare or line.strip())):
             yield path, opens, start, end
             start, opens = -1, False
         if found:
@@ -147,7 +148,6 @@ def _paragraphs(title: str, text: str) -> Iterator[tuple[str, bool, int, int]]:
         if line.strip():
             start = at + len(line) - len(line.lstrip()) if start < 0 else start
             end = at + len(line.rstrip())
-        fence = (-1 if fence >= 0 else number) if marked else fence
         at += len(line)
     if start >= 0:
         yield path, opens, start, end
@@ -160,14 +160,33 @@ def _heading(lines: Sequence[str], number: int) -> tuple[int, str] | None:
         # Not by the expression, which would try every way to share out a run of blanks
         words = match[2].rstrip().rstrip("#").rstrip()
         return (len(match[1]), words[:TITLE]) if words else None
+    if (match := _WIKI.fullmatch(line)) and match[2].strip():
+        return len(match[1]), match[2].strip()[:TITLE]
     if match := _GOOGLE.fullmatch(line):
         return 7, match[1]  # below all others
-    words = line.strip()
+    sign = _underline(lines, number)
+    return (_LEVELS.get(sign, 4), line.strip()) if sign else None
+
+
+def _underline(lines: Sequence[str], number: int) -> str:
+    """The sign by which the next line makes a heading of this one; empty where it does not."""
+    words = lines[number].strip()
     following = lines[number + 1] if number + 1 < len(lines) else ""
     before = lines[number - 1].strip() if number else ""
-    if words and not before and len(words) <= TITLE and (match := _UNDERLINE.fullmatch(following)):
-        return (_LEVELS.get(match[1], 4), words) if not _UNDERLINE.fullmatch(line) else None
-    return None
+    match = _UNDERLINE.fullmatch(following) if words and not before and len(words) <= TITLE else None
+    if not match or _UNDERLINE.fullmatch(lines[number]):
+        return ""
+    # Below a longer line it begins a fenced block
+    return "" if match[1] == "~" and len(following.strip()) < len(words) else match[1]
+
+
+def _fence(lines: Sequence[str], number: int, fence: str) -> str:
+    """What opened the fenced block that goes on behind a line, `fence` the one before it; empty where none does."""
+    match = _FENCE.match(lines[number])
+    if fence:
+        return "" if match and match[1].startswith(fence) and not match[2].strip() else fence
+    underlines = number and _underline(lines, number - 1) == "~" and not _MARKDOWN.match(lines[number - 1])
+    return match[1] if match and not underlines else ""
 
 
 def _path(title: str, above: Sequence[tuple[int, str]]) -> str:
