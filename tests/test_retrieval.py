@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -267,7 +268,11 @@ def test_a_damaged_file_is_named(folder: Path, name: str, tmp_path: Path) -> Non
     with pytest.raises(retrieval.IndexDamaged, match="format 99; accepted: 1"):
         retrieval.Index.open(copy)
     (copy / "manifest.json").write_text('{"format": 1, "files": {}}')
-    with pytest.raises(retrieval.IndexDamaged, match="no embedder, no fusion"):
+    with pytest.raises(retrieval.IndexDamaged, match="no embedder, no fusion, no bm25, no row_group"):
+        retrieval.Index.open(copy)
+    told = retrieval.read_manifest(folder)
+    (copy / "manifest.json").write_text(json.dumps(told | {"files": {}, "bm25": told["bm25"] | {"version": 99}}))
+    with pytest.raises(retrieval.IndexDamaged, match=r"bm25\.version 99; accepted: 1; build the index again"):
         retrieval.Index.open(copy)
 
 

@@ -70,7 +70,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an index, its files there and of the right sizes.
 
     Raises:
-        IndexDamaged: a file is missing, cannot be read, or has another size; or the folder is of another format.
+        IndexDamaged: a file is missing or unreadable, or has another size; or folder or terms are of another version.
     """
     place = folder / "manifest.json"
     try:
@@ -80,8 +80,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise IndexDamaged(f"{place}: no manifest of an index: {error!r}; build the index again") from None
     if manifest.get("format") != FORMAT:
         raise IndexDamaged(f"{place}: format {manifest.get('format')!r}; accepted: {FORMAT}; build the index again")
-    if lacking := [name for name in ("embedder", "fusion") if name not in manifest]:
+    if lacking := [name for name in ("embedder", "fusion", "bm25", "row_group") if name not in manifest]:
         raise IndexDamaged(f"{place}: it has no {', no '.join(lacking)}; build the index again")
+    if (found := manifest["bm25"].get("version")) != (accepted := _ours("lexical").VERSION):
+        raise IndexDamaged(f"{place}: bm25.version {found!r}; accepted: {accepted}; build the index again")
     for path, size in expected.items():
         found = path.stat().st_size if path.is_file() else None
         if found != size:
@@ -233,10 +235,8 @@ class Index:
         """Chunks that may be found, or None: all. [chunks]"""
         if pool is None and not exclude and where is None:
             return None
-        good = np.ones(len(self.documents), bool)
-        if pool is not None:
-            good[:] = False
-            good[[self._number[name] for name in pool if name in self._number]] = True
+        good = np.full(len(self.documents), pool is None)
+        good[[self._number[name] for name in pool or () if name in self._number]] = True
         good[[self._number[name] for name in exclude if name in self._number]] = False
         if where is not None:
             first = np.unique(self._document, return_index=True)[1]
