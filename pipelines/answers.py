@@ -79,10 +79,10 @@ def run(params: AnswersParams, inputs: dict[str, Path], outputs: Path, context: 
     index, settings = answers_questions.opened(params, inputs["rag"])
     problem = partial(answers_generation.problem, speakers=speakers, settings=settings)
     tried = answers_questions.answerable(
-        params, inputs["data"], "validation", params.validation_questions, index, problem
+        params, inputs["data"], "validation", params.validation_questions, index, settings, problem
     )
-    asked = answers_questions.answerable(params, inputs["data"], "test", params.questions, index, problem)
-    nothing = answers_questions.unanswerable(params, inputs["data"], index, problem)
+    asked = answers_questions.answerable(params, inputs["data"], "test", params.questions, index, settings, problem)
+    nothing = answers_questions.unanswerable(params, inputs["data"], index, settings, problem)
 
     # 2. Every model on both sides: a model is chosen by the validation side, and all are judged on the test side.
     metrics: dict[str, float] = {}
@@ -125,11 +125,11 @@ def measure(
     settings = assistant.read(model)
     index = answers_questions.open_index(model / "index", settings.embedder)
     one = answers_generation.speaker("champion", model / "model")
-    asked = answers_questions.answerable(params, inputs["data"], "test", params.questions, today, problem)
-    nothing = answers_questions.unanswerable(params, inputs["data"], today, problem)
+    asked = answers_questions.answerable(params, inputs["data"], "test", params.questions, today, ours, problem)
+    nothing = answers_questions.unanswerable(params, inputs["data"], today, ours, problem)
     sides = [
         answers_evaluation.Asking(
-            [answers_questions.looked_up(question, settings.passages, index) for question in side],
+            [answers_questions.looked_up(question, settings, index) for question in side],
             answers_evaluation.RETRIEVAL,
         )
         for side in (asked, nothing)

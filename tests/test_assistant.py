@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from assistants import DOCUMENTS, HOSTILE
 
 from pipelines.core import artifacts, citing, grounding
-from pipelines.core.assistant import FILE, Assistant, AssistantDamaged, NoRoom, put
+from pipelines.core.assistant import FILE, Assistant, AssistantDamaged, NoRoom, put, read
 from pipelines.core.generate import Sampling
 
 QUESTION = "What is the area of shape 3?"
@@ -82,6 +83,37 @@ def test_below_the_threshold_it_says_that_it_does_not_know(own: Path) -> None:
     reply = Assistant.open(changed(own, threshold=1.1)).answer(QUESTION)
     assert reply.refused and reply.text == grounding.REFUSAL and reply.sources == [] and not reply.own
     assert not Assistant.open(changed(own, threshold=-1.0)).answer(QUESTION).refused
+
+
+def test_the_threshold_is_about_as_many_passages_as_it_was_calibrated_by(opened: Assistant) -> None:
+    found = opened.index.search(QUESTION, 7)
+
+    class Ranked:
+        """Finds passages of given relevance."""
+
+        def __init__(self, *relevances: float) -> None:
+            self.passages = [one._replace(relevance=r) for one, r in zip(found, relevances, strict=True)]
+
+        def search(self, question: str, count: int) -> list[Any]:
+            return self.passages[:count]
+
+    one = copy.copy(opened)
+    one.index, nothing = Ranked(float("nan"), 0.1, 0.2, 0.1, 0.8, 0.1, 0.1), Ranked(*[0.1] * 5, 0.9, 0.9)
+    for passages in (1, 2, 7):
+        one.settings = opened.settings._replace(passages=passages, threshold=0.5)
+        reply = one.answer(QUESTION)
+        assert not reply.refused and len(reply.sources) <= passages
+        assert Assistant.answer(one, QUESTION, look_up=True).text == reply.text
+    one.index = nothing
+    assert one.answer(QUESTION).refused, "what comes behind the passages it was calibrated by says nothing"
+    one.settings = one.settings._replace(threshold=None)
+    assert not one.answer(QUESTION).refused
+
+
+def test_settings_of_an_earlier_version_are_read(own: Path) -> None:
+    raw = json.loads((own / FILE).read_text())
+    artifacts.write_json(own / FILE, {name: value for name, value in raw.items() if name != "judged"})
+    assert read(own).judged == 5
 
 
 def test_another_model_may_answer(place: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def ask(
         shown: list[list[Any]] = [{RETRIEVAL: q.found, "oracle": q.oracle, "closed_book": []}[way] for q in questions]
         puts.append([
             None
-            if way == RETRIEVAL and grounding.irrelevant(found, settings.threshold)
+            if way == RETRIEVAL and assistant.irrelevant(found, settings)
             else answers_generation.put(question, found, one, settings)
             for question, found in zip(questions, shown, strict=True)
         ])  # fmt: skip

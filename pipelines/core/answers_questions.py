@@ -49,13 +49,15 @@ def opened(params: AnswersParams, rag: Path) -> tuple[Any, assistant.Settings]:
     """
     index = open_index(rag / "index", None)
     try:
-        threshold = json.loads((rag / THRESHOLD).read_text(encoding="utf-8"))["threshold"]
+        told = json.loads((rag / THRESHOLD).read_text(encoding="utf-8"))
+        threshold, judged = told["threshold"], told.get("passages", assistant.JUDGED)
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"{rag.name}/{THRESHOLD} cannot be read ({error}). Run: dvc repro rag") from None
     embedder: str = index.manifest["embedder"]["sha256"]
     template = grounding.TEMPLATES[params.style]
-    settings = assistant.Settings(template, params.passages, params.budget, threshold, params.max_new_tokens, embedder)
-    return index, settings
+    return index, assistant.Settings(
+        template, params.passages, params.budget, threshold, params.max_new_tokens, embedder, judged
+    )
 
 
 def open_index(place: Path, embedder: str | None) -> Any:
@@ -71,7 +73,13 @@ def open_index(place: Path, embedder: str | None) -> Any:
 
 
 def answerable(
-    params: AnswersParams, data: Path, split: str, count: int, index: Any, problem: Problem
+    params: AnswersParams,
+    data: Path,
+    split: str,
+    count: int,
+    index: Any,
+    settings: assistant.Settings,
+    problem: Problem,
 ) -> list[Question]:
     """`count` questions of one side, or as many as there are, by hash of seed and id, with their passages.
 
@@ -83,10 +91,12 @@ def answerable(
         DataError: none has accepted answers; a target that the index does not hold; one is too long (`too_long:
             refuse`), or all are.
     """
-    return [_answered(row, params, index) for row in _rows(params, data, split, count, problem)]
+    return [_answered(row, settings, index) for row in _rows(params, data, split, count, problem)]
 
 
-def unanswerable(params: AnswersParams, data: Path, index: Any, problem: Problem) -> list[Question]:
+def unanswerable(
+    params: AnswersParams, data: Path, index: Any, settings: assistant.Settings, problem: Problem
+) -> list[Question]:
     """At most `params.unanswerable` questions of the test side that nothing answers, with what is found for them.
 
     Raises as `answerable`.
@@ -94,10 +104,10 @@ def unanswerable(params: AnswersParams, data: Path, index: Any, problem: Problem
     rows = (row for row in reading.rows(data, "queries", "test", COLUMNS) if row["target"] is None)
     given = [_nothing(row) for row in _first(rows, params, params.unanswerable, problem)]
     if given:
-        return [looked_up(question, params.passages, index) for question in given]
+        return [looked_up(question, settings, index) for question in given]
     found: list[Question] = []
     for row in _rows(params, data, "test", CANDIDATES * params.unanswerable, problem):
-        question = looked_up(_nothing(row), params.passages, index)
+        question = looked_up(_nothing(row), settings, index)
         if len(found) == params.unanswerable:
             break
         if not any(answer_metrics.contains(assistant.told(passage), row["answers"]) for passage in question.found):
@@ -105,10 +115,10 @@ def unanswerable(params: AnswersParams, data: Path, index: Any, problem: Problem
     return found
 
 
-def looked_up(question: Question, count: int, index: Any) -> Question:
+def looked_up(question: Question, settings: assistant.Settings, index: Any) -> Question:
     """A question with what an index finds for it."""
     hidden = [] if question.hidden is None else [question.hidden]
-    return question._replace(found=index.search(question.text, count, exclude=hidden))
+    return question._replace(found=index.search(question.text, assistant.searched(settings), exclude=hidden))
 
 
 def _nothing(row: dict[str, Any]) -> Question:
@@ -157,10 +167,10 @@ def _first(rows: Any, params: AnswersParams, count: int, problem: Problem) -> li
     return found
 
 
-def _answered(row: dict[str, Any], params: AnswersParams, index: Any) -> Question:
+def _answered(row: dict[str, Any], settings: assistant.Settings, index: Any) -> Question:
     target = row["target"]
     oracle = index.search(
-        row["query"], params.passages, where=lambda chunk: chunk["document"] == target, distinct=False
+        row["query"], settings.passages, where=lambda chunk: chunk["document"] == target, distinct=False
     )
     if not oracle:
         raise DataError(
@@ -168,4 +178,4 @@ def _answered(row: dict[str, Any], params: AnswersParams, index: Any) -> Questio
             "other data. Run: dvc repro rag"
         )
     asked = Question(row["id"], row["group"], row["kind"], row["query"], row["answers"], target, None, [], oracle)
-    return looked_up(asked, params.passages, index)
+    return looked_up(asked, settings, index)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 FILE = "assistant.json"
 VERSION = 1
 LEAST_BUDGET = 32  # tokens: a title and a line
+JUDGED = 5  # as many passages as stage `rag` calibrates by
 
 
 def _ours(name: str) -> Any:
@@ -46,11 +47,12 @@ class Settings(NamedTuple):
     """How a question is put: what `assistant.json` holds."""
 
     template: Any  # grounding.Template
-    passages: int  # how many are looked up
-    budget: int  # tokens of all of them in the prompt
+    passages: int  # how many may stand in the prompt
+    budget: int  # tokens of all of them
     threshold: float | None  # least relevance of the best one; null: every question is answered
     max_new_tokens: int
     embedder: str  # that the index was made with
+    judged: int = JUDGED  # how many are held against the threshold, however many stand in the prompt
 
 
 class Put(NamedTuple):
@@ -94,7 +96,8 @@ def read(folder: Path) -> Settings:
         raw = json.loads(place.read_text(encoding="utf-8"))
         if raw["version"] != VERSION:
             raise AssistantDamaged(f"{place}: version {raw['version']!r}; this program reads version {VERSION}")
-        known = {name: raw[name] for name in Settings._fields}
+        given = {*raw, *(name for name in Settings._fields if name not in Settings._field_defaults)}
+        known = {name: raw[name] for name in Settings._fields if name in given}
         return Settings(**{**known, "template": grounding.Template(**known["template"])})
     except FileNotFoundError:
         raise AssistantDamaged(
@@ -109,6 +112,17 @@ def written(settings: Settings) -> dict[str, Any]:
     return {"version": VERSION, **settings._asdict(), "template": settings.template._asdict()}
 
 
+def searched(settings: Settings) -> int:
+    """How many passages are looked up: those for the prompt, and those that the threshold is about."""
+    return settings.passages if settings.threshold is None else max(settings.passages, settings.judged)
+
+
+def irrelevant(found: Sequence[Any], settings: Settings) -> bool:
+    """Whether nothing that was found is about the question."""
+    refused: bool = grounding.irrelevant(found[: settings.judged], settings.threshold)
+    return refused
+
+
 def put(
     question: str,
     passages: Sequence[Any],
@@ -120,6 +134,7 @@ def put(
     """A question with passages, or, where there are none, alone, as tokens.
 
     Args:
+        passages: best first; as many of them are used as the settings say.
         context: tokens that the model can attend to; null: no limit.
         history: earlier messages.
 
@@ -130,6 +145,7 @@ def put(
         ids = grounding.encode(tokenizer, [*history, {"role": "user", "content": question.strip()}])
         _check(len(ids), settings, context, 0)
         return Put(ids, [])
+    passages = passages[: settings.passages]
     left = room(question, settings, tokenizer, context, history)
 
     def count(text: str) -> int:
@@ -243,9 +259,9 @@ class Assistant:
         settings = self.settings._replace(max_new_tokens=sampling.max_new_tokens)
         began, seconds = time.perf_counter(), dict[str, float]()
         with self.free:
-            found = self.index.search(question, settings.passages) if look_up else []
+            found = self.index.search(question, searched(settings)) if look_up else []
             seconds["search"] = time.perf_counter() - began
-            refused = look_up and grounding.irrelevant(found, settings.threshold)
+            refused = look_up and irrelevant(found, settings)
             asked = Put([], found) if refused else put(question, found, settings, self.tokenizer, self.context, history)
             pieces = [] if refused else self.generate.stream(self.decoder, self.tokenizer, asked.ids, sampling)
             said = ""
