@@ -137,11 +137,15 @@ def test_what_does_not_fit_is_told(opened: Assistant) -> None:
         opened.answer("한국어로 물어봐도 되나요?", sampling=Sampling(max_new_tokens=480))
 
 
-def test_a_title_that_takes_the_whole_budget_is_told(opened: Assistant) -> None:
+def test_a_title_that_takes_the_whole_budget_is_cut_and_the_passage_is_read(opened: Assistant) -> None:
     (found,) = opened.index.search(QUESTION, 1)
-    long = found._replace(title="shape of area " * 60)
-    with pytest.raises(NoRoom, match="no room for passage 'shape of area .*its title alone takes more"):
-        put(QUESTION, [long], opened.settings, opened.tokenizer, opened.context)
+    for title in ("shape of area " * 60, "도형의넓이를구하는방법" * 14):  # in Korean a path of titles takes hundreds
+        long = found._replace(title=title)
+        asked = put(QUESTION, [long], opened.settings, opened.tokenizer, opened.context)
+        told = opened.tokenizer.decode(asked.ids).partition("[1] ")[2]
+        assert told.startswith(title[:9]) and "…\n> Return the area of shape 3." in told
+        quoted = len(grounding.plain(opened.tokenizer, f"[1] {told.partition(QUESTION)[0].strip()}"))
+        assert asked.passages == [long] and quoted <= opened.settings.budget
 
 
 def test_a_shorter_context_gets_fewer_passages_until_none_fits(opened: Assistant) -> None:

@@ -156,7 +156,7 @@ def put(
         try:
             prompted = grounding.build(question, passages, settings.template, budget, count, history)
         except ValueError as error:
-            raise NoRoom(f"{error}: its title alone takes more") from None
+            raise NoRoom(str(error)) from None
         ids = grounding.encode(tokenizer, prompted.messages)
         # What joins passages and question was in neither count.
         over = 0 if context is None else len(ids) + settings.max_new_tokens - context

@@ -79,6 +79,8 @@ def build(
 ) -> Prompted:
     """The messages that ask a question with the passages that fit; of the last one as many sentences as fit.
 
+    A title that leaves the first passage no room is cut to half of the budget.
+
     Args:
         passages: best first; they get the numbers 1, 2, ...
         budget: tokens of all passages together.
@@ -93,11 +95,12 @@ def build(
     for place, passage in enumerate(passages):
         text = citing.quoted(passage.text)
 
-        def fits(part: str, before: tuple[str, ...] = tuple(blocks), title: str = passage.title) -> bool:
-            return count_tokens("\n\n".join([*before, _block(len(before) + 1, title, part)])) <= budget
+        def size(title: str, part: str, before: tuple[str, ...] = tuple(blocks)) -> int:
+            return count_tokens("\n\n".join([*before, _block(len(before) + 1, title, part)]))
 
-        if kept := _cut(text, fits, words=not used):
-            blocks.append(_block(len(blocks) + 1, passage.title, kept))
+        title, kept = _fitted(passage.title, text, size, budget, first=not used)
+        if kept:
+            blocks.append(_block(len(blocks) + 1, title, kept))
             used.append(place)
         if kept != text:
             break
@@ -114,6 +117,29 @@ def _block(number: int, title: str, text: str) -> str:
     """A passage as it stands in a prompt."""
     head = f"[{number}] {' '.join(citing.quoted(title).split())}"
     return "\n".join([head, *(f"> {line}".rstrip() for line in text.splitlines())])
+
+
+def _fitted(title: str, text: str, size: Callable[[str, str], int], budget: int, first: bool) -> tuple[str, str]:
+    """A title and the beginning of its text that fits; "" for none.
+
+    Args:
+        size: tokens of all passages so far and this one with a title and a text.
+        first: the text may be cut within a sentence, and the title where it leaves the text no room.
+    """
+    kept = _cut(text, lambda part: size(title, part) <= budget, words=first)
+    if not kept and first:
+        title = _beginning(title, lambda part: 2 * size(part, "") <= budget)
+        kept = _cut(text, lambda part: size(title, part) <= budget, words=True)
+    return title, kept
+
+
+def _beginning(title: str, fits: Callable[[str], bool]) -> str:
+    """The longest beginning of a title that fits with an ellipsis behind it; "" for none."""
+    low, high = 0, len(title)  # the first `low` characters fit; `high` do not
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(f"{title[:middle]}…") else (low, middle)
+    return f"{title[:low].rstrip()}…" if low else ""
 
 
 def _cut(text: str, fits: Callable[[str], bool], words: bool) -> str:
