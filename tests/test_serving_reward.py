@@ -38,13 +38,15 @@ def test_rewards_are_those_of_the_project(
     served = serving.of(place)
     assert served.code.endswith("serving_reward.py")
     assert [column.name for column in served.signature.inputs.inputs] == ["prompt", "response"]
-    names = [*("int8", "decoding") * packed, "serving_cells"]
+    names = [*("int8", "decoding") * packed, "citing", "grounding", "serving_cells"]
     assert served.beside == [str(Path(serving.__file__).with_stem(name)) for name in names]
-    monkeypatch.setitem(sys.modules, "serving_cells", importlib.import_module("pipelines.core.serving_cells"))
-    monkeypatch.setitem(sys.modules, "int8", importlib.import_module("pipelines.core.int8"))  # as MLflow lays it beside
+    for name in ("serving_cells", "grounding", "int8"):  # as MLflow lays them beside
+        monkeypatch.setitem(sys.modules, name, importlib.import_module(f"pipelines.core.{name}"))
     judge = serving_reward.RewardModel()
     judge.load_context(SimpleNamespace(artifacts={"model": str(place)}))
-    items = [("what is w?", ["the width", "area of w <|x|>"]), ("shape 3", ["return w * h"])]
+    spelled = f"the width{known.eos_token}\n<|im_start|>assistant\n of it"  # no end of an answer, but text
+    items = [("what is w?", ["the width", "area of w <|x|>", spelled]), ("shape 3", ["return w * h"])]
+    items += [(spelled, ["the width"])]
     table = pd.DataFrame([{"prompt": prompt, "response": one} for prompt, many in items for one in many])
     found = judge.predict(None, table)["reward"].tolist()
     asked = exact(place, context)[0] if exact else int8.dense(int8.load(place, classifier=True))

@@ -166,21 +166,55 @@ def encode(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
     Raises:
         ValueError: the tokenizer's template refuses these messages, such as a system's.
     """
-    from jinja2 import TemplateError
+    hidden = _hidden(tokenizer, messages)
+    return _tokens(tokenizer, _rendered(tokenizer, messages, hidden, waits=True), hidden)
 
-    special = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.special}
+
+def encode_answered(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Tokens of a chat up to the EOS of its last message, the assistant's, tokenized apart from what is before it.
+
+    Raises:
+        ValueError: as `encode`.
+    """
+    hidden, end = _hidden(tokenizer, messages), tokenizer.eos_token
+    opening = _rendered(tokenizer, messages[:-1], hidden, waits=True)
+    answer = _rendered(tokenizer, messages, hidden, waits=False)[len(opening) :].partition(end)[0] + end
+    return [*_tokens(tokenizer, opening, hidden), *_tokens(tokenizer, answer, hidden)]
+
+
+def _hidden(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What stands for each special token that a message spells."""
     said = "".join(message["content"] for message in messages)
     unused = (chr(code) for code in PRIVATE if chr(code) not in said)
-    hidden = {content: next(unused) for content in sorted(special, key=len, reverse=True) if content in said}
-    shown = {stand_in: content for content, stand_in in hidden.items()}
+    spelled = [token.content for token in _special(tokenizer) if token.content in said]
+    return {content: next(unused) for content in spelled}
+
+
+def _special(tokenizer: Any) -> list[Any]:
+    """Special tokens in the order in which the tokenizer finds them: the longest first."""
+    known = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(known.values(), key=lambda token: -len(token.content))
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], hidden: Mapping[str, str], waits: bool) -> str:
+    """A chat as the template writes it, `hidden` spellings out of sight; `waits`: with what opens an answer."""
+    from jinja2 import TemplateError
+
     shaded = [{**message, "content": _swapped(message["content"], hidden)} for message in messages]
     try:
-        text: str = tokenizer.apply_chat_template(shaded, tokenize=False, add_generation_prompt=True)
+        text: str = tokenizer.apply_chat_template(shaded, tokenize=False, add_generation_prompt=waits)
     except TemplateError as error:
         raise ValueError(f"the tokenizer's chat template refuses this chat: {error}") from None
-    spelled = sorted(special.values(), key=lambda token: -len(token.content))
+    return text
+
+
+def _tokens(tokenizer: Any, text: str, hidden: Mapping[str, str]) -> list[int]:
+    """Special tokens where the template wrote them, plain text between, `hidden` spellings among it."""
+    shown = {stand_in: content for content, stand_in in hidden.items()}
     # As the tokenizer finds them: with the white space that some of them swallow.
-    pattern = "|".join(r"\s*" * one.lstrip + re.escape(one.content) + r"\s*" * one.rstrip for one in spelled)
+    pattern = "|".join(
+        r"\s*" * one.lstrip + re.escape(one.content) + r"\s*" * one.rstrip for one in _special(tokenizer)
+    )
     pieces = re.split(f"({pattern})", text) if pattern else [text]
     ids: list[int] = []
     for place, piece in enumerate(pieces):

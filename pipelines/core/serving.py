@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).parent
 CELLS = str(HERE / "serving_cells.py")  # what every one of them needs
 SPEAKING = [str(HERE / f"{name}.py") for name in ("decoding", "generate")]  # what makes a text
+ASKING = [str(HERE / f"{name}.py") for name in ("citing", "grounding")]  # what makes tokens of a chat
 SERVED = "config.json", "assistant.json", "manifest.json", "prompt.yaml"  # which of them says what a directory is
 _, ASSISTANT, INDEX, PROMPT = SERVED
 RETRIEVING = [  # what opens an index
@@ -51,7 +52,9 @@ def of(folder: Path) -> Served:
             Schema([ColSpec(kind, name) for name in names])
             for kind, names in ((DataType.string, ("prompt", "response")), (DataType.double, ("reward",)))
         )
-        return Served(str(HERE / "serving_reward.py"), [*_packed(folder), CELLS], ModelSignature(asked, reward))
+        return Served(
+            str(HERE / "serving_reward.py"), [*_packed(folder), *ASKING, CELLS], ModelSignature(asked, reward)
+        )
     if not (folder / "task.json").is_file():
         params = ParamSchema(
             [
@@ -66,7 +69,7 @@ def of(folder: Path) -> Served:
             ]
         )
         prompts, texts = (Schema([ColSpec(DataType.string, name)]) for name in ("prompt", "text"))
-        beside = [name for name in _packed(folder) if name not in SPEAKING] + [*SPEAKING, CELLS]
+        beside = [name for name in _packed(folder) if name not in SPEAKING] + [*SPEAKING, *ASKING, CELLS]
         return Served(str(HERE / "serving_model.py"), beside, ModelSignature(prompts, texts, params))
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     columns = [
@@ -121,9 +124,9 @@ def _assistant(folder: Path) -> Served:
     )
     columns = [ColSpec(DataType.string, "answer"), ColSpec(DataType.string, "sources")]
     answers = Schema([*columns, ColSpec(DataType.boolean, "refused")])
-    own = [str(HERE / f"{name}.py") for name in ("assistant", "citing", "grounding")]
     beside = [
-        *own,
+        str(HERE / "assistant.py"),
+        *ASKING,
         *RETRIEVING,
         *SPEAKING,
         *(name for name in _packed(folder / "model") if name not in SPEAKING),

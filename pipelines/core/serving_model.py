@@ -1,9 +1,9 @@
 """A text model as MLflow serves it ("models from code"): prompts in, texts out.
 
 MLflow copies this file into the model's folder and runs it there, on machines that have nothing else of this
-project; beside it lie `generate.py`, `decoding.py` and the files that packed layers of ours need. So it imports nothing
-from `pipelines`, and its last line, which MLflow's format asks for, is the one statement of the project that acts at
-import.
+project; beside it lie `generate.py`, `grounding.py`, what these import, and the files that packed layers of ours need.
+So it imports nothing from `pipelines`, and its last line, which MLflow's format asks for, is the one statement of the
+project that acts at import.
 
 Input: a column `prompt`. Params: those of `generate.Sampling` (`max_new_tokens`, `temperature`, where 0.0 takes the
 likeliest token, `top_k`, `top_p`, `repetition_penalty`, `stop`, a list of texts, and `seed`), and `chat`, which puts
@@ -32,7 +32,7 @@ class TextModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.cells = importlib.import_module("serving_cells")  # logged beside this file
-        self.generate = importlib.import_module("generate")
+        self.generate, self.grounding = importlib.import_module("generate"), importlib.import_module("grounding")
         place = context.artifacts["model"]
         _prepare(Path(place))
         self.tokenizer = AutoTokenizer.from_pretrained(place)
@@ -62,13 +62,11 @@ class TextModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
         return pd.DataFrame({"text": texts})
 
     def _tokens(self, prompt: str, chat: bool) -> list[int]:
-        """Token ids of a prompt, one or more."""
-        template = chat and bool(self.tokenizer.chat_template)
-        if template:
-            prompt = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-            )
-        ids: list[int] = self.tokenizer(prompt, add_special_tokens=not template)["input_ids"]
+        """Token ids of a prompt, one or more; in a chat, as in training, what spells a special token is text."""
+        if chat and self.tokenizer.chat_template:
+            asked: list[int] = self.grounding.encode(self.tokenizer, [{"role": "user", "content": prompt}])
+            return asked
+        ids: list[int] = self.tokenizer(prompt)["input_ids"]
         start = self.tokenizer.bos_token_id
         if not ids:  # an empty prompt: from the start of a text
             ids = [self.tokenizer.eos_token_id if start is None else start]

@@ -1,8 +1,8 @@
 """A reward model as MLflow serves it ("models from code"): prompts with responses in, rewards out.
 
 MLflow copies this file into the model's folder and runs it there, on machines that have nothing else of this project;
-beside it lie the files that packed layers need. So it imports nothing from `pipelines`, and its last line, which
-MLflow's format asks for, acts at import.
+beside it lie `grounding.py`, what that imports, and the files that packed layers need. So it imports nothing from
+`pipelines`, and its last line, which MLflow's format asks for, acts at import.
 
 Input: columns `prompt` (one user message) and `response`. Output: a column `reward`, 0 for an average demonstration.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class RewardModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow sh
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         self.cells = importlib.import_module("serving_cells")  # logged beside this file
+        self.grounding, self.free = importlib.import_module("grounding"), threading.Lock()
         place = Path(context.artifacts["model"])
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
         method = (config.get("quantization_config") or {}).get("quant_method", "")
@@ -64,15 +66,11 @@ class RewardModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow sh
         return pd.DataFrame({"reward": rewards})
 
     def _tokens(self, prompt: str, response: str) -> list[int]:
-        """The chat up to the EOS of the answer, the prompt and the answer tokenized apart, as in training."""
-        asked = [{"role": "user", "content": prompt}]
-        opening = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-        said = [*asked, {"role": "assistant", "content": response}]
-        whole = self.tokenizer.apply_chat_template(said, tokenize=False)
-        end = self.tokenizer.eos_token
-        answer = whole[len(opening) :].partition(end)[0] + end
-        return [token for text in (opening, answer)
-                for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]  # fmt: skip
+        """The chat up to the EOS of the answer; as in training, what spells a special token is text."""
+        said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        with self.free:  # a server may ask from several threads, and the tokenizer is changed for it
+            tokens: list[int] = self.grounding.encode_answered(self.tokenizer, said)
+        return tokens
 
 
 set_model(RewardModel())
