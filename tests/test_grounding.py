@@ -158,6 +158,8 @@ def test_marks_of_no_passage_are_counted_and_dropped() -> None:
     cited = citing.cite("It flips [1, 9]. It turns [7]. `a = [7]`", ["It flips things.", "Other."])
     assert cited == citing.Cited("It flips [1]. It turns. `a = [7]`", [1], True, 2)
     assert citing.unmarked("It flips [1, 9]. It turns [7].") == "It flips. It turns."
+    code = "```py\n(df\n    .dropna()\n    .filter(a , b))\n```\n\n* flips\n    * both  axes"
+    assert citing.unmarked(f"It [2] flips [3], [4] so [1]:\n{code} [1]") == f"It flips, so:\n{code}"
 
 
 def test_sentences_without_marks_are_attributed_to_what_supports_them() -> None:
@@ -168,6 +170,21 @@ def test_sentences_without_marks_are_attributed_to_what_supports_them() -> None:
     assert citing.cite("`numpy.flip`", passages).text == "`numpy.flip` [2]"
     assert citing.cite("It flips [4].", passages) == citing.Cited("It flips.", [], False, 1)
     assert citing.cite("Anything.", []) == citing.Cited("Anything.", [], False, 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "marked"),
+    [
+        ("```py\nimport numpy as np\nnp.flip(m)\n```\nnp.flip(m) turns m around.", " turns m around. [1]"),
+        ("np.flip(m) turns m around.\n```py\nimport numpy as np\nnp.flip(m)", "around. [1]\n```py"),  # cut off
+        ("It is `turns. M` around.", "M` around. [1]"),
+        ("`np.flip`", "`np.flip` [1]"),
+    ],
+)
+def test_no_mark_is_put_into_code(answer: str, marked: str) -> None:
+    cited = citing.cite(answer, ["np.flip(m) turns m around", "import numpy as np"])
+    assert marked in cited.text and cited.numbers == [1]
+    assert citing.unmarked(cited.text) == answer, "what is put in can be taken out"
 
 
 def test_support_is_the_recall_of_rouge_l() -> None:

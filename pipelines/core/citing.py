@@ -19,7 +19,7 @@ SUPPORT = 0.8
 # `a[1]` in code is no citation, so a mark follows no letter, digit or closing bracket.
 _MARK = re.compile(r"(?<![\w\])])\[\s*\d{1,3}(?:\s*[,;]\s*\d{1,3})*\s*\](?:\[\s*\d{1,3}\s*\])*")
 _NUMBER = re.compile(r"\d+")
-_CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
+_CODE = re.compile(r"```.*?(?:```|(\Z))|`[^`\n]*`", re.DOTALL)  # group 1: a block that was cut off
 _SENTENCE = re.compile(r"(?<=[.!?。！？])[\"')\]]*\s+|(?<=[。！？])|\n+")
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+(?:[._]\w+)*")  # a name such as numpy.flip is one word
 _UNKNOWING = re.compile(r"\b(?:i|we) (?:do not|don['’]t) know\b|\bi(?: am|['’]m) not sure\b", re.IGNORECASE)
@@ -53,6 +53,8 @@ def citations(answer: str) -> list[int]:
 def cite(answer: str, passages: Sequence[str]) -> Cited:
     """Marks of the model's own that name a passage; where there is none, a mark behind each supported sentence.
 
+    No mark is put into code, of which it would be a part.
+
     Args:
         passages: texts, with their titles, in the order of their numbers.
     """
@@ -63,7 +65,10 @@ def cite(answer: str, passages: Sequence[str]) -> Cited:
         return Cited(text, known, True, len(written) - len(known))
     numbers: list[int] = []
     marked, done = "", 0
+    code = [(match.start(), match.end() + (match[1] is not None)) for match in _CODE.finditer(text)]
     for start, end in _spans(text):
+        if any(first < end < last for first, last in code):
+            continue
         shares = [support(text[start:end], passage) for passage in passages]
         if (best := max(shares, default=0.0)) >= SUPPORT:
             numbers.append(shares.index(best) + 1)
@@ -81,14 +86,15 @@ def _without(answer: str, numbers: Collection[int]) -> str:
     if not numbers:
         return answer.strip()
     code = [match.span() for match in _CODE.finditer(answer)]
-
-    def left(mark: re.Match[str]) -> str:
+    left, done = "", 0
+    for mark in _MARK.finditer(answer):
         if any(start <= mark.start() < end for start, end in code):
-            return mark[0]
-        kept = [number for number in _NUMBER.findall(mark[0]) if int(number) not in numbers]
-        return f"[{', '.join(kept)}]" if kept else ""
-
-    return re.sub(r"[ \t]+(?=[ \t.,;:!?\n]|$)", "", _MARK.sub(left, answer)).strip()
+            continue
+        before, kept = answer[done : mark.start()], [one for one in _NUMBER.findall(mark[0]) if int(one) not in numbers]
+        # With a mark goes the blank before it; other blanks may be the indentation of code
+        left += f"{before}[{', '.join(kept)}]" if kept else before.rstrip(" \t")
+        done = mark.end()
+    return (left + answer[done:]).strip()
 
 
 def sentences(text: str) -> list[str]:
