@@ -149,6 +149,10 @@ def test_mistakes_are_told(repository, change, message):
     (root / "mlflow/registry.yaml").write_text(yaml.safe_dump({"models": plain}))
     with pytest.raises(GateError, match=r"sluice-one: only: and best: belong to an entry with \*"):
         registry.check(root)
+    once = yaml.safe_dump({"models": plain})
+    (root / "mlflow/registry.yaml").write_text(once + once.removeprefix("models:\n"))  # a gate that would be lost
+    with pytest.raises(GateError, match=r"registry\.yaml is not valid YAML: 'sluice-one' stands twice"):
+        registry.check(root)
 
 
 def test_packed_models_answer_from_any_folder(repository, tmp_path):

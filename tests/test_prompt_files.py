@@ -86,15 +86,20 @@ def test_mistakes(changed: dict[str, Any], told: str) -> None:
 def test_files_that_are_none_and_files_that_claim_the_same(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no prompt"):
         prompt_files.load(tmp_path)
-    for text, told in (("a: [", "not valid YAML"), ("- a", "found list")):
+    for text, told in (
+        ("a: [", "not valid YAML"),
+        ("- a", "found list"),
+        (yaml.safe_dump(GOOD) + "template: another\n", "a.yaml is not valid YAML: 'template' stands twice"),
+    ):
         with pytest.raises(UserError, match=told):
             prompt_files.parse("mlflow/prompts/a.yaml", text)
     for name in "ab":
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**GOOD, "name": name}))
     (tmp_path / "c.yaml").write_bytes(b"\xff")
+    (tmp_path / "d.yml").write_text(yaml.safe_dump({**GOOD, "name": "d"}))
     with pytest.raises(UserError) as error:
         prompt_files.load(tmp_path)
-    assert "c.yaml: no UTF-8" in str(error.value)
+    assert "c.yaml: no UTF-8" in str(error.value) and "d.yml: accepted: NAME.yaml" in str(error.value)
     assert "b.yaml: strategies: zero_shot of kind entailment is a.yaml's already" in str(error.value)
 
 

@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
-from pipelines.core import graph
+from pipelines.core import graph, strict_yaml
 from pipelines.core.errors import GateError
 from pipelines.core.params.section import Location, Section, explain
 
@@ -195,7 +195,7 @@ def load(root: Path) -> Policy:
 @lru_cache
 def _policy(text: str) -> Policy:
     """The policy of a text, read once a process."""
-    return Policy.model_validate(yaml.safe_load(text))
+    return Policy.model_validate(strict_yaml.read(text))
 
 
 def check(root: Path) -> None:

@@ -26,6 +26,7 @@ from typing import Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from pipelines.core import strict_yaml
 from pipelines.core.errors import UserError
 from pipelines.core.params.section import Section, explain
 from pipelines.core.prompt_rendering import COLUMNS, VARIABLE
@@ -115,7 +116,7 @@ def parse(name: str, text: str) -> PromptFile:
         UserError: no YAML, or a key or value that is not accepted; one line for each mistake.
     """
     try:
-        raw = yaml.safe_load(text)
+        raw = strict_yaml.read(text)
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
@@ -139,7 +140,7 @@ def load(folder: Path) -> dict[str, PromptFile]:
     if not places:
         raise UserError(f"{FOLDER}: no prompt (NAME.yaml) in it")
     found: dict[str, PromptFile] = {}
-    mistakes: list[str] = []
+    mistakes = [f"{FOLDER}/{other.name}: accepted: NAME.yaml" for other in sorted(folder.glob("*.yml"))]
     for place in places:
         try:
             found[place.stem] = parse(f"{FOLDER}/{place.name}", place.read_text(encoding="utf-8"))

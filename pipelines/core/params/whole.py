@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError, model_validator
 
+from pipelines.core import strict_yaml
 from pipelines.core.errors import ParamsError
 from pipelines.core.params.answers import AnswersParams
 from pipelines.core.params.compute import ComputeParams
@@ -73,7 +74,7 @@ def load(path: Path) -> Params:
             for each mistake.
     """
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
+        raw = strict_yaml.read(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParamsError(f"{path.name}: no such file in {path.parent}. Run from the repository's root.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -86,18 +87,6 @@ def load(path: Path) -> Params:
         return Params.model_validate(raw)
     except ValidationError as error:
         raise ParamsError(explain(path.name, error, _SOURCES, _known_keys)) from None
-
-
-class _EachKeyOnce(yaml.SafeLoader):
-    """Refuses a key that stands twice in a section, of which PyYAML would take the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        known: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in known:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
-            known.add(str(key.value))
-        return super().construct_mapping(node, deep)
 
 
 NAME_MODELS = ("tokenizer", "pretrain", "distill", "quantize", "rag")  # stages with dials that name models
