@@ -80,6 +80,13 @@ def test_extraction(text: str, kind: str, found: int | None) -> None:
     assert extract(r".*answer is:?\s*(.+)", text, kind, ["numpy", "pandas"]) == found
 
 
+def test_a_number_is_an_option_s_place_where_options_are_numbers_too() -> None:
+    options = ["12", "1", "2", "4 of them"]
+    told = {"2": 1, "(3)": 2, "12": 0, "12 and": 0, "3. 4 of them": 2, "4": 3, "4 of them": 3, "9" * 5000: None}
+    assert {text: extract("(.+)", text, "choice", options) for text in told} == told
+    assert extract("(.+)", "1", "classification", options) == 1
+
+
 def test_votes_and_ties() -> None:
     assert vote([1, 0, 1]) == (1, False)
     assert vote([2, 0, None, 0, 2]) == (2, True), "of two that are as frequent the one that was given first"

@@ -160,19 +160,22 @@ def tf_idf(texts: Sequence[str]) -> Callable[[str], list[float]]:
 def extract(pattern: str, text: str, kind: str, options: Sequence[str]) -> int | None:
     """Number of the option that an answer gives, from 0; None where it gives none, or more than one.
 
-    Group 1 of the last match of `pattern` is read: an option's name or, where options are numbered, its number;
-    or the one option whose name occurs in it.
+    Group 1 of the last match of `pattern` is read: where options are numbered a number, before what that option or
+    another one says; else an option's name; or the one option whose name occurs in it.
     """
     found = list(re.finditer(pattern, text, re.IGNORECASE))
     if not found:
         return None
     said = _plain(found[-1][1] or "")
     names = [_plain(option) for option in options]
+    numbered = re.match(r"\(?(\d{1,4})\b", said) if kind == NUMBERED else None
+    number = int(numbered[1]) - 1 if numbered and 1 <= int(numbered[1]) <= len(options) else None
+    if number is not None and re.fullmatch(r"\(?\d+\)?", said):  # also where the options are numbers themselves
+        return number
     if said in names:
         return names.index(said)
-    number = re.match(r"\(?(\d+)\b", said)
-    if kind == NUMBERED and number and 1 <= int(number[1]) <= len(options):
-        return int(number[1]) - 1
+    if number is not None:
+        return number
     within = [place for place, name in enumerate(names) if name and re.search(rf"\b{re.escape(name)}(?!\w)", said)]
     return within[0] if len(within) == 1 else None
 
