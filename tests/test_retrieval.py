@@ -18,6 +18,7 @@ from test_embedding import tiny
 
 from pipelines.core import fusion, indexing, lexical, nearest, retrieval
 
+ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
     {
         "id": "numpy.flip",
@@ -287,3 +288,18 @@ def test_the_files_a_registered_model_carries_need_nothing_else(folder: Path, tm
     run = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split()[0] == "pandas.read_csv"
+
+
+def test_several_threads_read_one_index(folder: Path) -> None:
+    """In a process of its own, which two threads in one ParquetFile would end."""
+    code = (
+        "import sys; from concurrent.futures import ThreadPoolExecutor; from pathlib import Path\n"
+        "from pipelines.core import retrieval\n"
+        "index = retrieval.Index.open(Path(sys.argv[1])); index.search('flip')\n"
+        "asked = ['flip an array', 'read_csv', 'sockets', 'turn upside down'] * 300\n"
+        "alone = {query: repr(index.search(query)) for query in set(asked)}\n"
+        "with ThreadPoolExecutor(4) as pool: found = [*pool.map(lambda query: repr(index.search(query)), asked)]\n"
+        "assert found == [alone[query] for query in asked]"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]

@@ -17,6 +17,7 @@ Flat-importable, as a registered model carries it along: of the project it impor
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
@@ -30,7 +31,6 @@ FORMAT = 1
 METHODS = ("bm25", "dense", "hybrid", "reranked")
 DEPTH = 100  # documents of either ranking that are fused, unless more are asked for
 RERANKED = 30  # passages a cross-encoder reads
-TEXT_COLUMNS = ("text",)  # of chunks.parquet, read when they are shown
 
 Where = Callable[[Mapping[str, Any]], bool]
 Numbers = NDArray[np.int64]
@@ -98,12 +98,12 @@ class Index:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         import pyarrow.parquet as pq
 
-        self.folder, self.manifest = folder, manifest
+        self.folder, self.manifest, self._reading = folder, manifest, threading.Lock()
         self.fusion_k = float(manifest["fusion"]["k"])
         self.dense_weight = float(manifest["fusion"]["dense_weight"])
         try:
             self._texts = pq.ParquetFile(folder / "chunks.parquet", memory_map=True)
-            names = [name for name in self._texts.schema_arrow.names if name not in TEXT_COLUMNS]
+            names = [name for name in self._texts.schema_arrow.names if name != "text"]  # read when it is shown
             self.chunks = self._texts.read(names)
             self._bm25 = _ours("lexical").Bm25(folder / "bm25", self.chunks.num_rows)
             self._vectors = np.load(folder / "vectors.npy", mmap_mode="r")
@@ -211,11 +211,10 @@ class Index:
             # Words alone need no vector
             vector = np.zeros(0, np.float32) if method == "bm25" else self.embedder.query(query)
             numbers, _ = self._found(query, vector, method, depth, allowed)
+            order = self._document[numbers].tolist()
             if method == "reranked":
-                order = [self._number[one.document] for one in self._reranked(query, vector, numbers[:RERANKED], depth)]
-                order += self._document[numbers].tolist()
-            else:
-                order = self._document[numbers].tolist()
+                best = self._reranked(query, vector, numbers[:RERANKED], depth)
+                order = [*(self._number[one.document] for one in best), *order]
             found.append([self.documents[number] for number in dict.fromkeys(order)][:depth])
         return found
 
@@ -287,7 +286,8 @@ class Index:
         cosines[rows >= 0] = self._vectors[rows[rows >= 0]].astype(np.float32) @ vector
         size = int(self.manifest["row_group"])
         groups = sorted({number // size for number in found.tolist()})
-        texts = self._texts.read_row_groups(groups, list(TEXT_COLUMNS), use_threads=False)["text"]
+        with self._reading:  # two threads in one ParquetFile end the process
+            texts = self._texts.read_row_groups(groups, ["text"], use_threads=False)["text"]
         first = {group: place * size for place, group in enumerate(groups)}  # all but the file's last are full
         passages = []
         for number, row, score, cosine in zip(found.tolist(), self.chunks.take(found).to_pylist(), scores, cosines,
