@@ -286,6 +286,39 @@ def test_a_disk_that_is_full_is_not_told_as_files_that_are_gone(repository, monk
         verdicts.copied(root, SimpleNamespace(name=NAME, version="1"), "model", root / "had")
 
 
+def test_a_run_that_is_gone_from_the_store_is_no_obstacle(repository):
+    """`mlflow gc` removes runs that were put in the bin; versions of them stay."""
+    root, model = repository
+    run_stage(root, model, 2.5)
+    (first,) = registry.settle(root, "pretrain")
+    client, _ = store.connect(root)
+    rules = root / "mlflow" / "registry.yaml"
+    for bound, remove in ((3.9, client.delete_run), (3.8, client._tracking_client.store._hard_delete_run)):
+        remove(first.run_id)
+        rules.write_text(rules.read_text().replace("at_most: 4.0", f"at_most: {bound}"))  # so the gate is asked again
+        (again,) = registry.settle(root, "pretrain")
+        assert (again.version, again.verdict.passed, again.verdict.rows[0].bound) == ("1", True, bound)
+        rules.write_text(rules.read_text().replace(f"at_most: {bound}", "at_most: 4.0"))
+    assert client.get_model_version(NAME, "1").tags["gate"] == "passed"
+
+
+def test_a_store_that_was_begun_anew_gets_the_runs_that_another_had(repository, tmp_path):
+    root, model = repository
+    database = root / ".sluice/mlflow/mlflow.db"
+    shutil.copyfile(database, tmp_path / "empty.db")
+    run_stage(root, model, 2.5)
+    (first,) = registry.settle(root, "pretrain")
+    from mlflow.tracking._tracking_service.utils import _get_store
+
+    _get_store().engine.dispose()
+    shutil.copyfile(tmp_path / "empty.db", database)
+    for name in ("settled", "intents"):
+        shutil.rmtree(root / ".sluice/registry" / name, ignore_errors=True)
+    (again,) = registry.settle(root, "pretrain")
+    assert again.run_id != first.run_id and again.verdict.passed
+    assert store.connect(root)[0].get_run(again.run_id).data.metrics["bits_per_byte"] == 2.5
+
+
 def test_output_without_a_model_is_refused(repository):
     root, model = repository
     run_stage(root, model, 2.5)

@@ -147,8 +147,9 @@ def _score(a: pd.DataFrame, b: pd.DataFrame, name: str, per: str | None, lower: 
 
 
 def _metrics(client: Any, a: Any, b: Any) -> list[tuple[str, float, float]]:
-    """Metrics of both runs that differ, by name."""
-    ours, theirs = (client.get_run(entry.run_id).data.metrics for entry in (a, b))
+    """Metrics of both runs that differ, by name; none where the store has a run no more."""
+    runs = [references.run(client, entry) for entry in (a, b)]
+    ours, theirs = (run.data.metrics if run is not None else {} for run in runs)
     return [(key, ours[key], theirs[key]) for key in sorted(ours.keys() & theirs.keys()) if ours[key] != theirs[key]]
 
 
@@ -156,6 +157,8 @@ def _samples(root: Path, client: Any, entry: Any) -> dict[str, str]:
     """What the run of a version kept for people to read, by prompt."""
     import mlflow
 
+    if references.run(client, entry) is None:
+        return {}
     if SAMPLES not in {item.path for item in client.list_artifacts(entry.run_id)}:
         return {}
     with tempfile.TemporaryDirectory() as place:

@@ -45,6 +45,20 @@ def deliver(root: Path) -> dict[str, str]:
 
 
 def _deliver(client: Any, experiment: str, spool: tracking.Spool) -> None:
+def run_of(root: Path, client: Any, spool: tracking.Spool) -> str:
+    """The MLflow run of a spool. What was delivered to a store that has lost it is delivered again.
+
+    Raises:
+        StoreUnavailable: as `deliver`.
+    """
+    run_id = deliver(root)[spool.key]
+    with store.answering(root):
+        if _usable(client, run_id):
+            return run_id
+    (spool.place / "state.json").unlink(missing_ok=True)
+    return deliver(root)[spool.key]
+
+
     """Bring one MLflow run up to date with its spool."""
     owned = spool.owned()  # asked before the events are read: who is dead now has written its last
     state = spool.state()

@@ -65,8 +65,9 @@ def trace(client: Any, experiment: str, entry: Any) -> list[Origin]:
         found[origin.content] = origin
 
     content = references.content(entry)  # before its run is looked for: what no stage made may have none
-    run = client.get_run(entry.run_id)
-    visit(Origin(entry.name, content, (references.shown(entry),), dict(entry.tags), dict(run.data.params), True))
+    run = references.run(client, entry)
+    params = {} if run is None else dict(run.data.params)
+    visit(Origin(entry.name, content, (references.shown(entry),), dict(entry.tags), params, run is not None))
     return list(found.values())
 
 

@@ -76,6 +76,18 @@ def newest(client: Any, model: str) -> Any:
     return found[0]
 
 
+def run(client: Any, entry: Any) -> Any | None:
+    """The run that made a version; None where it has none, or the store has it no more (`mlflow gc`)."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(entry.run_id) if entry.run_id else None
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
+
+
 def shown(entry: Any) -> str:
     """A version in words: `sluice-base 3`."""
     return f"{entry.name} {entry.version}"

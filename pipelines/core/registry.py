@@ -154,7 +154,7 @@ def _register(candidate: Candidate, client: Any, experiment: str) -> Any:
         recorder = tracking.Recorder(root, stage, candidate.whole, courier=False)
         recorder.finish("FINISHED", lineage.restored(root, stage))
         spool = recorder.spool
-    run_id = courier.deliver(root)[spool.key]
+    run_id = courier.run_of(root, client, spool)
     end = spool.finished()
     record = end["record"] if end else {"tags": {}, "inputs": {}}
     tags = {**record["tags"], **_parents(candidate, client, record["inputs"])}

@@ -8,7 +8,6 @@ different data are never compared.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +82,7 @@ def rows(
 def _ask_kept(root: Path, client: Any, entry: Any, found: ModelPolicy, measure: Measure | None) -> Verdict:
     """Every rule in turn, on what it needs."""
     champion = versions.alias(client, entry.name, policy.CHAMPION)
-    metrics = client.get_run(entry.run_id).data.metrics
+    metrics = _metrics(client, entry, found)
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         own, pair = None, None
@@ -109,23 +108,25 @@ def _ask_kept(root: Path, client: Any, entry: Any, found: ModelPolicy, measure: 
     verdict = Verdict(found.stage, entry.name, tuple(judged), gate=gates.gate_hash(found))
     verdict = replace(verdict, content_hash=references.content(entry), version=str(entry.version))
     verdict = replace(verdict, run_id=entry.run_id, champion=champion, store=store.place(root))
-    return _keep(client, entry, verdict, found)
+    verdicts.record(client, entry, verdict, found, shared=bool(Path(found.model).parts[1:]))
+    return verdict
+
+
+def _metrics(client: Any, entry: Any, found: ModelPolicy) -> dict[str, float]:
+    """What a version's budgets are asked of; nothing where it has none."""
+    if len(found.comparisons) == len(found.gate):
+        return {}
+    run = references.run(client, entry)
+    if run is None:
+        raise GateError(
+            f"{references.shown(entry)}: the store no longer has run {entry.run_id}, which made it, nor what that has "
+            f"measured (`mlflow gc` removes both). Its gate can be asked where its output stands: `sluice run "
+            f"{found.stage}` with its params and data"
+        )
+    return dict(run.data.metrics)
 
 
 def _champion(entry: Any, champion: str | None, theirs: Path | None) -> gates.Baseline:
     if champion == str(entry.version):
         return gates.Baseline(policy.CHAMPION, None, "this version is the champion", passed=True)
     return gates.NO_CHAMPION if theirs is None else gates.Baseline(f"champion v{champion}", theirs)
-
-
-def _keep(client: Any, entry: Any, verdict: Verdict, found: ModelPolicy) -> Verdict:
-    """Log a verdict with the version and its run, as `verdicts.judge` does."""
-    folder = f"{entry.name}/" if Path(found.model).parts[1:] else ""
-    client.log_text(entry.run_id, json.dumps(verdict.to_json(), indent=2), f"{folder}verdict.json")
-    client.log_text(entry.run_id, verdict.table() + "\n", f"{folder}verdict.txt")
-    named = policy.CHAMPION in {rule.baseline for rule in found.comparisons}
-    compared = (verdict.champion or "none") if named else "any"
-    client.set_model_version_tag(entry.name, str(entry.version), versions.GATE_CHAMPION, compared)
-    outcome = "passed" if verdict.passed else "failed"
-    client.set_model_version_tag(entry.name, str(entry.version), versions.GATE, outcome)
-    return verdict

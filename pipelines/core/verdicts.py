@@ -140,16 +140,28 @@ def judge(candidate: Candidate, client: Any, entry: Any, measure: Measure | None
     verdict = gates.evaluate(candidate.name, candidate.policy, metrics, candidate.evaluation, baselines)
     verdict = replace(verdict, content_hash=candidate.content, version=version, run_id=run_id)
     verdict = replace(verdict, champion=champion, store=store.place(root))
-    folder = f"{candidate.name}/" if candidate.shared else ""  # the run of a stage is one, its models may be many
-    client.log_text(entry.run_id, json.dumps(verdict.to_json(), indent=2), f"{folder}verdict.json")
-    client.log_text(entry.run_id, verdict.table() + "\n", f"{folder}verdict.txt")
-    outcome = "passed" if verdict.passed else "failed"
-    client.set_tag(entry.run_id, versions.GATE, outcome)
-    compared = (champion or "none") if policy.CHAMPION in named else "any"
-    client.set_model_version_tag(candidate.name, str(entry.version), versions.GATE_CHAMPION, compared)
-    client.set_model_version_tag(candidate.name, str(entry.version), versions.GATE, outcome)
+    record(client, entry, verdict, candidate.policy, candidate.shared)
     artifacts.write_json(root / STATE / "verdicts" / f"{candidate.name}.json", verdict.to_json())
     return verdict
+
+
+def record(client: Any, entry: Any, verdict: Verdict, rules: policy.ModelPolicy, shared: bool) -> None:
+    """Keep a verdict with the version, and with the run that made it as long as the store has that.
+
+    Args:
+        shared: whether the run made other models too.
+    """
+    outcome = "passed" if verdict.passed else "failed"
+    if (run := references.run(client, entry)) is not None:
+        folder = f"{entry.name}/" if shared else ""
+        client.log_text(entry.run_id, json.dumps(verdict.to_json(), indent=2), f"{folder}verdict.json")
+        client.log_text(entry.run_id, verdict.table() + "\n", f"{folder}verdict.txt")
+        if run.info.lifecycle_stage == "active":  # in the bin it takes no tags
+            client.set_tag(entry.run_id, versions.GATE, outcome)
+    named = policy.CHAMPION in {rule.baseline for rule in rules.comparisons}
+    compared = (verdict.champion or "none") if named else "any"
+    client.set_model_version_tag(entry.name, str(entry.version), versions.GATE_CHAMPION, compared)
+    client.set_model_version_tag(entry.name, str(entry.version), versions.GATE, outcome)
 
 
 def _champion(
