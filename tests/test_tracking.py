@@ -13,9 +13,12 @@ import traceback
 from pathlib import Path
 
 import pytest
+import yaml
+from mlflow.entities import RunTag
 from stores import drain, fill, make_root, python, repository, run_stage
 
-from pipelines.core import courier, environment, promotion, registry, store, tracking
+from pipelines.core import courier, environment, lineage, promotion, registry, store, tracking
+from pipelines.core.artifacts import content_hash
 from pipelines.core.errors import StoreUnavailable
 from pipelines.core.tracking import Record, Recorder
 
@@ -65,6 +68,31 @@ def test_record_of_a_run_arrives_whole(repository):
     files = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert files == {"evaluation.parquet", "mark.txt", "samples.txt"}
     assert f"{root}/.sluice/mlflow/artifacts/" in run.info.artifact_uri
+
+
+def test_a_file_may_be_called_whatever_a_user_likes(repository):
+    """MLflow takes neither brackets nor commas in the name of a tag, and no more than 250 characters."""
+    root, model = repository
+    deep = "/".join(["a folder with a long name"] * 12)
+    names = ["data/reviews (1).csv", "data/reviews [1].csv", 'data/a+b, "c".csv', f"data/{deep}/x.csv", "data/büro.csv"]
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    graph = yaml.safe_load((root / "dvc.yaml").read_text())
+    graph["stages"]["pretrain"]["deps"] += names
+    (root / "dvc.yaml").write_text(yaml.safe_dump(graph))
+    lock = {"stages": {"pretrain": {"deps": [{"path": name, "md5": "0" * 32} for name in names]}}}
+    (root / "dvc.lock").write_text(yaml.safe_dump(lock))
+    run_stage(root, model, 2.5)
+    client = drain(root)
+    (run,) = runs(root)
+    read = {key: value for key, value in run.data.tags.items() if key.startswith("sluice.input.") and "/" in key}
+    assert len(read) == len(names) and set(read.values()) == {content_hash(root / name) for name in names}
+    assert "sluice.input.data/büro.csv" in read
+    assert any(key.startswith("sluice.input.data/reviews _1_.csv-") for key in read)
+    assert len(run.inputs.dataset_inputs) == len(names) + 1
+    restored = lineage.restored(root, "pretrain").tags
+    client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in restored.items()])
 
 
 def test_delivering_twice_changes_nothing_even_when_the_state_is_lost(repository):

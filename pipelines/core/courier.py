@@ -12,6 +12,7 @@ what is delivered is written after the fact.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import select
 import sys
@@ -44,7 +45,6 @@ def deliver(root: Path) -> dict[str, str]:
     return {spool.key: spool.state()["run_id"] for spool in tracking.spools(root)}
 
 
-def _deliver(client: Any, experiment: str, spool: tracking.Spool) -> None:
 def run_of(root: Path, client: Any, spool: tracking.Spool) -> str:
     """The MLflow run of a spool. What was delivered to a store that has lost it is delivered again.
 
@@ -59,6 +59,7 @@ def run_of(root: Path, client: Any, spool: tracking.Spool) -> str:
     return deliver(root)[spool.key]
 
 
+def _deliver(client: Any, experiment: str, spool: tracking.Spool) -> None:
     """Bring one MLflow run up to date with its spool."""
     owned = spool.owned()  # asked before the events are read: who is dead now has written its last
     state = spool.state()
@@ -160,8 +161,8 @@ def _finish(client: Any, run_id: str, spool: tracking.Spool, event: dict[str, An
         client.log_batch(run_id, params=params[part], tags=tags[part])
     inputs = [
         DatasetInput(
-            # MLflow keeps 36 characters of a digest; the whole hash is among the tags
-            Dataset(name, digest[:32], "local", f'{{"uri": "{name}"}}'),
+            # MLflow keeps 36 characters of a digest, and 500 of a name; the whole hash is among the tags
+            Dataset(name[-500:], digest[:32], "local", json.dumps({"uri": name})),
             [InputTag("mlflow.data.context", spool.stage)],
         )
         for name, digest in record["inputs"].items()

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import posixpath
+import re
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +30,9 @@ PACKAGES = ("torch", "transformers", "peft", "mlflow")
 CONTENT = "sluice.content_hash"
 LARGEST_FILE = 8 * 2**20  # bytes; a larger file belongs to the model or to DVC, not to the record of a run
 VALUE_LIMIT = 5000  # characters MLflow keeps of a tag or param
+INPUT, DEP = "sluice.input.", "dvc."  # tags of what a stage read: content hash; hash of DVC
+KEY_LIMIT = 250  # characters MLflow takes of a tag's name
+REFUSED = re.compile(r"[^\w.\- :/]")  # what it does not take in one, and a file of a user's may have in its own
 
 
 def record(
@@ -59,7 +64,7 @@ def restored(root: Path, stage: str) -> Record:
     entry = stages.get(stage, {})
     params = as_texts({key: value for file in entry.get("params", {}).values() for key, value in file.items()})
     params = {key.removeprefix(f"{stage}."): value for key, value in params.items()}
-    tags = {f"dvc.{dep['path']}": str(dep["md5"]) for dep in entry.get("deps", []) if "md5" in dep}
+    tags = {tag_name(DEP, dep["path"]): str(dep["md5"]) for dep in entry.get("deps", []) if "md5" in dep}
     tags["sluice.restored"] = "from DVC's cache" if entry else "output without an entry in dvc.lock"
     return _record(root, spec, params, read_metrics(root, spec), tags, {})
 
@@ -77,6 +82,15 @@ def as_texts(nested: Mapping[str, Any]) -> dict[str, str]:
         key: (value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False))[:VALUE_LIMIT]
         for key, value in whole.flatten(nested).items()
     }
+
+
+def tag_name(prefix: str, path: str) -> str:
+    """A tag about a file or artifact, whatever it is called; a hash keeps apart what MLflow would take for one."""
+    if not REFUSED.search(path) and len(prefix + path) <= KEY_LIMIT and posixpath.normpath(path) == path:
+        return prefix + path
+    mark = "-" + hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    plain = posixpath.normpath(REFUSED.sub("_", path))
+    return prefix + plain[-(KEY_LIMIT - len(prefix + mark)) :] + mark
 
 
 def package_versions() -> dict[str, str]:
@@ -106,7 +120,7 @@ def _record(
         **tags,
         **_git(root),
         **{f"package.{name}": number for name, number in package_versions().items()},
-        **{f"sluice.input.{name}": digest for name, digest in inputs.items()},
+        **{tag_name(INPUT, name): digest for name, digest in inputs.items()},
         "sluice.stage": spec.name,
         "sluice.params_hash": hashlib.sha256(text.encode()).hexdigest(),
         "sluice.data_hash": _data_hash(root, spec.name),

@@ -46,7 +46,7 @@ class Origin:
     def inputs(self) -> dict[str, str]:
         """What it was made from: name -> hash of the content."""
         return {
-            key.removeprefix(release.INPUT): value for key, value in self.tags.items() if key.startswith(release.INPUT)
+            key.removeprefix(lineage.INPUT): value for key, value in self.tags.items() if key.startswith(lineage.INPUT)
         }
 
 

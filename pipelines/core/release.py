@@ -26,7 +26,6 @@ from pipelines.core.errors import GateError, UserError
 from pipelines.core.ledger import Ledger, Move, Promotion
 
 HEAD = "sluice-policy"  # what a release is named after where nobody says
-INPUT = "sluice.input."
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def _family(specs: dict[str, graph.StageSpec], head: str, with_models: set[str])
 
 def _read(entry: Any, made: Iterable[str]) -> list[tuple[str, str]]:
     """Artifacts of stages that a version was made from: name, content hash."""
-    return [(name, entry.tags[INPUT + name]) for name in made if INPUT + name in entry.tags]
+    return [(name, entry.tags[lineage.INPUT + name]) for name in made if lineage.INPUT + name in entry.tags]
 
 
 def _fitting(
