@@ -41,7 +41,8 @@ def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
     """Make a version that passed the champion if `promote: auto` says so. Returns what was done, in words.
 
     An output that did not change in this run is promoted only if it never was, as when a run was cut off in between:
-    a version that was champion has been rolled back on purpose.
+    a version that was champion has been rolled back on purpose. One that somebody has gone back from stays out of
+    office even when a run makes it, or brings it back, again: nothing new gives the same version every night.
 
     Raises:
         StoreUnavailable: the registry's store is away.
@@ -60,6 +61,9 @@ def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
     ):
         return None
     promotion.promote(
+    if promotion.was_rolled_back(root, verdict.model, verdict.version):
+        asked = f"`sluice promote {verdict.model} {verdict.version} --why ...`"
+        return f"{verdict.model} {verdict.version} was rolled back, so it is not promoted by itself: {asked}"
         root,
         verdict.model,
         verdict.version,

@@ -137,6 +137,23 @@ def test_one_that_is_no_better_than_a_champion_moved_meanwhile_fails(gate, repos
 
 def test_a_verdict_of_other_rules_or_of_another_store_is_none(gate, repository, tmp_path, monkeypatch):
     root, model = repository
+def test_what_a_person_has_rolled_back_does_not_come_back_with_the_next_nightly_run(gate, repository):
+    """It makes the same bytes again, or DVC brings them back: both are an output that is fresh."""
+    root, model = repository
+    for bits in (2.5, 2.4):
+        run_stage(root, model, bits)
+        gate.ask(Row("pretrain"), fresh_output=True)
+    assert champion(root) == "2"
+    promotion.rollback(root, NAME, why="bad", expected_champion="2")
+    row = Row("pretrain")
+    gate.ask(row, fresh_output=True)
+    assert champion(root) == "1" and row.verdict == "sluice-base 2 passed"
+    told = "sluice-base 2 was rolled back, so it is not promoted by itself: `sluice promote sluice-base 2 --why ...`"
+    assert row.notes == [told]
+    promotion.promote(root, NAME, "2", why="it was the data after all", expected_champion="1")
+    assert not promotion.was_rolled_back(root, NAME, "2")
+
+
     other, place = tmp_path / "other.db", root / "mlflow" / "registry.yaml"
     shutil.copyfile(root / ".sluice/mlflow/mlflow.db", other)
     run_stage(root, model, 2.5)

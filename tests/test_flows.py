@@ -265,6 +265,7 @@ def test_what_passed_is_promoted_but_never_over_a_persons_rollback(
     monkeypatch.setattr(registry, "champion", lambda _, model: champion if model == "sluice-base" else None)
     monkeypatch.setattr(promotion, "promote", lambda *args, **kwargs: calls.append(kwargs["expected_champion"]))
     monkeypatch.setattr(promotion, "was_promoted", lambda *_: before)
+    monkeypatch.setattr(promotion, "was_rolled_back", lambda *_: False)
     judged = replace(verdict(True), champion=compared)
     done = outcome.promote(root, judged, fresh_output)
     assert (done is not None, calls) == (expected, [judged.champion] if expected else [])

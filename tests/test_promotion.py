@@ -111,6 +111,8 @@ def test_racers_leave_one_champion_and_clear_refusals(models):
         "try:\n    promotion.promote(root, 'sluice-base', VERSION, why='race', expected_champion=1)\n"
         "except GateError as error:\n    print(error); sys.exit(3)\n"
     )
+    gone = [promotion.was_rolled_back(models, NAME, version) for version in ("1", "2", "3")]
+    assert gone == [False, True, True], "and not the one that came back"
     racers = {v: python(models, code.replace("VERSION", str(v))) for v in (2, 3)}
     answers = {version: process.communicate() for version, process in racers.items()}
     codes = {version: process.returncode for version, process in racers.items()}

@@ -1,11 +1,11 @@
 """Moving aliases in steps that a crash may cut off anywhere, and bringing to an end what it cut off.
 
 Steps of a promotion, under the ledger: write the intent; move `champion` of each model (from the first of these on it
-has happened); point `previous` at where each came from; tag each version with who, when, why and from; let the alias of
-the best follow (`pipelines.core.best`); write `done`. Whoever holds the ledger next looks at what an open intent has
-done: no champion moved, it is aborted; some or all moved, the others follow and it is done; and where one can no longer
-follow (its version was deleted, or somebody moved that alias by other means), those that moved go back and it is
-aborted. So models that belong together move together.
+has happened); point `previous` at where each came from; tag each version with who, when, why and from, and one that
+was rolled back as such; let the alias of the best follow (`pipelines.core.best`); write `done`. Whoever holds the
+ledger next looks at what an open intent has done: no champion moved, it is aborted; some or all moved, the others
+follow and it is done; and where one can no longer follow (its version was deleted, or somebody moved that alias by
+other means), those that moved go back and it is aborted. So models that belong together move together.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pipelines.core.policy import CHAMPION
 
 PREVIOUS = "previous"
 FROM = "promotion.from"
+ROLLED_BACK = "rolled_back"  # -> when a rollback took a version out of office; gone once it is in office again
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ class Desk:
             if move.target is not None:
                 for key, value in {"from": move.source or "", **told}.items():
                     self.client.set_model_version_tag(move.model, move.target, f"{prefix}.{key}", value)
+                if ROLLED_BACK in fetch(self.client, move.model, move.target).tags:
+                    self.client.delete_model_version_tag(move.model, move.target, ROLLED_BACK)
+            gone = move.source if promotion.action == "rollback" else None
+            if gone is not None and _exists(self.client, move.model, gone):
+                self.client.set_model_version_tag(move.model, gone, ROLLED_BACK, promotion.when)
         best.follow(self.root, self.client, promotion.models)
         # Verdicts that compared with the champion before are asked again by the next `reconcile`
         shutil.rmtree(self.root / STATE / "registry" / "settled", ignore_errors=True)

@@ -96,10 +96,23 @@ def was_promoted(root: Path, model: str, version: str) -> bool:
         GateError: there is no such version.
         StoreUnavailable: the store is away.
     """
+    return any(key.startswith(("promotion.", "rollback.")) for key in _tags(root, model, version))
+
+
+def was_rolled_back(root: Path, model: str, version: str) -> bool:
+    """Whether a version was champion until somebody went back from it.
+
+    Raises:
+        GateError: there is no such version.
+        StoreUnavailable: the store is away.
+    """
+    return moves.ROLLED_BACK in _tags(root, model, version)
+
+
+def _tags(root: Path, model: str, version: str) -> dict[str, str]:
     client, _ = store.connect(root)
     with store.answering(root):
-        tags = moves.fetch(client, model, version).tags
-    return any(key.startswith(("promotion.", "rollback.")) for key in tags)
+        return dict(moves.fetch(client, model, version).tags)
 
 
 def history(root: Path) -> list[tuple[State, Promotion]]:
