@@ -110,19 +110,11 @@ class Gate:
 
     def _promote(self, row: Row, judged: list[Verdict], fresh_output: bool) -> list[Verdict]:
         """Promote what passed. Returns the verdicts: new ones where somebody has moved a champion meanwhile."""
-        for last in (False, True):
-            try:
-                for one in judged:
-                    if one.passed and (done := outcome.promote(self.root, one, fresh_output)):
-                        row.notes.append(done)
-                break
-            except GateError:
-                if last:
-                    raise
-                judged = self._judge(row, again=True)
-                row.verdict = outcome.cell(judged)
-        if done := outcome.point_best(self.root, row.stage):
-            row.notes.append(done)
+        again = partial(self._judge, row, again=True)
+        judged = outcome.promote_all(self.root, judged, fresh_output, again, row.notes.append)
+        row.verdict = outcome.cell(judged)
+        if pointed := outcome.point_best(self.root, row.stage):
+            row.notes.append(pointed)
         return judged
 
     def _enforce(self, row: Row, judged: list[Verdict]) -> None:

@@ -7,10 +7,11 @@ promotes what `mlflow/registry.yaml` says to promote by itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipelines.core import graph, policy, verdicts
+from pipelines.core.errors import GateError
 from pipelines.core.gates import Verdict
 from pipelines.core.verdicts import Measure
 
@@ -60,10 +61,10 @@ def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
         champion != verdict.champion or promotion.was_promoted(root, verdict.model, verdict.version)
     ):
         return None
-    promotion.promote(
     if promotion.was_rolled_back(root, verdict.model, verdict.version):
         asked = f"`sluice promote {verdict.model} {verdict.version} --why ...`"
         return f"{verdict.model} {verdict.version} was rolled back, so it is not promoted by itself: {asked}"
+    promotion.promote(
         root,
         verdict.model,
         verdict.version,
@@ -71,6 +72,36 @@ def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
         expected_champion=verdict.champion,  # the one it was compared with: it must still be in office
     )
     return f"{verdict.model} {verdict.version} is the champion now" + (f", after {champion}" if champion else "")
+
+
+def promote_all(
+    root: Path,
+    judged: list[Verdict],
+    fresh_output: bool,
+    again: Callable[[], list[Verdict]],
+    tell: Callable[[str], None],
+) -> list[Verdict]:
+    """Promote what passed. Returns the verdicts: new ones where somebody has moved a champion or removed a version.
+
+    Args:
+        judged: all verdicts of a stage.
+        again: judges anew; asked once.
+        tell: is told what was done.
+
+    Raises:
+        StoreUnavailable, LedgerHeld, GateError: as `promote`.
+    """
+    for last in (False, True):
+        try:
+            for one in judged:
+                if one.passed and (done := promote(root, one, fresh_output)):
+                    tell(done)
+            break
+        except GateError:
+            if last:
+                raise
+            judged = again()
+    return judged
 
 
 def automatic(root: Path, verdict: Verdict) -> bool:

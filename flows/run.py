@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -63,16 +64,18 @@ def _catch_up(root: Path, state: stages.State, needed: list[str], console: Conso
         row.metric = outcome.key_metric(root, name, state.shows.get(name))
         try:
             judged = outcome.judge(root, name)
+            again = partial(outcome.judge, root, name, again=True)
+            try:
+                judged = outcome.promote_all(root, judged, False, again, lambda done: _say(console, [done]))
+            except (GateError, StoreUnavailable, LedgerHeld) as error:
+                trouble.append(error)
             row.verdict = outcome.cell(judged)
             if failed := "\n".join(one.table() for one in judged if not one.passed):
                 if stops:
                     trouble.append(GateError(failed))
                 else:
-                    console.print(failed, markup=False, highlight=False, soft_wrap=True)
-            for one in judged:
-                if one.passed and (done := outcome.promote(root, one, fresh_output=False)):
-                    console.print(done)
-        except (GateError, StoreUnavailable, LedgerHeld) as error:
+                    _say(console, [failed])
+        except (GateError, StoreUnavailable) as error:
             trouble.append(error)
     try:
         registry.reconcile(root, lambda stage: runner.measure_for(root, stage))

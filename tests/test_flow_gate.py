@@ -108,6 +108,20 @@ def test_the_same_where_no_stage_has_to_run(tmp_path, monkeypatch):
         assert "sluice-base 2" in console.file.getvalue()
 
 
+def test_a_version_that_somebody_removed_is_registered_again_although_no_stage_has_to_run(gate, repository):
+    """By hand, in MLflow's pages: what is known here of the version that stands is out of date."""
+    root, model = repository
+    (root / "params.yaml").write_text((fake.ROOT / "params.yaml").read_text())
+    run_stage(root, model, 2.5)
+    gate.ask(Row("pretrain"), fresh_output=True)
+    client, _ = store.connect(root)
+    client.delete_model_version(NAME, "1")
+    state = stages.State({"pretrain": ()}, {}, {})
+    console = Console(file=io.StringIO(), width=200)
+    flows.run._catch_up(root, state, ["pretrain"], console)
+    assert "sluice-base 2 is the champion now" in console.file.getvalue() and champion(root) == "2"
+
+
 def test_a_champion_that_somebody_has_moved_is_compared_with_and_replaced(gate, repository):
     root, model = repository
     for bits, seen in ((2.5, None), (2.4, "1"), (2.3, "1")):
@@ -123,20 +137,6 @@ def test_a_champion_that_somebody_has_moved_is_compared_with_and_replaced(gate, 
     assert verdict.champion == "2" and verdict.rows[2].baseline == "champion v2: 2.4"
 
 
-def test_one_that_is_no_better_than_a_champion_moved_meanwhile_fails(gate, repository):
-    root, model = repository
-    for bits in (2.3, 2.5):
-        run_stage(root, model, bits)
-        registry.settle(root, "pretrain")  # both judged without a champion
-    promotion.promote(root, NAME, "1", why="by hand", expected_champion=None)
-    row = Row("pretrain")
-    with pytest.raises(GateError, match="sluice-base.*FAILED"):
-        gate.ask(row, fresh_output=True)
-    assert champion(root) == "1" and row.verdict == "sluice-base 2 FAILED"
-
-
-def test_a_verdict_of_other_rules_or_of_another_store_is_none(gate, repository, tmp_path, monkeypatch):
-    root, model = repository
 def test_what_a_person_has_rolled_back_does_not_come_back_with_the_next_nightly_run(gate, repository):
     """It makes the same bytes again, or DVC brings them back: both are an output that is fresh."""
     root, model = repository
@@ -154,6 +154,20 @@ def test_what_a_person_has_rolled_back_does_not_come_back_with_the_next_nightly_
     assert not promotion.was_rolled_back(root, NAME, "2")
 
 
+def test_one_that_is_no_better_than_a_champion_moved_meanwhile_fails(gate, repository):
+    root, model = repository
+    for bits in (2.3, 2.5):
+        run_stage(root, model, bits)
+        registry.settle(root, "pretrain")  # both judged without a champion
+    promotion.promote(root, NAME, "1", why="by hand", expected_champion=None)
+    row = Row("pretrain")
+    with pytest.raises(GateError, match="sluice-base.*FAILED"):
+        gate.ask(row, fresh_output=True)
+    assert champion(root) == "1" and row.verdict == "sluice-base 2 FAILED"
+
+
+def test_a_verdict_of_other_rules_or_of_another_store_is_none(gate, repository, tmp_path, monkeypatch):
+    root, model = repository
     other, place = tmp_path / "other.db", root / "mlflow" / "registry.yaml"
     shutil.copyfile(root / ".sluice/mlflow/mlflow.db", other)
     run_stage(root, model, 2.5)
