@@ -60,7 +60,7 @@ def _lines(root: Path, entry: Any, origins: list[Any], table: str) -> Iterator[s
     except UserError as error:
         yield f"  {error}"
         return
-    for doubt in provenance.doubts(origins):
+    for doubt in provenance.doubts(root, origins):
         yield f"  # {doubt}"
     yield from steps
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from flows import cli, compare, messages
 from flows import promote as commands
-from pipelines.core import environment, policy, promotion, references, registry, rejudging, store, versions
+from pipelines.core import environment, policy, promotion, provenance, references, registry, rejudging, store, versions
 from pipelines.core.errors import GateError, UserError
 
 __all__ = ["repository"]
@@ -188,6 +188,25 @@ def test_every_mistake_is_one_message(sluice):
     assert "sluice-base: champion 1, after 2" in sluice("rollback", NAME).stdout
     told = sluice("history").stdout
     assert [line.split()[1] for line in told.splitlines()[1:]] == ["promote", "promote", "rollback"]
+
+
+def test_a_run_that_was_purged_is_told_where_its_numbers_are_needed_and_only_there(sluice, repository):
+    """`mlflow gc` removes runs that were put in the bin; versions of them stay."""
+    root, _ = repository
+    client, _ = store.connect(root)
+    assert sluice("promote", NAME, "2", "--why", "better").exit_code == 0
+    client._tracking_client.store._hard_delete_run(entry(root, "1").run_id)
+    done = sluice("promote", NAME, "1", "--why", "it was better")
+    assert done.exit_code == 3 and len(done.stderr.splitlines()) == 1
+    assert f"error: sluice-base 1: the store no longer has run {entry(root, '1').run_id}" in done.stderr
+    assert "`sluice run pretrain`" in done.stderr and versions.alias(client, NAME, "champion") == "2"
+    said = sluice("compare", f"{NAME}/1", NAME)
+    assert said.exit_code == 0 and "B better" in said.stdout and "bits_per_byte" not in said.stdout
+    told = sluice("lineage", f"{NAME}/1")
+    assert told.exit_code == 0 and "sluice-base version 1: gate passed" in told.stdout
+    (last,) = [one for one in provenance.trace(client, "0", entry(root, "1")) if one.name == NAME]
+    assert not last.known and "the store has no run that made it" in " ".join(provenance.doubts(root, [last]))
+    assert sluice("rollback", NAME, "--why", "bad").exit_code == 0
 
 
 def test_a_store_that_is_away_is_told(sluice, monkeypatch):

@@ -148,14 +148,42 @@ def test_the_here_document_writes_what_was_recorded(committed, tmp_path):
 def test_doubts_are_told(committed):
     root, _ = committed
     (one,) = origins(root)
-    assert provenance.doubts([one]) == []
+    assert provenance.doubts(root, [one]) == []
     dirty = Origin("data", "d" * 64, (), {"git.dirty": "true", "sluice.stage": "data"}, {}, True)
     lost = Origin("tokenizer", "e" * 64, (), {}, {}, False)
     old = Origin(one.name, one.content, one.versions, one.tags | {"package.torch": "1.0"}, {"x": "y" * 5000}, True)
-    lines = provenance.doubts([dirty, lost, old])
+    lines = provenance.doubts(root, [dirty, lost, old])
     assert [line.split(":")[0] for line in lines[:3]] == ["data", "tokenizer eeeeeeeeeeee", "pretrain"]
     assert "changes that were not committed" in lines[0] and "longer than what the store keeps" in lines[2]
     assert lines[3].startswith("torch 1.0 made it, and here is ")
+
+
+def test_files_that_the_commit_has_not_are_told(committed):
+    root, commit = committed
+    (one,) = origins(root)
+    read = {"params.yaml": "a" * 64, "data/mine.csv": "b" * 64}
+    one.tags.update({"git.commit": commit, **{f"sluice.input.{name}": digest for name, digest in read.items()}})
+    told = f"pretrain: reads data/mine.csv, which the commit has not: put it there (SHA-256 {'b' * 64})"
+    assert provenance.doubts(root, [one]) == [told]
+    one.tags["git.commit"] = "f" * 40
+    assert provenance.doubts(root, [one]) == [], "a commit of another clone: nobody can tell here"
+
+
+def test_a_folder_of_a_larger_repository_is_cloned_with_it(tmp_path):
+    root = tmp_path / "team/models"
+    root.mkdir(parents=True)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, root)
+    shutil.copytree(ROOT / "mlflow", root / "mlflow")
+    git(tmp_path / "team", "init", "-q")
+    git(tmp_path / "team", "add", "-A")
+    git(tmp_path / "team", "commit", "-qm", "start")
+    (one,) = origins(root)
+    one.tags["git.commit"] = git(root, "rev-parse", "HEAD")
+    one.tags.pop("sluice.threads")
+    lines = provenance.commands(root, [one])
+    assert lines[0] == f"git clone {tmp_path / 'team'} rebuilt && cd rebuilt/models"
+    assert not any(line.startswith("python - <<") for line in lines), "the params of the commit are found"
 
 
 @pytest.mark.slow

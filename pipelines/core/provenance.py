@@ -60,7 +60,7 @@ def trace(client: Any, experiment: str, entry: Any) -> list[Origin]:
 
     def visit(origin: Origin) -> None:
         for name, digest in origin.inputs.items():
-            if digest not in found and not {".", "/"} & set(name):  # the others are files of the repository
+            if digest not in found and not _is_file(name):
                 visit(_artifact(client, experiment, name, digest))
         found[origin.content] = origin
 
@@ -81,7 +81,8 @@ def commands(root: Path, origins: list[Origin]) -> list[str]:
     commit = last.tags.get("git.commit", "none")
     if commit == "none":
         raise UserError(f"{last.versions[0]} was made outside a git repository: no commit says what its code was")
-    lines = [f"git clone {shlex.quote(_address(root, commit))} rebuilt && cd rebuilt", f"git checkout {commit}"]
+    place = shlex.quote(f"rebuilt/{_git(root, 'rev-parse', '--show-prefix')}".rstrip("/"))
+    lines = [f"git clone {shlex.quote(_address(root, commit))} rebuilt && cd {place}", f"git checkout {commit}"]
     lines += ["make setup", ". .venv/bin/activate"]
     if changes := changed_params(root, commit, origins):
         lines.append(_script(changes))
@@ -95,7 +96,7 @@ def commands(root: Path, origins: list[Origin]) -> list[str]:
     return lines
 
 
-def doubts(origins: list[Origin]) -> list[str]:
+def doubts(root: Path, origins: list[Origin]) -> list[str]:
     """Why the commands may not make the same bytes, a line each; none where everything was recorded."""
     lines = []
     last = origins[-1]
@@ -108,6 +109,10 @@ def doubts(origins: list[Origin]) -> list[str]:
             lines.append(f"{one.stage}: {one.tags['sluice.restored']}; on which machine it was made is not recorded")
         if any(len(text) >= lineage.VALUE_LIMIT for text in one.params.values()):
             lines.append(f"{one.stage}: a param is longer than what the store keeps")
+        commit = last.tags.get("git.commit", "none")
+        for name, digest in one.inputs.items():
+            if _is_file(name) and _at_commit(root, commit) and _git(root, "cat-file", "-t", f"{commit}:./{name}") == "":
+                lines.append(f"{one.stage}: reads {name}, which the commit has not: put it there (SHA-256 {digest})")
     wanted = {key: last.tags[f"package.{key}"] for key in ("python", "torch") if f"package.{key}" in last.tags}
     here = lineage.package_versions()
     lines += [
@@ -137,6 +142,11 @@ def changed_params(root: Path, commit: str, origins: list[Origin]) -> dict[str, 
     return changes
 
 
+def _is_file(name: str) -> bool:
+    """Whether something that a stage read is a file of the repository, or a person's, and no artifact."""
+    return bool({".", "/"} & set(name))
+
+
 def _artifact(client: Any, experiment: str, name: str, digest: str) -> Origin:
     """What the store knows of an artifact by its content."""
     where = f"tags.`{lineage.CONTENT}` = '{digest}'"
@@ -156,10 +166,20 @@ def _made(root: Path, origin: Origin) -> str:
     return f"{output}/{found.model}" if found is not None and shared else output
 
 
+def _git(root: Path, *words: str) -> str:
+    """What a git command prints; nothing where it fails."""
+    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, encoding="utf-8", errors="replace")
+    return "" if done.returncode else done.stdout.strip()
+
+
+def _at_commit(root: Path, commit: str) -> bool:
+    """Whether a commit is in this clone."""
+    return _git(root, "cat-file", "-t", commit) == "commit"
+
+
 def _at(root: Path, commit: str, name: str) -> str:
     """Text of a file at a commit; empty where that cannot be told here."""
-    shown = subprocess.run(["git", "-C", str(root), "show", f"{commit}:{name}"], capture_output=True, encoding="utf-8")
-    return "" if shown.returncode else shown.stdout
+    return _git(root, "show", f"{commit}:./{name}")
 
 
 def _frozen(root: Path, commit: str) -> list[str]:
@@ -191,14 +211,11 @@ def _value(text: str) -> Any:
 
 def _address(root: Path, commit: str) -> str:
     """Where to clone from: `origin`, without a password, or this folder if it alone has the commit (of `runs/<id>`)."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    origin, here = git("remote", "get-url", "origin"), git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
-    alone = here and not git("branch", "--remotes", "--contains", here)
-    return store.without_login(origin) if origin and not alone else str(root.resolve())
+    origin, here = _git(root, "remote", "get-url", "origin"), _at_commit(root, commit)
+    alone = here and not _git(root, "branch", "--remotes", "--contains", commit)
+    if origin and not alone:
+        return store.without_login(origin)
+    return _git(root, "rev-parse", "--show-toplevel") or str(root.resolve())
 
 
 def _script(changes: dict[str, Any]) -> str:
@@ -207,7 +224,7 @@ def _script(changes: dict[str, Any]) -> str:
     return f"""python - <<'END'
 import json, pathlib, yaml
 place = pathlib.Path("params.yaml")
-params = yaml.safe_load(place.read_text())
+params = yaml.safe_load(place.read_text(encoding="utf-8"))
 for path, value in json.loads(r'''{told}''').items():
     *sections, key = path.split(".")
     node = params
