@@ -82,6 +82,15 @@ def test_refusals_change_nothing(models, version, expected, message):
     assert aliases(models) == (None, None) and promotion.history(models) == []
 
 
+def test_a_reason_of_another_encoding_is_kept_and_holds_up_nobody(models):
+    """As `--why` typed in Latin 1 comes in: a text that no UTF-8 can write, and no store can take."""
+    promotion.promote(models, NAME, 1, who="Jos\udce9", why="f\udcfcr alle", expected_champion=None)
+    promotion.promote(models, NAME, 2, why="better", expected_champion=1)
+    client, _ = store.connect(models)
+    tags = client.get_model_version(NAME, "1").tags
+    assert (tags["promotion.who"], tags["promotion.why"]) == ("Jos\\udce9", "f\\udcfcr alle")
+
+
 def test_promoting_the_champion_is_no_move(models):
     promotion.promote(models, NAME, 1, why="first", expected_champion=None)
     assert promotion.promote(models, NAME, 1, why="again", expected_champion=None) is None
@@ -102,6 +111,8 @@ def test_rollback_goes_back_step_by_step(models):
     client, _ = store.connect(models)
     assert client.get_model_version(NAME, "2").tags["rollback.who"] == "bob"
     assert [promotion.was_promoted(models, NAME, version) for version in ("1", "3", "4")] == [True, True, False]
+    gone = [promotion.was_rolled_back(models, NAME, version) for version in ("1", "2", "3")]
+    assert gone == [False, True, True], "and not the one that came back"
 
 
 def test_racers_leave_one_champion_and_clear_refusals(models):
@@ -111,8 +122,6 @@ def test_racers_leave_one_champion_and_clear_refusals(models):
         "try:\n    promotion.promote(root, 'sluice-base', VERSION, why='race', expected_champion=1)\n"
         "except GateError as error:\n    print(error); sys.exit(3)\n"
     )
-    gone = [promotion.was_rolled_back(models, NAME, version) for version in ("1", "2", "3")]
-    assert gone == [False, True, True], "and not the one that came back"
     racers = {v: python(models, code.replace("VERSION", str(v))) for v in (2, 3)}
     answers = {version: process.communicate() for version, process in racers.items()}
     codes = {version: process.returncode for version, process in racers.items()}

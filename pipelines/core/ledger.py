@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
-from pipelines.core import store
+from pipelines.core import faults, store
 from pipelines.core.environment import STATE
 from pipelines.core.errors import UserError
 
@@ -69,8 +69,12 @@ class Promotion:
     def begin(
         cls, root: Path, action: Action, moves: list[Move], who: str, why: str, release: str | None = None
     ) -> Promotion:
-        """One that is about to happen: now, by somebody (the logged-in user when empty), in the store in use."""
-        return cls(uuid.uuid4().hex, action, tuple(moves), who or _user(), why, now(), store.place(root), release)
+        """One that is about to happen: now, by somebody (the logged-in user when empty), in the store in use.
+
+        What a terminal of another encoding makes of a reason is written so that the store can take it.
+        """
+        who, why = faults.writable(who or _user()), faults.writable(why)
+        return cls(uuid.uuid4().hex, action, tuple(moves), who, why, now(), store.place(root), release)
 
     @property
     def models(self) -> tuple[str, ...]:
