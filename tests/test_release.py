@@ -217,6 +217,21 @@ def test_rollback_goes_back_release_by_release_and_not_over_what_moved(root):
         release.last(root, FileLedger(root))
 
 
+def test_a_folder_that_was_moved_with_its_store_can_be_rolled_back(root, monkeypatch):
+    for mark in "ab":
+        add_chain(root, mark)
+        release.promote(root, plan(root), why=mark)
+    moved = root.rename(root.with_name("moved"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{moved}/.sluice/mlflow/mlflow.db")
+    assert champions(moved) == every("2")
+    found = release.last(moved, FileLedger(moved))
+    release.rollback(moved, found, why="bad")
+    assert champions(moved) == every("1")
+    other = moved.with_name("other.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
+    assert release.standing(moved, FileLedger(moved)) == [], "those are of this folder's store"
+
+
 def test_a_killed_process_lets_go_and_is_finished(root):
     add_chain(root, "a")
     code = (

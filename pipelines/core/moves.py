@@ -57,7 +57,7 @@ class Desk:
             else:
                 begun.pop(promotion.id, None)
         for promotion in begun.values():
-            if promotion.store == store.place(self.root):
+            if store.is_meant(self.root, promotion.store):
                 self._end(promotion)
 
     def _end(self, promotion: Promotion) -> None:

@@ -146,7 +146,7 @@ def standing(root: Path, ledger: Ledger) -> list[Promotion]:
     """Every release that was promoted and not rolled back, oldest first: each may be gone back from in turn."""
     found: list[Promotion] = []
     for state, entry in ledger.entries():
-        if state == "done" and entry.release is not None and entry.store == store.place(root):
+        if state == "done" and entry.release is not None and store.is_meant(root, entry.store):
             found = found[:-1] if entry.action == "rollback" else [*found, entry]
     return found
 

@@ -55,6 +55,13 @@ def place(root: Path) -> str:
     return uri if embedded(root) else without_login(uri).partition("?")[0]  # a database takes passwords there too
 
 
+def is_meant(root: Path, name: str) -> bool:
+    """Whether a record of this clone means the store in use; that of a clone that was moved has moved with it."""
+    own = Path(STATE) / "mlflow" / "mlflow.db"
+    moved = name.startswith("sqlite:///") and name.endswith(f"/{own}") and embedded(root) == (root / own).resolve()
+    return moved or without_login(name) == place(root)
+
+
 def without_login(text: str) -> str:
     """An address, or a message with addresses in it, with whoever logs in and the password left out."""
     return LOGIN.sub("", text)

@@ -64,7 +64,7 @@ def recover(root: Path, client: Any, experiment: str) -> None:
     """Finish what was begun and cut off, and remove what cannot be finished."""
     for path in sorted(_journal(root, "").parent.glob("*.json")):
         intent = Intent(**json.loads(path.read_text(encoding="utf-8")))
-        if store.without_login(intent.store) == store.place(root):
+        if store.is_meant(root, intent.store):
             _complete(root, client, experiment, intent)
             path.unlink(missing_ok=True)
 
