@@ -1,9 +1,9 @@
 """`sluice gc`: what takes room and nobody needs. Shown first; removed with `--yes`, and never while a run is going on.
 
 1. Worktrees of runs that were killed, and checkpoints that no run has taken up.
-2. Objects of DVC's cache that no branch (`runs/*` among them), no tag, no worktree and no version that has an alias or
-   is on offer refers to. A version refers to the commit it was made at and to the next one that changed `dvc.lock`,
-   which recorded it.
+2. Objects of DVC's cache that no branch (`runs/*` among them), no tag, no experiment (`dvc exp`), no worktree and no
+   version that has an alias or is on offer refers to. A version refers to the commit it was made at and to the next one
+   that changed `dvc.lock`, which recorded it.
 3. Versions that stages made, of an embedded store. Kept are: what has an alias; what a rollback, however often,
    would go back to; what is on offer; parents of what is kept; the newest of each model, which may be offered next.
 
@@ -128,7 +128,7 @@ def _cache(root: Path, client: Any | None) -> Iterator[Waste]:
     revisions = list(_revisions(root, client)) if client is not None else []
     with Repo(str(root)) as repo:
         try:
-            needs = [repo.used_objs(all_branches=True, all_tags=True, revs=revisions or None)]
+            needs = [repo.used_objs(all_branches=True, all_tags=True, all_experiments=True, revs=revisions or None)]
             for place in places:  # what is not committed there yet
                 with Repo(str(place)) as other:
                     needs.append(other.used_objs())
@@ -145,7 +145,7 @@ def _cache(root: Path, client: Any | None) -> Iterator[Waste]:
                 path.chmod(0o644)
                 path.unlink(missing_ok=True)
 
-        why = "no branch, tag, worktree or alias needs them"
+        why = "no branch, tag, experiment, worktree or alias needs them"
         yield Waste("DVC's cache", f"{len(unused)} objects", size, why, remove)
 
 

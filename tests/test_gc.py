@@ -160,11 +160,14 @@ def _kept(root: Path) -> set[str]:
     return {path.read_text() for path in files if path.is_file() and not path.name.endswith(".dir")}
 
 
-def test_only_what_no_branch_tag_or_working_copy_needs_goes(clone: Path) -> None:
+def test_only_what_no_branch_tag_experiment_or_working_copy_needs_goes(clone: Path) -> None:
     _made(clone, "-tagged")
     station.commit(clone, "tagged")
     workspace.git(clone, "tag", "v1")
     _made(clone, "-lost")
+    _made(clone, "-tried")
+    save = [sys.executable, "-m", "dvc", "exp", "save", "--name", "tried", "--force"]
+    subprocess.run(save, cwd=clone, check=True, capture_output=True)
     _made(clone, "-branch")
     station.commit(clone, "on a branch of a run")
     workspace.git(clone, "branch", "runs/nightly-1")
@@ -177,9 +180,10 @@ def test_only_what_no_branch_tag_or_working_copy_needs_goes(clone: Path) -> None
     assert _kept(clone) == before  # shown, not done
     gc.collect(clone, True, console())
     after = _kept(clone)
-    metrics = '{"score": 0.25, "other": 3}\n'  # in git; what DVC's run cache keeps of it is, to `dvc gc` too, unneeded
-    assert before - after - {metrics} == {"data-lost", "left-lost", "right-lost"}
-    assert {"data", "data-tagged", "data-branch", "data-now"} <= after
+    # In git; what DVC's cache of runs and its experiments keep of them is, to `dvc gc` too, unneeded
+    not_cached = {'{"score": 0.25, "other": 3}\n', "report-tried"}
+    assert before - after - not_cached == {"data-lost", "left-lost", "right-lost"}
+    assert {"data", "data-tagged", "data-tried", "data-branch", "data-now"} <= after
     assert gc.collect(clone, False, console()) == []
 
 
