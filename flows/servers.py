@@ -38,6 +38,7 @@ from pipelines.core.environment import STATE
 from pipelines.core.errors import StoreUnavailable, UserError
 
 HOST = "127.0.0.1"
+KEEPER = "flows.servers"  # the module, which a keeper has in its command
 CLONE = "SLUICE_CLONE"  # variable: whose worker started a flow run
 GRACE_SECONDS = 45.0  # runs write a checkpoint first; their own supervisors give them 30
 PAUSES = (1.0, 2.0, 5.0, 15.0, 30.0)  # before a server that ended is started again
@@ -81,7 +82,7 @@ def start(root: Path, prefect_port: int, mlflow_port: int) -> dict[str, Any]:
         if len({part.port for part in wanted}) < len(wanted):
             raise UserError(f"port {prefect_port} cannot be Prefect's and MLflow's: give one of them another")
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "flows.servers", str(root), str(prefect_port), str(mlflow_port)]
+        command = [sys.executable, "-m", KEEPER, str(root), str(prefect_port), str(mlflow_port)]
         with log.open("ab") as output:
             keeper = subprocess.Popen(
                 command, cwd=root, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
@@ -102,7 +103,7 @@ def stop(root: Path) -> bool:
     while _kept(root):
         ran = True
         holder = (_folder(root) / "lock").read_text(encoding="utf-8")
-        if holder:  # it writes its number just after it has the lock
+        if holder and _is_keeper(int(holder)):  # it writes its number just after it has the lock
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(holder), signal.SIGTERM)
         time.sleep(TICK)
@@ -222,6 +223,14 @@ def _end_runs(root: Path) -> bool:
                 end(process)
         _, left = psutil.wait_procs(left, timeout=GRACE_SECONDS)
     return bool(runs)
+
+
+def _is_keeper(number: int) -> bool:
+    """Whether a process is a keeper, and not one that got the number of a keeper that was killed."""
+    try:
+        return KEEPER in psutil.Process(number).cmdline()
+    except psutil.Error:
+        return False
 
 
 def _is_run(process: psutil.Process, clone: str) -> bool:

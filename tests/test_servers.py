@@ -152,6 +152,25 @@ def test_a_run_whose_worker_was_killed_is_stopped_too(tmp_path: Path) -> None:
             process.communicate()
 
 
+def test_a_number_that_a_keeper_left_and_another_process_has_now_is_not_stopped(tmp_path: Path) -> None:
+    """The keeper was killed, the machine started again, and somebody asks for a moment whether there is a keeper."""
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    lock = servers._lock(tmp_path)
+    assert lock is not None
+    (tmp_path / ".sluice/servers/lock").write_text(str(stranger.pid))
+    stopping = threading.Thread(target=servers.stop, args=(tmp_path,))
+    try:
+        stopping.start()
+        stopping.join(timeout=1.0)
+        assert stopping.is_alive(), "the lock is held"
+        os.close(lock)
+        stopping.join(timeout=MINUTES)
+        assert not stopping.is_alive() and stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
 def test_silence_is_three_heartbeats_and_news_need_a_webhook() -> None:
     zombies, *others = automations.automations(None)
     assert others == []
