@@ -76,7 +76,8 @@ def _versions(root: Path) -> Iterator[Finding]:
         yield Finding("fail", "packages", "no constraints.txt", "`git checkout constraints.txt`")
         return
     pinned = pins(place.read_text(encoding="utf-8"))
-    installed = {_normal(one.metadata["Name"]): one.version for one in importlib.metadata.distributions()}
+    there = list(importlib.metadata.distributions())
+    installed = {_normal(one.metadata["Name"]): one.version for one in there if one.metadata["Name"]}
     remedy = "`make setup` installs what constraints.txt says"
     if wrong := differences(pinned, installed):
         yield Finding("fail", "packages", ", ".join(wrong[:NAMES_SHOWN]), remedy)

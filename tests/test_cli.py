@@ -121,6 +121,14 @@ def test_doctor_fails_on_a_wrong_version_and_says_what_to_type(root: Path) -> No
 
 
 def test_a_full_disk_is_no_reason_to_remove_what_champions_need(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_install_that_was_cut_off_left_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "~umpy-2.0.dist-info").mkdir()
+    (tmp_path / "constraints.txt").write_text("typer==0.0.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (found,) = doctor._versions(tmp_path)
+    assert found.verdict == "fail" and "(pinned: 0.0.1)" in found.found
+
+
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e9))
     (found,) = doctor._disk(root)
     assert found.verdict == "fail" and "sluice gc" in found.remedy and "dvc gc" not in found.remedy
