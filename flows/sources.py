@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import yaml
+
 from pipelines.core import artifacts, graph
 from pipelines.core.errors import ParamsError, UserError
 from pipelines.core.params import whole
@@ -25,7 +27,7 @@ MARKERS = {
     "quantize": "# directory named in params.yaml quantize.model, kept by sluice run",
     "rag": "# directories named in params.yaml rag.embedder and rag.reranker, kept by sluice run",
 }
-_PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./+@-]*")
+_PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./+@-]*")
 
 
 def keep(root: Path) -> list[str]:
@@ -120,8 +122,9 @@ def _name(path: Path, root: Path) -> str:
 
 
 def _quote(path: str) -> str:
-    """A YAML scalar on one line; JSON's strings are YAML's double-quoted ones."""
-    return path if _PLAIN.fullmatch(path) else json.dumps(path, ensure_ascii=False)
+    """A YAML scalar on one line; JSON's strings are YAML's double-quoted ones. A folder `2024` or `null` is a text."""
+    plain = _PLAIN.fullmatch(path) and yaml.safe_load(path) == path
+    return path if plain else json.dumps(path, ensure_ascii=False)
 
 
 def _unquote(scalar: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from fake_repository import ROOT
+from ruamel.yaml import YAML
 
 from flows import profiles, sources
 from pipelines.core import graph, runner
@@ -113,6 +114,16 @@ def test_deps_of_user_files_come_and_go_below_the_marker(tmp_path: Path) -> None
     assert sources.write(place, "data", wanted[:1])[-1] == "dvc.yaml: stage data no longer depends on mine/x.csv"
     sources.write(place, "data", [])
     assert place.read_text() == GRAPH
+
+
+@pytest.mark.parametrize("name", ["2024", "2024-11-29", "1e5", "null", "on", "true", ".5", "0x1f", "~", "v1.2/x@y+z"])
+def test_a_name_that_yaml_takes_for_something_else_is_a_text(tmp_path: Path, name: str) -> None:
+    place = tmp_path / "dvc.yaml"
+    place.write_text(GRAPH)
+    sources.write(place, "data", [name])
+    for found in (yaml.safe_load(place.read_text()), YAML(typ="safe").load(place.read_text())):  # ours, and DVC's
+        assert found["stages"]["data"]["deps"][-1] == name
+    assert sources.write(place, "data", [name]) == []
 
 
 def test_without_a_marker_user_files_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
