@@ -30,6 +30,7 @@ from pipelines.core.errors import ArtifactError, GateError, StoreUnavailable, Us
 
 RETRY_SECONDS = [60.0, 600.0]  # a store or a remote that is away
 LAST_LINES = 15
+NAME_LENGTH = 60  # of a flow run's name in that of its branch; a person may give any
 
 
 @flow(name="isolated-run")
@@ -93,7 +94,8 @@ def isolated_run(
 
 def run_name(name: str, identity: str) -> str:
     """A name for branch and worktree: the flow run's, made unique, of small letters, digits and dashes."""
-    return f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}-{identity[:8]}"
+    words = re.sub("[^a-z0-9]+", "-", name.lower())[:NAME_LENGTH].strip("-")
+    return f"{words or 'run'}-{identity[:8]}"
 
 
 def take_data(place: Workspace, revision: str) -> list[str]:

@@ -247,6 +247,9 @@ def test_from_a_stage_on_what_it_needs_is_taken_as_it_stands(root: Path, monkeyp
     monkeypatch.setattr(isolated, "create_markdown_artifact", lambda *_, **__: None)
     monkeypatch.setattr(isolated, "_stages", lambda _, wanted, only, hours: asked.append((wanted, only)))
     for given in ({"from_stage": "left"}, {"until_stage": "left"}, {"only": ["right"]}, {}):
+    assert run_name("학습", "0123456789ab-cdef") == "run-01234567"
+    long = run_name("why not " * 40, "0123456789ab-cdef")
+    assert workspace._NAME.fullmatch(long) and len(long) < 80
         isolated.isolated_run.fn(str(root), **given)
     every = ["data", "left", "right", "report"]
     assert asked == [(["left", "report"], True), (["data", "left"], False), (["right"], True), (every, False)]
