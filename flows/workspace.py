@@ -257,9 +257,11 @@ def _deliver(root: Path, name: str) -> None:
 
 
 def _author(place: Path) -> list[str]:
-    """An author for a machine on which nobody has set one."""
-    try:
-        git(place, "config", "user.email")
-    except UserError:
-        return ["-c", "user.name=sluice", "-c", "user.email=sluice@localhost"]
-    return []
+    """An author for a machine on which nobody has set one, or only half of one."""
+    words: list[str] = []
+    for key, value in (("user.name", "sluice"), ("user.email", "sluice@localhost")):
+        try:
+            git(place, "config", key)
+        except UserError:
+            words += ["-c", f"{key}={value}"]
+    return words

@@ -122,6 +122,17 @@ def test_a_persons_hooks_do_not_meet_it(root: Path) -> None:
     assert not (root / "artifacts").exists()
 
 
+def test_half_an_author_is_made_whole(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A nightly run would fail at its last step where git knows an address and no name."""
+    half = tmp_path / "gitconfig"
+    half.write_text("[user]\nemail = ada@example.org\nuseConfigOnly = true\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(half))
+    with workspace.opened(root, "half") as run:
+        change_params(run.place)
+        made = run.commit("by whom")
+    assert workspace.git(root, "log", "-1", "--format=%an <%ae>", str(made)) == "sluice <ada@example.org>"
+
+
 def test_two_at_once_do_not_meet(root: Path) -> None:
     with workspace.opened(root, "one") as one, workspace.opened(root, "two") as two:
         assert run_locks.living(root) == ["one", "two"]
