@@ -61,6 +61,18 @@ def test_the_same_examples_are_paired() -> None:
     assert drift.judge([ask(before, now, margin=0.01), ask(before, now, margin=0.05)]) == [True, False]
 
 
+@pytest.mark.parametrize("prefix", ["r", "other"], ids=["the same examples", "others"])
+def test_a_handful_of_groups_tells_of_nothing(prefix: str) -> None:
+    """Of one example on a side there is no error at all, and whatever is worse would be sure."""
+    for groups in (1, 2, 4):
+        before, now = (rows(groups * 3, bits, 5, name, spread=0.0) for bits, name in ((2.0, "r"), (2.4, prefix)))
+        for table in (before, now):
+            table["group"] = [f"{prefix}{n % groups}" for n in range(len(table))]
+        found = ask(before, now)
+        assert found.size == pytest.approx(0.2) and drift.judge([found]) == [False], groups
+    assert drift.judge([ask(rows(5, 2.0, 5, spread=0.0), rows(5, 2.4, 5, prefix, spread=0.0))]) == [True]
+
+
 def test_chance_alone_cries_wolf_in_one_evaluation_of_twenty_at_most() -> None:
     alarms = 0
     for seed in range(40):

@@ -5,7 +5,8 @@ drift when both say so: of all tests of one evaluation at most 5 % may cry wolf 
 Rejective Multiple Test Procedure*, 1979), and a difference that is sure but small concerns nobody.
 
 1. Scores: the change of a ratio of sums, in standard errors of the bootstrap over groups (`pipelines.core.statistics`);
-   paired where the examples are the same, else the errors of two independent samples. Only a change for the worse.
+   paired where the examples are the same, else the errors of two independent samples. Only a change for the worse. Of
+   fewer than `MIN_GROUPS` groups on a side there are no errors: they tell of nothing.
 2. Lengths: two-sample Kolmogorov-Smirnov test on the characters of a row; its size is the distance of the
    distribution functions.
 3. Texts: classifier two-sample test (Lopez-Paz & Oquab, *Revisiting Classifier Two-Sample Tests*, ICLR 2017,
@@ -22,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipelines.core.statistics import Interval, bootstrap, paired_bootstrap
+from pipelines.core.statistics import MIN_GROUPS, Interval, bootstrap, clusters, paired_bootstrap
 from pipelines.core.tables import COMMON
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def score(
         error = math.hypot(first.high - first.low, second.high - second.low) / WIDTH
     worse = (second.estimate - first.estimate) * (1 if lower_is_better else -1)
     p = 0.5 * math.erfc(worse / error / math.sqrt(2)) if error > 0 else float(worse <= 0)
+    if min(clusters(len(table), _groups(table)) for table in (old, new)) < MIN_GROUPS:
+        p = 1.0
     reference = abs(first.estimate)
     size = worse / reference if reference else math.inf if worse > 0 else 0.0
     return Change(about, first.estimate, second.estimate, size, margin, p)
