@@ -77,6 +77,7 @@ def test_a_mistake_is_one_message_and_nothing_runs(
         ("<<<<<<< HEAD\nstages:\n=======\n", "dvc.yaml is not valid YAML: "),
         ("stages:\n  empty:\n", "dvc.yaml: expected `stages:` and below it"),
         ("steps:\n", "dvc.yaml: expected `stages:` and below it"),
+        ("stages:\n  x:\n    outs:\n    metrics: [2024]\n", "dvc.yaml: stage x must have one entry in outs"),
     ],
 )
 def test_a_graph_that_is_none_is_one_message(root: Path, head: str, said: str) -> None:
@@ -120,7 +121,6 @@ def test_doctor_fails_on_a_wrong_version_and_says_what_to_type(root: Path) -> No
     assert "-> `make setup`" in done.stdout
 
 
-def test_a_full_disk_is_no_reason_to_remove_what_champions_need(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_an_install_that_was_cut_off_left_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "~umpy-2.0.dist-info").mkdir()
     (tmp_path / "constraints.txt").write_text("typer==0.0.1\n")
@@ -129,6 +129,7 @@ def test_what_an_install_that_was_cut_off_left_is_no_package(tmp_path: Path, mon
     assert found.verdict == "fail" and "(pinned: 0.0.1)" in found.found
 
 
+def test_a_full_disk_is_no_reason_to_remove_what_champions_need(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e9))
     (found,) = doctor._disk(root)
     assert found.verdict == "fail" and "sluice gc" in found.remedy and "dvc gc" not in found.remedy

@@ -51,9 +51,7 @@ def _stages(text: str) -> dict[str, StageSpec]:
     raw = whole.get("stages") if isinstance(whole, dict) else None
     if not isinstance(raw, dict) or not all(isinstance(stage, dict) for stage in raw.values()):
         raise UserError("dvc.yaml: expected `stages:` and below it each stage with its cmd, deps, outs and metrics")
-    made_by = {
-        _path(item): name for name, stage in raw.items() for item in [*stage.get("outs", []), *stage.get("metrics", [])]
-    }
+    made_by = {path: name for name, stage in raw.items() for key in ("outs", "metrics") for path in _paths(stage, key)}
     specs = {name: _spec(name, stage, made_by) for name, stage in raw.items()}
     ordered: dict[str, StageSpec] = {}
     while len(ordered) < len(specs):
@@ -83,9 +81,7 @@ def made(root: Path, path: str | None) -> list[Path]:
 
 
 def _spec(name: str, raw: dict[str, Any], made_by: dict[str, str]) -> StageSpec:
-    deps = [_path(item) for item in raw.get("deps", [])]
-    outs = [_path(item) for item in raw.get("outs", [])]
-    metrics = [_path(item) for item in raw.get("metrics", [])]
+    deps, outs, metrics = (_paths(raw, key) for key in ("deps", "outs", "metrics"))
     if len(outs) != 1 or len(metrics) != 1:
         raise UserError(
             f"dvc.yaml: stage {name} must have one entry in outs and one in metrics, found {outs}, {metrics}"
@@ -106,9 +102,9 @@ def _maker(path: str, made_by: dict[str, str]) -> str | None:
     return next((made_by[part.as_posix()] for part in (pure, *pure.parents) if part.as_posix() in made_by), None)
 
 
-def _path(item: str | dict[str, Any]) -> str:
-    """An entry of deps, outs or metrics is a path, or a path with options."""
-    return item if isinstance(item, str) else next(iter(item))
+def _paths(stage: dict[str, Any], key: str) -> list[str]:
+    """Entries of deps, outs or metrics, each a path, or a path with options; none where nothing is below the key."""
+    return [str(next(iter(item)) if isinstance(item, dict) else item) for item in stage.get(key) or []]
 
 
 def _name(path: str) -> str:
