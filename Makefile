@@ -35,6 +35,8 @@ PREFECT_PORT ?= 4200
 
 .PHONY: run setup test test-slow test-live test-all check status report ui server stop doctor clean constraints help
 
+# `make -j clean run` does one after the other.
+.NOTPARALLEL:
 run: setup                      ## run every stage that something changed for
 	@sluice run $(if $(PROFILE),--profile $(PROFILE)) $(STAGES)
 
@@ -101,7 +103,7 @@ constraints: setup              ## write constraints.txt from what is installed
 	@echo "constraints.txt: $$(grep -c == constraints.txt) packages"
 
 clean:                          ## remove what runs made; .venv, metrics and your files stay
-	@if [ -e .sluice ] && [ -e $(STAMP) ]; then sluice server stop > /dev/null; fi
+	@if [ -e .sluice ] && [ -e $(STAMP) ]; then python -m flows.cli server stop > /dev/null; fi
 	@rm -rf .sluice .work artifacts reports .mypy_cache .pytest_cache .ruff_cache
 	@git worktree prune 2> /dev/null || true
 	@echo "removed .sluice, .work, artifacts, reports. Next: make run (DVC's cache in .dvc/cache still has the results)"

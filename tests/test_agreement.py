@@ -106,6 +106,27 @@ def test_a_moved_folder_gets_a_new_virtual_environment(tmp_path: Path, made_in: 
     assert ("-m venv --clear" in printed) is cleared and ("-m venv" in printed) is cleared
 
 
+def test_targets_are_made_one_after_the_other_whatever_make_is_told(tmp_path: Path) -> None:
+    for name in (
+        "pyproject.toml",
+        "constraints.txt",
+        "flows/environment.pth",
+        ".venv/.sluice-stamp",
+        ".venv/bin/sluice",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = true\n")
+    stand_in = tmp_path / ".venv/bin/sluice"
+    stand_in.write_text("#!/bin/sh\necho begin $1; sleep 0.5; echo end $1\n")
+    stand_in.chmod(0o755)
+    command = ["make", "-j4", "status", "doctor", "VENV=.venv"]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert printed.split("\n")[:4] == ["begin status", "end status", "begin doctor", "end doctor"]
+
+
 def test_readme_names_what_exists() -> None:
     """Its make targets, sluice commands, params keys and the paths of its tree."""
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
