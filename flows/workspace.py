@@ -121,13 +121,15 @@ def opened(root: Path, name: str, revision: str = "HEAD") -> Iterator[Workspace]
         revision: anything git can resolve: a commit, a branch, a tag.
 
     Raises:
-        UserError: a name or revision that is none, no git repository, or a run of this name is going on.
+        UserError: a name or revision that is none, no git repository or a folder of one, or a run of this name goes on.
         StoreUnavailable: the remote does not answer.
     """
     root = root.resolve()
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r} is no name of a run: small letters, digits and dashes")
     base = resolve(root, revision)
+    if (top := Path(git(root, "rev-parse", "--show-toplevel")).resolve()) != root:
+        raise UserError(f"{root} is a folder of the git repository in {top}: a run of its own needs a clone of its own")
     with run_locks.present(root), run_locks.owned(root, name):
         try:
             yield _make(root, name, base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -104,6 +105,36 @@ def test_a_moved_folder_gets_a_new_virtual_environment(tmp_path: Path, made_in: 
     command = ["make", "-n", "setup", "VENV=.venv"]  # said again: the tests may run under `make VENV=...`
     printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     assert ("-m venv --clear" in printed) is cleared and ("-m venv" in printed) is cleared
+
+
+def test_set_up_knows_an_archive_a_clone_and_a_folder_of_a_larger_repository(tmp_path: Path) -> None:
+    """DVC works in each of them, and of an archive that becomes a repository later it knows the history."""
+    root = tmp_path / "a folder"
+    for name in ("pyproject.toml", "constraints.txt", "flows/environment.pth", ".venv/.sluice-stamp"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    shutil.copy(ROOT / "Makefile", root)
+    shutil.copytree(ROOT / ".dvc", root / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
+
+    def set_up() -> str:
+        env = {
+            **os.environ,
+            "GIT_CEILING_DIRECTORIES": str(tmp_path.parent),
+            "DVC_SITE_CACHE_DIR": str(tmp_path / "site"),
+        }
+        for command in (["make", "setup", "VENV=.venv"], ["dvc", "status", "-q"]):
+            subprocess.run(command, cwd=root, env=env, check=True, capture_output=True)
+        command = ["dvc", "config", "core.no_scm"]
+        return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True).stdout.strip()
+
+    assert set_up() == "true", "an archive"
+    assert set_up() == "true"
+    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    assert set_up() == ""
+    shutil.rmtree(root / ".git")
+    shutil.rmtree(root / ".dvc")
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    assert set_up() == "", "a folder of a repository"
 
 
 def test_targets_are_made_one_after_the_other_whatever_make_is_told(tmp_path: Path) -> None:

@@ -193,6 +193,17 @@ def test_a_name_or_revision_that_is_none_is_refused(root: Path, name: str, revis
     assert run_locks.living(root) == []
 
 
+def test_a_folder_of_a_larger_repository_is_refused(root: Path) -> None:
+    part = root / "models"
+    part.mkdir()
+    with (
+        pytest.raises(UserError, match=f"models is a folder of the git repository in {root}: a run"),
+        workspace.opened(part, "x"),
+    ):
+        pass
+    assert not (part / ".sluice").exists()
+
+
 def test_a_remote_that_is_away_for_a_moment_is_asked_again(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +247,9 @@ def test_a_remote_that_is_not_committed_yet_is_one(root: Path, tmp_path: Path, m
 
 def test_a_runs_name_is_fit_for_a_branch() -> None:
     assert run_name("Bold Otter_7", "0123456789ab-cdef") == "bold-otter-7-01234567"
+    assert run_name("학습", "0123456789ab-cdef") == "run-01234567"
+    long = run_name("why not " * 40, "0123456789ab-cdef")
+    assert workspace._NAME.fullmatch(long) and len(long) < 80
 
 
 def test_from_and_until_leave_out_what_is_not_between() -> None:
@@ -258,9 +272,6 @@ def test_from_a_stage_on_what_it_needs_is_taken_as_it_stands(root: Path, monkeyp
     monkeypatch.setattr(isolated, "create_markdown_artifact", lambda *_, **__: None)
     monkeypatch.setattr(isolated, "_stages", lambda _, wanted, only, hours: asked.append((wanted, only)))
     for given in ({"from_stage": "left"}, {"until_stage": "left"}, {"only": ["right"]}, {}):
-    assert run_name("학습", "0123456789ab-cdef") == "run-01234567"
-    long = run_name("why not " * 40, "0123456789ab-cdef")
-    assert workspace._NAME.fullmatch(long) and len(long) < 80
         isolated.isolated_run.fn(str(root), **given)
     every = ["data", "left", "right", "report"]
     assert asked == [(["left", "report"], True), (["data", "left"], False), (["right"], True), (every, False)]
