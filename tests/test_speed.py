@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from models import model, tokenizer
@@ -37,6 +38,22 @@ def test_two_models_are_compared_round_by_round() -> None:
     """Both become half as fast in the second round: the ratio stays, that of the medians need not."""
     student, teacher = (speed.Speed(rounds, 1.0, 1.0, 1.0, True) for rounds in ((20.0, 10.0, 22.0), (10.0, 5.0, 20.0)))
     assert speed.ratio(student, teacher) == (2.0, 1.1, 2.0)
+
+
+@pytest.mark.parametrize(("seconds", "tokens"), [(0.0, speed.DECODE_TOKENS), (0.1, 3)])
+def test_a_turn_ends_with_its_time(monkeypatch: pytest.MonkeyPatch, seconds: float, tokens: int) -> None:
+    """On a clock that only the decoder moves: a slow model's turn has fewer tokens, at the same rate."""
+
+    class Decoder:
+        count, now, asked = 0, 0.0, 0
+
+        def step(self, token: int) -> None:
+            self.asked, self.now = self.asked + 1, self.now + seconds + 1e-9
+
+    decoder = Decoder()
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: decoder.now))
+    rate, prefill = speed._round(None, decoder, list(range(20)), read=False)  # type: ignore[arg-type]
+    assert decoder.asked == tokens and prefill is None and rate == pytest.approx(1 / (seconds + 1e-9))
 
 
 def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
