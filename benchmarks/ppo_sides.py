@@ -79,7 +79,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
             names = (str(inputs["reward"] / "model"),)
             score = partial(ppo_setup.score, reward_functions.load(names, context.root, tokenizer, context))
         prompts = ppo_setup.prompts(params, inputs["data"], tokenizer, context)
-        task = ppo_setup.Task(tokenizer, prompts, score, inputs["data"])
+        task = ppo_setup.Task(tokenizer, prompts, score, inputs["data"], {})
         plan = ppo_setup.plan(params, actors)
         loaded, start = hardware.peak_memory_bytes(), time.perf_counter()
         ppo._train(ppo.Arm("", 0.0), params, plan, actors, task, context)

@@ -114,7 +114,7 @@ def run(params: PpoParams, inputs: dict[str, Path], outputs: Path, context: Stag
     load_rewards = partial(reward_functions.load, rewards, context.root, tokenizer, context)
     actors = ppo_setup.roles(params, inputs, context)
     score = None if actors.reward_head is not None else partial(ppo_setup.score, load_rewards())
-    task = Task(tokenizer, prompts, score, inputs["data"])
+    task = Task(tokenizer, prompts, score, inputs["data"], {})
     plan = ppo_setup.plan(params, actors)
 
     # 2. Train: with the pre-training gradient, and for comparison without it; each from the same start.
@@ -259,20 +259,23 @@ def _experience(
     """One iteration's episodes, scored; before the first update they are held against the self-test."""
     from pipelines.core import episodes, reward_functions, self_test
 
+    if iteration in task.begun:
+        return task.begun[iteration]
     chosen = episodes.prompts_of(params.seed, iteration, params.batch_prompts, len(task.prompts))
     prompts = [task.prompts[number] for number in chosen]
     with phases.of("generate"):
         tell = partial(ppo_setup.tell, context, f"{arm.name}{iteration + 1} of {params.iterations}")
         rollout = episodes.generate(actors, task.tokenizer, prompts, params, iteration, context, tell)
     with phases.of("score"):
-        call = iteration + 1 + bool(arm.name) * params.iterations
-        proxy = None if task.score is None else partial(task.score, call=call)
+        before = params.iterations - len(task.begun) if arm.name else 0
+        proxy = None if task.score is None else partial(task.score, call=before + iteration + 1)
         found = episodes.score(actors, rollout, proxy, params, task.tokenizer.pad_token_id, context)
     if iteration == 0:
         group = params.samples_per_prompt if params.group_baseline else None
         name = ", ".join(params.rewards) or "the reward model"
         reward_functions.refuse_constant(found.proxy.tolist(), name, group)
         self_test.check(actors, found, params, task.tokenizer.eos_token_id, context)
+        task.begun[iteration] = found
     return found
 
 

@@ -16,7 +16,7 @@ from test_reward import TINY as REWARD
 from test_reward import comparisons, write
 
 from pipelines import ppo, reward
-from pipelines.core import artifacts, guards, ppo_step, training
+from pipelines.core import artifacts, episodes, guards, ppo_setup, ppo_step, training
 from pipelines.core.context import StageContext, Stopped
 from pipelines.core.errors import ArtifactError, DataError, ParamsError
 from pipelines.core.params.ppo import PpoParams
@@ -169,6 +169,31 @@ def test_a_signal_in_a_rollout_costs_that_rollout_only(
         run(inputs, tmp_path, context, **rare)
     kept = [place.name for place in (tmp_path / ".work/ppo").glob("*/checkpoints/step-*")]
     assert kept == ["step-2"]
+
+
+class Forgetful(dict[int, Any]):
+    """Keeps nothing."""
+
+    def __setitem__(self, key: int, value: Any) -> None:
+        pass
+
+
+def test_what_both_runs_begin_with_is_made_once(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is what the second run would have made: as when it is made again."""
+    generate, made = episodes.generate, []
+
+    def counted(*args: Any) -> Any:
+        made.append(args[4])
+        return generate(*args)
+
+    monkeypatch.setattr(episodes, "generate", counted)
+    _, once, _ = run(inputs, tmp_path / "once")
+    assert made == [0, 1, 2, 1, 2]
+    monkeypatch.setattr(ppo_setup.Task, "__new__", lambda kind, *given: tuple.__new__(kind, (*given[:-1], Forgetful())))
+    _, twice, _ = run(inputs, tmp_path / "twice")
+    assert made[5:] == [0, 1, 2, 0, 1, 2] and artifacts.content_hash(once) == artifacts.content_hash(twice)
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pipelines.core.params.ppo import PpoParams
 if TYPE_CHECKING:
     from pipelines.core.actors import Actors
     from pipelines.core.checkpoint import Checkpoints
-    from pipelines.core.episodes import Rollout
+    from pipelines.core.episodes import Episodes, Rollout
     from pipelines.core.phases import Phases
     from pipelines.core.ppo_step import Learner
     from pipelines.core.reward_functions import Reward
@@ -39,6 +39,7 @@ class Task(NamedTuple):
     prompts: list[Prompt]
     score: Callable[..., list[float]] | None  # (rollout, call=number of the call from 1)
     data: Path
+    begun: dict[int, Episodes]  # the first iteration's, which are the same in every arm, once one has made them
 
 
 def prompts(params: PpoParams, data: Path, tokenizer: Any, context: StageContext) -> list[Prompt]:
