@@ -28,19 +28,16 @@ from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
-
+from flows import server_processes
 from flows.automations import HEARTBEAT_SECONDS, POOL
 from flows.server import PAGES, START_SECONDS, answers, require
+from flows.server_processes import CLONE, GRACE_SECONDS, KEEPER
 from flows.supervise import Crew, child_environment
 from pipelines.core import artifacts, store
 from pipelines.core.environment import STATE
 from pipelines.core.errors import StoreUnavailable, UserError
 
 HOST = "127.0.0.1"
-KEEPER = "flows.servers"  # the module, which a keeper has in its command
-CLONE = "SLUICE_CLONE"  # variable: whose worker started a flow run
-GRACE_SECONDS = 45.0  # runs write a checkpoint first; their own supervisors give them 30
 PAUSES = (1.0, 2.0, 5.0, 15.0, 30.0)  # before a server that ended is started again
 STEADY_SECONDS = 60.0  # after which an end is a new story
 PATIENCE_SECONDS = 3.0  # whoever asks whether there is a keeper holds its lock for a moment
@@ -103,11 +100,11 @@ def stop(root: Path) -> bool:
     while _kept(root):
         ran = True
         holder = (_folder(root) / "lock").read_text(encoding="utf-8")
-        if holder and _is_keeper(int(holder)):  # it writes its number just after it has the lock
+        if holder and server_processes.is_keeper(int(holder)):  # it writes its number just after it has the lock
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(holder), signal.SIGTERM)
         time.sleep(TICK)
-    return _end_runs(root) or ran
+    return server_processes.end_runs(root) or ran
 
 
 def state(root: Path) -> dict[str, Any] | None:
@@ -212,34 +209,6 @@ def _another(variable: str, port: int) -> str | None:
     address = urlsplit(named := os.environ.get(variable, ""))
     own = address.hostname in (HOST, "localhost") and address.port == port
     return named if address.scheme in ("http", "https") and not own else None
-
-
-def _end_runs(root: Path) -> bool:
-    """End the flow runs of a worker that was killed: each is in a session of its own and goes on. False without any."""
-    left = runs = [process for process in psutil.process_iter() if _is_run(process, str(root.resolve()))]
-    for end in (psutil.Process.terminate, psutil.Process.kill):
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                end(process)
-        _, left = psutil.wait_procs(left, timeout=GRACE_SECONDS)
-    return bool(runs)
-
-
-def _is_keeper(number: int) -> bool:
-    """Whether a process is a keeper, and not one that got the number of a keeper that was killed."""
-    try:
-        return KEEPER in psutil.Process(number).cmdline()
-    except psutil.Error:
-        return False
-
-
-def _is_run(process: psutil.Process, clone: str) -> bool:
-    """Whether it leads a flow run that a worker of this clone has started."""
-    try:
-        variables, own = process.environ(), os.getsid(process.pid) == process.pid
-    except (psutil.Error, OSError):
-        return False
-    return own and variables.get(CLONE) == clone and "PREFECT__FLOW_RUN_ID" in variables
 
 
 def _environment(root: Path, api: str, mlflow: str) -> dict[str, str]:
