@@ -319,6 +319,16 @@ def test_a_store_that_was_begun_anew_gets_the_runs_that_another_had(repository, 
     assert store.connect(root)[0].get_run(again.run_id).data.metrics["bits_per_byte"] == 2.5
 
 
+def test_a_damaged_database_is_told(repository):
+    root, _ = repository
+    database = root / ".sluice/mlflow/mlflow.db"
+    database.write_bytes(b"what a disk gave back" * 1000)
+    with pytest.raises(StoreUnavailable, match="mlflow.db is no SQLite database: bring back a copy"):
+        store.connect(root)
+    database.write_bytes(b"")
+    store.probe(root)
+
+
 def test_output_without_a_model_is_refused(repository):
     root, model = repository
     run_stage(root, model, 2.5)

@@ -26,6 +26,7 @@ from pipelines.core.environment import STATE
 from pipelines.core.errors import StoreUnavailable
 
 EXPERIMENT = "sluice"
+SQLITE = b"SQLite format 3\0"  # how every database file begins that is not empty
 AWAY = (429, 502, 503, 504)  # answers of a proxy or server that is there and cannot work now
 REFUSED = {401: "does not know this log-in", 403: "does not let this log-in do that"}
 LOGIN_VARIABLES = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
@@ -111,7 +112,7 @@ def probe(root: Path) -> None:
     """One cheap question, without MLflow's long import, before anything is asked of the store.
 
     Raises:
-        StoreUnavailable: no answer within five seconds, or the database file cannot be written.
+        StoreUnavailable: no answer within five seconds, or the database file cannot be written or is none.
     """
     uri = address(root)
     database = embedded(root)
@@ -119,6 +120,8 @@ def probe(root: Path) -> None:
         home = next(parent for parent in [database, *database.parents] if parent.exists())
         if not os.access(home, os.W_OK):
             raise unavailable(root, f"{home} cannot be written")
+        if database.is_file() and not SQLITE.startswith(_head(database)):
+            raise unavailable(root, f"{database} is no SQLite database: bring back a copy, or remove it for a new one")
         return
     if urlsplit(uri).scheme not in ("http", "https"):
         return
@@ -171,6 +174,11 @@ def unavailable(root: Path, why: str, status: int = 0) -> StoreUnavailable:
         f"the MLflow store {place(root)} {told}. Nothing is lost: records wait in {STATE}/spool, finished models in "
         f"artifacts/; `sluice run` delivers and registers them once it {then}."
     )
+
+
+def _head(place: Path) -> bytes:
+    with place.open("rb") as file:
+        return file.read(len(SQLITE))
 
 
 def _first_line(error: Exception) -> str:
