@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import re
@@ -76,8 +77,7 @@ def _versions(root: Path) -> Iterator[Finding]:
         yield Finding("fail", "packages", "no constraints.txt", "`git checkout constraints.txt`")
         return
     pinned = pins(place.read_text(encoding="utf-8"))
-    there = list(importlib.metadata.distributions())
-    installed = {_normal(one.metadata["Name"]): one.version for one in there if one.metadata["Name"]}
+    installed = dict(_installed())
     remedy = "`make setup` installs what constraints.txt says"
     if wrong := differences(pinned, installed):
         yield Finding("fail", "packages", ", ".join(wrong[:NAMES_SHOWN]), remedy)
@@ -85,6 +85,14 @@ def _versions(root: Path) -> Iterator[Finding]:
         yield Finding("warn", "packages", f"not installed: {', '.join(missing[:NAMES_SHOWN])}", remedy)
     if not (wrong or missing):
         yield Finding("ok", "packages", f"{len(pinned)} as pinned in constraints.txt")
+
+
+def _installed() -> Iterator[tuple[str, str]]:
+    """Names and versions of packages; what an install that was cut off left has none."""
+    for one in importlib.metadata.distributions():
+        with contextlib.suppress(FileNotFoundError):  # from importlib_metadata, which gives them where it is imported
+            if name := one.metadata["Name"]:
+                yield _normal(name), one.version
 
 
 def _processor(root: Path) -> Iterator[Finding]:

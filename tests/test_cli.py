@@ -122,6 +122,8 @@ def test_doctor_fails_on_a_wrong_version_and_says_what_to_type(root: Path) -> No
 
 
 def test_what_an_install_that_was_cut_off_left_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib_metadata  # noqa: F401 - whose finder takes the place of Python's own and is stricter
+
     (tmp_path / "~umpy-2.0.dist-info").mkdir()
     (tmp_path / "constraints.txt").write_text("typer==0.0.1\n")
     monkeypatch.syspath_prepend(tmp_path)

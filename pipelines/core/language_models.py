@@ -215,19 +215,12 @@ def random_weights(architecture: str, depth: int, tokenizer: Any, length: int, d
         raise ParamsError(
             f"pretrain.architecture: {architecture!r} reads more than text; its part for text is {text.model_type}"
         )
+    width = HEAD_WIDTH * depth
     wanted = {
-        "vocab_size": len(tokenizer),
-        "num_hidden_layers": depth,
-        "num_attention_heads": depth,
-        "num_key_value_heads": depth,
-        "hidden_size": HEAD_WIDTH * depth,
-        "head_dim": HEAD_WIDTH,
-        "intermediate_size": 4 * HEAD_WIDTH * depth,
-        "ffn_dim": 4 * HEAD_WIDTH * depth,
-        "word_embed_proj_dim": HEAD_WIDTH * depth,
-        "max_position_embeddings": length,
-        "layer_types": None,
-    }
+        "vocab_size": len(tokenizer), "num_hidden_layers": depth, "num_attention_heads": depth,
+        "num_key_value_heads": depth, "hidden_size": width, "head_dim": HEAD_WIDTH, "intermediate_size": 4 * width,
+        "ffn_dim": 4 * width, "word_embed_proj_dim": width, "max_position_embeddings": length, "layer_types": None,
+    }  # fmt: skip
     known = {key: value for key, value in wanted.items() if hasattr(default, key)}
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = AutoConfig.for_model(architecture, **known, **ids, tie_word_embeddings=True, use_cache=True)
