@@ -58,7 +58,7 @@ def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
     if champion == verdict.version:
         return None
     if not fresh_output and (
-        champion != verdict.champion or promotion.was_promoted(root, verdict.model, verdict.version)
+        promotion.was_promoted(root, verdict.model, verdict.version) or champion != verdict.champion
     ):
         return None
     if promotion.was_rolled_back(root, verdict.model, verdict.version):

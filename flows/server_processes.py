@@ -24,12 +24,13 @@ def end_runs(root: Path) -> bool:
     return bool(runs)
 
 
-def is_keeper(number: int) -> bool:
-    """Whether a process is a keeper, and not one that got the number of a keeper that was killed."""
+def is_keeper(number: int, root: Path) -> bool:
+    """Whether a process is this clone's keeper, and not one that got the number of a keeper that was killed."""
     try:
-        return KEEPER in psutil.Process(number).cmdline()
+        command = psutil.Process(number).cmdline()
     except psutil.Error:
         return False
+    return KEEPER in command and Path(command[command.index(KEEPER) + 1]).resolve() == root.resolve()
 
 
 def _is_run(process: psutil.Process, clone: str) -> bool:

@@ -100,7 +100,7 @@ def stop(root: Path) -> bool:
     while _kept(root):
         ran = True
         holder = (_folder(root) / "lock").read_text(encoding="utf-8")
-        if holder and server_processes.is_keeper(int(holder)):  # it writes its number just after it has the lock
+        if holder and server_processes.is_keeper(int(holder), root):  # it writes its number just after it has the lock
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(holder), signal.SIGTERM)
         time.sleep(TICK)

@@ -223,5 +223,9 @@ def _save(model: Any, tokenizer: Any, place: Path, context: StageContext) -> Non
     """Write a student in the context's type, with its tokenizer: what others load."""
     import copy
 
-    copy.deepcopy(model).to(context.dtype).save_pretrained(place)
+    from pipelines.core import fine_tuning
+
+    saved = copy.deepcopy(model).to(context.dtype)
+    fine_tuning.end_with_eos(saved, tokenizer)
+    saved.save_pretrained(place)
     tokenizer.save_pretrained(place)

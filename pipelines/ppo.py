@@ -267,7 +267,7 @@ def _experience(
         tell = partial(ppo_setup.tell, context, f"{arm.name}{iteration + 1} of {params.iterations}")
         rollout = episodes.generate(actors, task.tokenizer, prompts, params, iteration, context, tell)
     with phases.of("score"):
-        before = params.iterations - len(task.begun) if arm.name else 0
+        before = params.iterations - (iteration > 0) if arm.name else 0  # whose first call the other arm has made
         proxy = None if task.score is None else partial(task.score, call=before + iteration + 1)
         found = episodes.score(actors, rollout, proxy, params, task.tokenizer.pad_token_id, context)
     if iteration == 0:

@@ -76,7 +76,10 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
     tokenizer = language_models.load_tokenizer(str(place))
     prompts = policy_answers.held_out(params, inputs["data"], tokenizer, context)
     held_out = HeldOut.of(inputs["data"], params.eval_bytes)
-    quantization.check_memory(subjects, hardware.available_memory_bytes(), bool(params.aware.variants))
+    aware = any(kind not in skipped for kind in params.aware.variants)
+    quantization.check_memory(subjects, hardware.available_memory_bytes(), aware)
+    for subject in subjects[1:]:  # the first is loaded next
+        quantization.check(subject, quantization.load(subject, context), params)
 
     # 2. Make and measure, one model after another: one of them is in memory at a time.
     metrics: dict[str, float] = {"prompts_test": float(len(prompts))}

@@ -152,11 +152,13 @@ def _examples(params: SftParams, data: Path, tokenizer: Any, base: Path) -> Exam
 
     from pipelines.core import context_window
 
-    room = context_window.length(AutoConfig.from_pretrained(base)) or math.inf
+    config = AutoConfig.from_pretrained(base)
+    room = context_window.length(config) or math.inf
     if params.max_length > room:
+        positions = getattr(config, "max_position_embeddings", None) == room  # else a window, which nothing widens
+        other = ", or train the base model on longer rows (pretrain.sequence_length)" if positions else ""
         raise ArtifactError(
-            f"sft.max_length is {params.max_length}, the model's context {room} tokens: lower the one, or "
-            "train the base model on longer rows (pretrain.sequence_length)"
+            f"sft.max_length is {params.max_length}, the model's context {room} tokens: lower the one{other}"
         )
     train, validation, held_out = (
         demonstrations.choose(data, split, tokenizer, params.kinds, count, params.max_length, params.too_long)

@@ -64,9 +64,9 @@ def run(params: TokenizerParams, inputs: dict[str, Path], outputs: Path, context
         tokenizer.pad_token = spare
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
-    if "strftime_now" in tokenizer.chat_template:
+    if (dated := _without_a_clock(tokenizer.chat_template)) != tokenizer.chat_template:
         context.say("the chat template tells today's date: it is 26 Jul 2024 for good")
-        tokenizer.chat_template = FIXED_DATE + tokenizer.chat_template
+        tokenizer.chat_template = dated
     tokenizer.padding_side = "left"  # generation continues at the right end; training pads by itself
     tokenizer.save_pretrained(outputs)
 
@@ -121,6 +121,13 @@ def _spare_token(tokenizer: Any) -> str:
     template = tokenizer.chat_template or ""
     spare = [token for token in special if token not in used and token not in template]
     return spare[-1] if spare else SPECIAL[-1]
+
+
+def _without_a_clock(template: Any) -> Any:
+    """A chat template, or each of several by name, with one date for good; as it is where it asks for none."""
+    if isinstance(template, dict):
+        return {name: _without_a_clock(one) for name, one in template.items()}
+    return FIXED_DATE + template if "strftime_now" in template and not template.startswith(FIXED_DATE) else template
 
 
 def _check_chats(tokenizer: Any, base: str | None, data: Path, context: StageContext) -> None:

@@ -153,7 +153,7 @@ def test_targets_are_made_one_after_the_other_whatever_make_is_told(tmp_path: Pa
     stand_in = tmp_path / ".venv/bin/sluice"
     stand_in.write_text("#!/bin/sh\necho begin $1; sleep 0.5; echo end $1\n")
     stand_in.chmod(0o755)
-    command = ["make", "-j4", "status", "doctor", "VENV=.venv"]
+    command = ["make", "--no-print-directory", "-j4", "status", "doctor", "VENV=.venv"]
     printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert printed.split("\n")[:4] == ["begin status", "end status", "begin doctor", "end doctor"]
 

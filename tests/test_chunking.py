@@ -130,7 +130,7 @@ def test_fenced_blocks_end_where_they_end(text: str, path: str) -> None:
 
 def test_an_encyclopedia_s_extract_has_its_sections() -> None:
     text = "Seoul is a city.\n\n\n== History ==\nOld words.\n\n=== 조선 ===\nNew words.\n\n"
-    text += "==Names==\na == b ==\n====\n== =="
+    text += "==Names==\na == b ==\n====\n== ==\n=====  =====  =====\nA      B      C\n=====  =====  ====="
     titles = dict.fromkeys(chunk.title for chunk in cut(text, 12, 0.0, "Seoul"))
     assert list(titles) == ["Seoul", "Seoul > History", "Seoul > History > 조선", "Seoul > Names"]
 

@@ -121,14 +121,17 @@ def test_doctor_fails_on_a_wrong_version_and_says_what_to_type(root: Path) -> No
     assert "-> `make setup`" in done.stdout
 
 
-def test_what_an_install_that_was_cut_off_left_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib_metadata  # noqa: F401 - whose finder takes the place of Python's own and is stricter
-
+@pytest.mark.parametrize("also", ["importlib", "importlib_metadata"])
+def test_what_an_install_that_was_cut_off_left_is_no_package(tmp_path: Path, also: str) -> None:
+    """Also where importlib_metadata is imported, whose finder takes the place of Python's own and is stricter."""
     (tmp_path / "~umpy-2.0.dist-info").mkdir()
     (tmp_path / "constraints.txt").write_text("typer==0.0.1\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    (found,) = doctor._versions(tmp_path)
-    assert found.verdict == "fail" and "(pinned: 0.0.1)" in found.found
+    code = (
+        f"import sys, {also}\nfrom pathlib import Path\nfrom flows import doctor\nplace = {str(tmp_path)!r}\n"
+        "sys.path.insert(0, place)\nfor one in doctor._versions(Path(place)): print(one.verdict, one.found)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=fake.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("fail") and "(pinned: 0.0.1)" in done.stdout
 
 
 def test_a_full_disk_is_no_reason_to_remove_what_champions_need(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,8 +55,10 @@ def test_what_is_saved_ends_with_the_tokenizers_eos(
     fine_tuning.save(lm, tmp_path, whole, known, tmp_path / "same", context)
     assert GenerationConfig.from_pretrained(tmp_path / "same").eos_token_id == known.eos_token_id
     lm.config.eos_token_id = lm.generation_config.eos_token_id = of_base
+    lm.generation_config.repetition_penalty = 1.3
     fine_tuning.save(lm, tmp_path, whole, known, tmp_path / "other", context)
     others = [7, 9] if of_base == [7, 9] else [7] if of_base else []
     assert generate.endings(language_models.load(str(tmp_path / "other"), torch.float32, "sdpa"), known) == {
         known.eos_token_id, *others
     }  # fmt: skip
+    assert GenerationConfig.from_pretrained(tmp_path / "other").repetition_penalty == 1.3

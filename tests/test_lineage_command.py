@@ -169,6 +169,27 @@ def test_files_that_the_commit_has_not_are_told(committed):
     assert provenance.doubts(root, [one]) == [], "a commit of another clone: nobody can tell here"
 
 
+def test_files_are_told_by_their_names_whatever_those_are_and_artifacts_are_none(committed):
+    """A tag cannot have every name; what a stage makes is no file to put there; code of one's own is one."""
+    root, _ = committed
+    (one,) = origins(root)
+    (root / "data").mkdir()
+    (root / "data/reviews (1).csv").write_text("a")
+    graph_text = (ROOT / "dvc.yaml").read_text()
+    start = graph_text.index("  pretrain:")
+    own = ["data/reviews (1).csv", "data/lost (2).csv", "data/own.py", "artifacts/data/corpus"]
+    added = "    deps:\n" + "".join(f'    - "{path}"\n' for path in own)
+    (root / "dvc.yaml").write_text(graph_text[:start] + graph_text[start:].replace("    deps:\n", added, 1))
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "files with brackets")
+    names = {lineage.tag_name(lineage.INPUT, name): "b" * 64 for name in own if name != "data/own.py"}
+    one.tags.update({"git.commit": git(root, "rev-parse", "HEAD"), **names})
+    assert provenance.doubts(root, [one]) == [
+        f"pretrain: reads data/lost (2).csv, which the commit has not: put it there (SHA-256 {'b' * 64})",
+        "pretrain: reads data/own.py, which the commit has not: put it there",
+    ]
+
+
 def test_a_folder_of_a_larger_repository_is_cloned_with_it(tmp_path):
     root = tmp_path / "team/models"
     root.mkdir(parents=True)

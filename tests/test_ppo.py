@@ -243,6 +243,25 @@ def test_calls_of_a_reward_are_counted_over_both_runs(inputs: dict[str, Path], t
             run(inputs, root, rewards=[named])
 
 
+def test_calls_are_counted_alike_where_the_second_run_begins_again(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first run began with is known to one process only."""
+    told: list[int] = []
+
+    def score(rewards: Any, rollout: Any, call: int) -> list[float]:
+        told.append(call)
+        return [float(len(text)) for said in rollout.responses for text in said]
+
+    monkeypatch.setattr(ppo_setup, "score", score)
+    body = "return [float(len(text)) for text in responses]"
+    run(inputs, tmp_path / "once", rewards=[function(tmp_path / "once", body)])
+    assert told == [1, 2, 3, 4, 5]
+    monkeypatch.setattr(ppo_setup.Task, "__new__", lambda kind, *given: tuple.__new__(kind, (*given[:-1], Forgetful())))
+    run(inputs, tmp_path / "again", rewards=[function(tmp_path / "again", body)])
+    assert told[5:] == [1, 2, 3, 4, 4, 5]
+
+
 def test_a_guard_stops_the_run_and_the_last_good_checkpoint_is_kept(inputs: dict[str, Path], tmp_path: Path) -> None:
     named = function(tmp_path, "return [float(len(text)) for text in responses]")
     hacked = {"iterations": 20, "batch_prompts": 8, "lr": 2e-2, "kl_coefficient": 0.0, "kl_ceiling": 0.3}

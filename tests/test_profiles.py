@@ -232,6 +232,9 @@ def test_a_model_of_another_stage_can_be_named_before_it_is_made(root: Path) -> 
     edit(root, "  teacher: ./artifacts/sft/model ", "  teacher: nowhere/at/all ")
     with pytest.raises(ParamsError, match=r"distill\.teacher: 'nowhere/at/all' is neither"):
         runner._names_hub(root, whole.load(root / "params.yaml"))
+    edit(root, "  teacher: nowhere/at/all ", "  teacher: artifacts/stf/model ")
+    with pytest.raises(ParamsError, match=r"distill\.teacher: '.*artifacts/stf/model' is neither"):
+        sources.keep(root)
 
 
 def test_a_base_model_in_a_directory_is_a_dep_of_both_its_stages(root: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipelines.core.errors import DataError
@@ -316,17 +316,15 @@ def test_workers_end_with_a_stage_that_is_killed() -> None:
         "    time.sleep(600)\n"
     )
     stage = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert stage.stdout is not None and stage.stdout.readline()
-    lists = Path(f"/proc/{stage.pid}/task").glob("*/children")
-    workers = [Path("/proc", child) for one in lists for child in one.read_text().split()]
-    workers = [place for place in workers if b"spawn_main" in (place / "cmdline").read_bytes()]
-    assert workers
-    stage.kill()
-    stage.wait()
-    ends = time.monotonic() + 20
-    while any(place.exists() and b"spawn_main" in (place / "cmdline").read_bytes() for place in workers):
-        assert time.monotonic() < ends, "a worker has outlived its stage"
-        time.sleep(0.1)
+    try:
+        assert stage.stdout is not None and stage.stdout.readline()
+        workers = [one for one in psutil.Process(stage.pid).children() if "spawn_main" in " ".join(one.cmdline())]
+        assert workers
+    finally:
+        stage.kill()
+        stage.wait()
+    _, left = psutil.wait_procs(workers, timeout=20)
+    assert not left, "a worker has outlived its stage"
 
 
 def test_numpy_has_its_public_names(numpy_tables: Tables) -> None:

@@ -227,6 +227,9 @@ def test_a_folder_that_was_moved_with_its_store_can_be_rolled_back(root, monkeyp
     found = release.last(moved, FileLedger(moved))
     release.rollback(moved, found, why="bad")
     assert champions(moved) == every("1")
+    root.joinpath(".sluice/mlflow").mkdir(parents=True)
+    root.joinpath(".sluice/mlflow/mlflow.db").touch()
+    assert release.standing(moved, FileLedger(moved)) == [], "another clone stands there"
     other = moved.with_name("other.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
     assert release.standing(moved, FileLedger(moved)) == [], "those are of this folder's store"

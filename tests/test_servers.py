@@ -28,7 +28,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
 from station import Api, Receiver, until
 from typer.testing import CliRunner
 
-from flows import automations, server, servers
+from flows import automations, server, server_processes, servers
 from flows.cli import app
 from pipelines.core.errors import StoreUnavailable, UserError
 
@@ -152,9 +152,12 @@ def test_a_run_whose_worker_was_killed_is_stopped_too(tmp_path: Path) -> None:
             process.communicate()
 
 
-def test_a_number_that_a_keeper_left_and_another_process_has_now_is_not_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [[], [server_processes.KEEPER, "/another/clone"]])
+def test_a_number_that_a_keeper_left_and_another_process_has_now_is_not_stopped(
+    tmp_path: Path, words: list[str]
+) -> None:
     """The keeper was killed, the machine started again, and somebody asks for a moment whether there is a keeper."""
-    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", *words])
     lock = servers._lock(tmp_path)
     assert lock is not None
     (tmp_path / ".sluice/servers/lock").write_text(str(stranger.pid))

@@ -127,6 +127,10 @@ def test_a_template_that_tells_the_date_tells_always_the_same(
         known = loaded(tmp_path / str(number))
         assert known.apply_chat_template(chats.PROBE, tokenize=False).startswith("26 Jul 2024\n<|im_start|>user\nOne?")
         chats.check_tokenizer(known)
+        once = stage._without_a_clock(known.chat_template)
+        assert once == known.chat_template, "a base that is ours already"
+    named = stage._without_a_clock({"default": "{{ strftime_now('%d') }}", "tool_use": "-"})
+    assert named["default"].startswith(stage.FIXED_DATE) and named["tool_use"] == "-"
 
 
 @pytest.mark.parametrize(

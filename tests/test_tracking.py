@@ -75,6 +75,7 @@ def test_a_file_may_be_called_whatever_a_user_likes(repository):
     root, model = repository
     deep = "/".join(["a folder with a long name"] * 12)
     names = ["data/reviews (1).csv", "data/reviews [1].csv", 'data/a+b, "c".csv', f"data/{deep}/x.csv", "data/büro.csv"]
+    names.append("../x.csv")
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)

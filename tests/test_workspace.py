@@ -127,6 +127,10 @@ def test_half_an_author_is_made_whole(root: Path, tmp_path: Path, monkeypatch: p
     half = tmp_path / "gitconfig"
     half.write_text("[user]\nemail = ada@example.org\nuseConfigOnly = true\n")
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(half))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    for who in ("AUTHOR", "COMMITTER"):
+        for what in ("NAME", "EMAIL"):
+            monkeypatch.delenv(f"GIT_{who}_{what}", raising=False)
     with workspace.opened(root, "half") as run:
         change_params(run.place)
         made = run.commit("by whom")

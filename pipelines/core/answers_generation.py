@@ -54,7 +54,10 @@ def speakers(params: AnswersParams, inputs: dict[str, Path]) -> list[Speaker]:
     known = {name: inputs[stage] / "model" for name, stage in STAGES.items()} | small
     unknown = [name for name in params.models if name not in known]
     if unknown:
-        raise ParamsError(f"answers.models: no model {', '.join(unknown)}; there are: {', '.join(known)}")
+        raise ParamsError(
+            f"answers.models: no model {', '.join(unknown)}; there are: {', '.join(known)}. A variant that "
+            "quantize.variants names and this machine cannot run was skipped: artifacts/quantize/samples.md says so"
+        )
     found = [speaker(name, known[name]) for name in params.models]
     empty = grounding.build("", [], grounding.TEMPLATES[params.style], 0, len).messages
     for one in found:

@@ -160,7 +160,7 @@ def _heading(lines: Sequence[str], number: int) -> tuple[int, str] | None:
         # Not by the expression, which would try every way to share out a run of blanks
         words = match[2].rstrip().rstrip("#").rstrip()
         return (len(match[1]), words[:TITLE]) if words else None
-    if (match := _WIKI.fullmatch(line)) and match[2].strip():
+    if (match := _WIKI.fullmatch(line)) and match[2].strip("= "):  # no rule of a table
         return len(match[1]), match[2].strip()[:TITLE]
     if match := _GOOGLE.fullmatch(line):
         return 7, match[1]  # below all others

@@ -55,8 +55,10 @@ def run_of(root: Path, client: Any, spool: tracking.Spool) -> str:
     with store.answering(root):
         if _usable(client, run_id):
             return run_id
-    (spool.place / "state.json").unlink(missing_ok=True)
-    return deliver(root)[spool.key]
+    _, experiment = store.connect(root)
+    with store.locked(root, "delivery"), store.answering(root):
+        _deliver(client, experiment, spool)
+        return str(spool.state()["run_id"])
 
 
 def _deliver(client: Any, experiment: str, spool: tracking.Spool) -> None:

@@ -162,7 +162,8 @@ class Embedder:
             self.tokenizer = AutoTokenizer.from_pretrained(place)
             model = AutoModel.from_pretrained(place, dtype=dtype, attn_implementation="sdpa")
         except Exception as error:  # of a damaged tokenizer.json it has no narrower class
-            raise EmbedderUnusable(f"embedder {place.name}: transformers cannot load it: {error}") from None
+            told = f"{type(error).__name__}: {error}"
+            raise EmbedderUnusable(f"embedder {place.name}: transformers cannot load it: {told}") from None
         self.model = model.eval().to(device)
         self.dimensions = int(model.config.hidden_size)
         self.device = device

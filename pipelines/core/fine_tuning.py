@@ -75,24 +75,22 @@ def unpacked(model: Any, method: Method, again: Callable[[], Any]) -> Any:
 def save(model: Any, base: Path, params: Tuning, tokenizer: Any, place: Path, context: StageContext) -> Any:
     """Write the merged model with its tokenizer, what others load, into `place`; returns it."""
     plain = merged(model, base, params, context)
-    _end_with_eos(plain, tokenizer)
+    end_with_eos(plain, tokenizer)
     plain.save_pretrained(place)
     tokenizer.save_pretrained(place)
     return plain
 
 
-def _end_with_eos(model: Any, tokenizer: Any) -> None:
+def end_with_eos(model: Any, tokenizer: Any) -> None:
     """Have the model's generation config name the tokenizer's EOS, beside what else it names.
 
     A base's own may not: its chats were to end with another token, and what is served would never stop.
     """
-    from transformers import GenerationConfig
-
     told = model.generation_config.eos_token_id
     known = told if isinstance(told, list) else [told] * (told is not None)
     if tokenizer.eos_token_id not in (None, *known):
         model.config.eos_token_id = [tokenizer.eos_token_id, *known]
-        model.generation_config = GenerationConfig.from_model_config(model.config)
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *known]
 
 
 def rate_factor(method: Method) -> float:

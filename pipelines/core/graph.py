@@ -38,11 +38,11 @@ def load(root: Path) -> dict[str, StageSpec]:
     path = root / "dvc.yaml"
     if not path.exists():
         raise UserError(f"dvc.yaml: no such file in {root}. Run from the repository's root.")
-    return dict(_stages(path.read_text(encoding="utf-8")))
+    return dict(parse(path.read_text(encoding="utf-8")))
 
 
 @lru_cache
-def _stages(text: str) -> dict[str, StageSpec]:
+def parse(text: str) -> dict[str, StageSpec]:
     """The stages of `dvc.yaml`'s text, read once a process: everybody asks, and its thousand lines take a while."""
     try:
         whole = yaml.safe_load(text)
@@ -75,9 +75,15 @@ def stage(root: Path, name: str) -> StageSpec:
 
 
 def made(root: Path, path: str | None) -> list[Path]:
-    """The path, if it lies where stages put what they make: it need not be there yet."""
-    place = Path(os.path.normpath(root / path)) if path else None
-    return [place] if place and place.is_relative_to(os.path.normpath(root / "artifacts")) else []
+    """The path, if it lies in what a stage makes: it need not be there yet. A graph in error is told elsewhere."""
+    if not path or not Path(os.path.normpath(root / path)).is_relative_to(os.path.normpath(root / "artifacts")):
+        return []
+    place = Path(os.path.normpath(root / path))
+    try:
+        outputs = [os.path.normpath(root / spec.output) for spec in load(root).values()]
+    except UserError:
+        return []
+    return [place for output in outputs if place.is_relative_to(output)]
 
 
 def _spec(name: str, raw: dict[str, Any], made_by: dict[str, str]) -> StageSpec:

@@ -274,7 +274,7 @@ def _reranker(settings: Settings, target: Path) -> dict[str, str] | None:
     try:
         place = embedding.find(settings.reranker, "re-ranker")
         reranking.Reranker(place).scores("a query", ["a passage", "another one, which is longer"])
-    except ValueError as error:
+    except (ValueError, RuntimeError, IndexError) as error:  # tokens beyond its embedding, more labels, no weights
         raise ParamsError(f"rag.reranker: {error}") from None
     _copy(place, embedding.files(place), target)
     name = Path(settings.reranker).name if Path(settings.reranker).is_dir() else settings.reranker

@@ -144,8 +144,9 @@ def quantize(
     Raises:
         ValueError: as `grid`; the layer is named.
     """
-    names = []
-    for name, module in layers(model, keep):
+    names = [name for name, _ in layers(model, keep)]  # the layers themselves go one by one as they are replaced
+    for name in names:
+        module = model.get_submodule(name)
         weight = int8.rows_of(module)
         try:
             found = (codes or {}).get(name) or (to_int4(weight, grid(weight, group)), grid(weight, group))
@@ -156,7 +157,6 @@ def quantize(
         if layer.bias is not None:
             layer.bias.data = module.bias.detach()
         model.set_submodule(name, layer)
-        names.append(name)
     int8.quantize(model, keep)  # what is left: embedding and head; the rest becomes bf16
     others = model.config.quantization_config.layers
     model.config.quantization_config = Int4Config(layers=sorted(names), int8_layers=others, group_size=group)

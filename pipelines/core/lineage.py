@@ -86,10 +86,11 @@ def as_texts(nested: Mapping[str, Any]) -> dict[str, str]:
 
 def tag_name(prefix: str, path: str) -> str:
     """A tag about a file or artifact, whatever it is called; a hash keeps apart what MLflow would take for one."""
-    if not REFUSED.search(path) and len(prefix + path) <= KEY_LIMIT and posixpath.normpath(path) == path:
-        return prefix + path
+    whole = prefix + path
+    if not REFUSED.search(path) and len(whole) <= KEY_LIMIT and posixpath.normpath(whole) == whole:
+        return whole
     mark = "-" + hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    plain = posixpath.normpath(REFUSED.sub("_", path))
+    plain = posixpath.normpath(REFUSED.sub("_", path)).replace("../", "__/")
     return prefix + plain[-(KEY_LIMIT - len(prefix + mark)) :] + mark
 
 
@@ -113,7 +114,7 @@ def _record(
     texts: dict[str, str],
 ) -> Record:
     output = root / spec.output
-    places = {name: root / path for name, path in spec.inputs.items()}
+    places = {name: root / path for name, path in (*spec.inputs.items(), *_wholes(root, spec))}
     inputs = {name: artifacts.content_hash(place) for name, place in places.items() if place.exists()}
     text = json.dumps(params, sort_keys=True)
     everything = {
@@ -128,6 +129,18 @@ def _record(
     }
     files = tuple(path for path in sorted(output.iterdir()) if path.is_file() and path.stat().st_size <= LARGEST_FILE)
     return Record(params, dict(metrics), everything, inputs, files, texts)
+
+
+def _wholes(root: Path, spec: graph.StageSpec) -> list[tuple[str, str]]:
+    """Outputs of stages, by name, of which the stage reads a part, as where a dial names `artifacts/dpo/model`.
+
+    Runs and versions are found by the content of the whole.
+    """
+    stages = graph.load(root)
+    outputs = [stages[parent].output for parent in spec.parents]
+    return [
+        (Path(out).name, out) for out in outputs if any(path.startswith(f"{out}/") for path in spec.inputs.values())
+    ]
 
 
 def _data_hash(root: Path, stage: str) -> str:

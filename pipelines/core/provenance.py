@@ -109,10 +109,7 @@ def doubts(root: Path, origins: list[Origin]) -> list[str]:
             lines.append(f"{one.stage}: {one.tags['sluice.restored']}; on which machine it was made is not recorded")
         if any(len(text) >= lineage.VALUE_LIMIT for text in one.params.values()):
             lines.append(f"{one.stage}: a param is longer than what the store keeps")
-        commit = last.tags.get("git.commit", "none")
-        for name, digest in one.inputs.items():
-            if _is_file(name) and _at_commit(root, commit) and _git(root, "cat-file", "-t", f"{commit}:./{name}") == "":
-                lines.append(f"{one.stage}: reads {name}, which the commit has not: put it there (SHA-256 {digest})")
+        lines += _missing(root, last.tags.get("git.commit", "none"), one)
     wanted = {key: last.tags[f"package.{key}"] for key in ("python", "torch") if f"package.{key}" in last.tags}
     here = lineage.package_versions()
     lines += [
@@ -143,8 +140,25 @@ def changed_params(root: Path, commit: str, origins: list[Origin]) -> dict[str, 
 
 
 def _is_file(name: str) -> bool:
-    """Whether something that a stage read is a file of the repository, or a person's, and no artifact."""
-    return bool({".", "/"} & set(name))
+    """Whether something that a stage read is a file of the repository, or a person's: no artifact, no part of one."""
+    return bool({".", "/"} & set(name)) and not name.startswith("artifacts/")
+
+
+def _missing(root: Path, commit: str, origin: Origin) -> list[str]:
+    """Files that a stage read, or ran though they are the user's own, and the commit has not, a line each."""
+    if not _at_commit(root, commit):
+        return []
+    spec = _graph_at(root, commit).get(origin.stage)
+    called = {lineage.tag_name(lineage.INPUT, name): path for name, path in spec.inputs.items()} if spec else {}
+    own = [path for path in spec.code if not path.startswith("pipelines/")] if spec else []
+    hashes = {called.get(lineage.INPUT + name, name): value for name, value in origin.inputs.items() if _is_file(name)}
+    there = _git(root, "ls-tree", "-r", "-t", "-z", "--name-only", commit).split("\0")
+    return [
+        f"{origin.stage}: reads {path}, which the commit has not: put it there"
+        + (f" (SHA-256 {hashes[path]})" if path in hashes else "")
+        for path in (*hashes, *own)
+        if path not in there
+    ]
 
 
 def _artifact(client: Any, experiment: str, name: str, digest: str) -> Origin:
@@ -180,6 +194,15 @@ def _at_commit(root: Path, commit: str) -> bool:
 def _at(root: Path, commit: str, name: str) -> str:
     """Text of a file at a commit; empty where that cannot be told here."""
     return _git(root, "show", f"{commit}:./{name}")
+
+
+def _graph_at(root: Path, commit: str) -> dict[str, graph.StageSpec]:
+    """The stages of a commit; none where it is not here, or its graph is of another form than today's."""
+    text = _at(root, commit, "dvc.yaml")
+    try:
+        return graph.parse(text) if text else {}
+    except UserError:
+        return {}
 
 
 def _frozen(root: Path, commit: str) -> list[str]:

@@ -112,8 +112,10 @@ def pareto(
 
 
 def _skipped(skipped: Mapping[str, str]) -> list[str]:
+    """The error's class alone: what follows has paths of a machine in it, and is told while the stage runs."""
     return [
-        f"\n`{variant}` was not made: this machine cannot run it ({reason})." for variant, reason in skipped.items()
+        f"\n`{variant}` was not made: this machine cannot run it ({reason.partition(':')[0]})."
+        for variant, reason in skipped.items()
     ]
 
 

@@ -189,7 +189,7 @@ def _parents(candidate: Candidate, client: Any, inputs: dict[str, str]) -> dict[
     tags = {}
     for parent in candidate.spec.parents:
         found = models.of_stage(parent, candidate.root / stages[parent].output)
-        name = next((n for n, path in candidate.spec.inputs.items() if path == stages[parent].output), None)
+        name = Path(stages[parent].output).name
         if len(found) == 1 and name in inputs:  # no stage reads one of several models
             entry = versions.find(client, found[0][0], inputs[name])
             tags[f"sluice.parent.{found[0][0]}"] = str(entry.version) if entry else "not registered"

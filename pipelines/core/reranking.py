@@ -33,7 +33,8 @@ class Reranker:
             self.model = AutoModelForSequenceClassification.from_pretrained(place, dtype=torch.float32).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(place)
         except Exception as error:  # of a damaged tokenizer.json it has no narrower class
-            raise ValueError(f"re-ranker {place}: transformers cannot load it: {error}") from None
+            told = f"{type(error).__name__}: {error}"
+            raise ValueError(f"re-ranker {place}: transformers cannot load it: {told}") from None
         if self.model.config.num_labels != 1:
             raise ValueError(f"re-ranker {place}: it has {self.model.config.num_labels} labels; accepted: 1")
         longest = getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length

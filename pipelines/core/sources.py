@@ -103,7 +103,7 @@ def _visible(top: Path) -> Iterator[Path]:
     while waiting:
         for name, folders, files in os.walk(waiting.pop(0), onerror=refuse):
             here = Path(name)
-            folders[:] = [] if here.resolve() in seen else [one for one in folders if not one.startswith(".")]
+            folders[:] = [] if here.resolve() in seen else sorted(one for one in folders if not one.startswith("."))
             if here.resolve() not in seen:
                 seen.add(here.resolve())
                 waiting += sorted(here / one for one in folders if (here / one).is_symlink())

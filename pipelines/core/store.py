@@ -57,10 +57,13 @@ def place(root: Path) -> str:
 
 
 def is_meant(root: Path, name: str) -> bool:
-    """Whether a record of this clone means the store in use; that of a clone that was moved has moved with it."""
-    own = Path(STATE) / "mlflow" / "mlflow.db"
+    """Whether a record of this clone means the store in use; that of a clone that was moved has moved with it.
+
+    Another clone's, which stands where it was, is another one.
+    """
+    own, recorded = Path(STATE) / "mlflow" / "mlflow.db", Path(name.removeprefix("sqlite:///"))
     moved = name.startswith("sqlite:///") and name.endswith(f"/{own}") and embedded(root) == (root / own).resolve()
-    return moved or without_login(name) == place(root)
+    return (moved and not recorded.exists()) or without_login(name) == place(root)
 
 
 def without_login(text: str) -> str:

@@ -56,7 +56,8 @@ def dense(model: Any, kind: str) -> Any:
 
 
 def cannot_run(kind: str) -> str | None:
-    """Why this machine cannot compute in a form: what a product of 64 x 64 has raised; None where it can.
+    """Why this machine cannot compute in a form: what a product of 64 x 64 has raised, its class before a colon; None
+    where it can.
 
     GGUF files are not computed with here.
     """
@@ -66,7 +67,7 @@ def cannot_run(kind: str) -> str | None:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # dynamic quantization is deprecated in favour of torchao
             _try(kind, torch.nn.Linear(64, 64, bias=False).bfloat16(), torch.ones(1, 64, dtype=torch.bfloat16))
-    except Exception as error:  # a kernel or a library that is not there raises whatever it likes
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # no kernel, or no library
         return f"{type(error).__name__}: {error}"
     return None
 
