@@ -1,6 +1,6 @@
 """The index by hand: embedding beside sentence-transformers, update beside rebuild, latency and recall at any size.
 
-    python -m benchmarks.retrieval embedding --knowledge artifacts/data/knowledge/all.parquet
+    python -m benchmarks.retrieval embedding --knowledge artifacts/data/knowledge/all.parquet --precision bf16
     python -m benchmarks.retrieval update    --knowledge ... --documents 2000
     python -m benchmarks.retrieval latency   --knowledge ... --chunks 100000     (1000000 takes ten minutes to build)
 
@@ -47,6 +47,9 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=2000)
     parser.add_argument("--texts", type=int, default=256)
     parser.add_argument("--chunks", type=int, default=100_000)
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of our embedder; the peer's is fp32"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     asked = parser.parse_args()
@@ -69,7 +72,8 @@ def embed(documents: list[dict[str, Any]], asked: argparse.Namespace) -> None:
 
     texts = [f"{row['title']}\n{row['text'][:900]}" for row in documents[: asked.texts]]
     place = embedding.find(EMBEDDER)
-    ours, peer = embedding.Embedder(place), SentenceTransformer(str(place), device="cpu")
+    ours = embedding.Embedder(place, embedding.dtype(asked.precision))
+    peer = SentenceTransformer(str(place), device="cpu")
     peer.encode(texts[:8])
     ours.embed(texts[:8])
     ratios = []
