@@ -135,7 +135,7 @@ def _tokenizer(place: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(place)
     except Exception as error:  # what the library for tokenizers raises has no narrower class
-        raise ValueError(f"no tokenizer could be loaded from {place}: {error}") from None
+        raise ValueError(f"no tokenizer could be loaded from {place}: {type(error).__name__}: {error}") from None
 
 
 def checked(question: str) -> str:

@@ -46,15 +46,15 @@ def keep(root: Path) -> list[str]:
     people = params.feedback.rankings_in(root)
     rankings = [people] if people and people.exists() else []
     # What a stage makes need not be there yet either: the graph runs that stage first.
-    given = [name for name in params.ppo.rewards if not graph.made(root, name)]
-    rewards = [path for name in params.ppo.rewards for path in graph.made(root, name)]
-    rewards += reward_functions.local_paths(given, root)
+    made = {name: path for name in params.ppo.rewards for path in graph.made(root, name)}
+    rest = [name for name in params.ppo.rewards if name not in made]
+    rewards = [*made.values(), *reward_functions.local_paths(rest, root)]
     named = {"data": local_paths(params.data, root), "feedback": rankings, "ppo": rewards}
     for stage in whole.NAME_MODELS:
         models = whole.models(params, stage)
-        named[stage] = [path for model in models.values() for path in graph.made(root, model)]
-        given_models = {dial: model for dial, model in models.items() if not graph.made(root, model)}
-        named[stage] += language_models.local_paths(given_models, root)
+        made = {dial: path for dial, model in models.items() for path in graph.made(root, model)}
+        others = {dial: model for dial, model in models.items() if dial not in made}
+        named[stage] = [*made.values(), *language_models.local_paths(others, root)]
     wanted = {stage: sorted({_name(path, root) for path in paths}) for stage, paths in named.items()}
     for stage, names in wanted.items():
         _refuse_own(root, stage, names)

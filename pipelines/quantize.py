@@ -78,7 +78,7 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
     held_out = HeldOut.of(inputs["data"], params.eval_bytes)
     aware = any(kind not in skipped for kind in params.aware.variants)
     quantization.check_memory(subjects, hardware.available_memory_bytes(), aware)
-    for subject in subjects[1:]:  # the first is loaded next
+    for subject in subjects:
         quantization.check(subject, quantization.load(subject, context), params)
 
     # 2. Make and measure, one model after another: one of them is in memory at a time.
@@ -87,7 +87,6 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
     made: dict[str, tuple[quantization.Subject, str, Path]] = {}
     for subject in subjects:
         original = quantization.load(subject, context)
-        quantization.check(subject, original, params)
         tokenizer = language_models.load_tokenizer(str(subject.place))  # a model of one's own may have another
         rows = [] if subject.classifier else quantization.calibration_rows(params, inputs["data"], tokenizer)
         own: dict[str, Path] = {}

@@ -76,9 +76,9 @@ def stage(root: Path, name: str) -> StageSpec:
 
 def made(root: Path, path: str | None) -> list[Path]:
     """The path, if it lies in what a stage makes: it need not be there yet. A graph in error is told elsewhere."""
-    if not path or not Path(os.path.normpath(root / path)).is_relative_to(os.path.normpath(root / "artifacts")):
+    place = Path(os.path.normpath(root / path)) if path else None
+    if place is None or not place.is_relative_to(os.path.normpath(root / "artifacts")):
         return []
-    place = Path(os.path.normpath(root / path))
     try:
         outputs = [os.path.normpath(root / spec.output) for spec in load(root).values()]
     except UserError:

@@ -100,6 +100,8 @@ def doubts(root: Path, origins: list[Origin]) -> list[str]:
     """Why the commands may not make the same bytes, a line each; none where everything was recorded."""
     lines = []
     last = origins[-1]
+    commit = last.tags.get("git.commit", "none")
+    specs, there = _graph_at(root, commit), _files_at(root, commit)
     for one in origins:
         if not one.known:
             lines.append(f"{one.name} {one.content[:12]}: the store has no run that made it; params are the commit's")
@@ -109,7 +111,7 @@ def doubts(root: Path, origins: list[Origin]) -> list[str]:
             lines.append(f"{one.stage}: {one.tags['sluice.restored']}; on which machine it was made is not recorded")
         if any(len(text) >= lineage.VALUE_LIMIT for text in one.params.values()):
             lines.append(f"{one.stage}: a param is longer than what the store keeps")
-        lines += _missing(root, last.tags.get("git.commit", "none"), one)
+        lines += _missing(one, specs.get(one.stage), there) if there else []
     wanted = {key: last.tags[f"package.{key}"] for key in ("python", "torch") if f"package.{key}" in last.tags}
     here = lineage.package_versions()
     lines += [
@@ -144,15 +146,16 @@ def _is_file(name: str) -> bool:
     return bool({".", "/"} & set(name)) and not name.startswith("artifacts/")
 
 
-def _missing(root: Path, commit: str, origin: Origin) -> list[str]:
-    """Files that a stage read, or ran though they are the user's own, and the commit has not, a line each."""
-    if not _at_commit(root, commit):
-        return []
-    spec = _graph_at(root, commit).get(origin.stage)
+def _missing(origin: Origin, spec: graph.StageSpec | None, there: frozenset[str]) -> list[str]:
+    """Files that a stage read, or ran though they are the user's own, and a commit has not, a line each.
+
+    Args:
+        spec: the stage at the commit, if it has it.
+        there: the files and folders of the commit.
+    """
     called = {lineage.tag_name(lineage.INPUT, name): path for name, path in spec.inputs.items()} if spec else {}
     own = [path for path in spec.code if not path.startswith("pipelines/")] if spec else []
     hashes = {called.get(lineage.INPUT + name, name): value for name, value in origin.inputs.items() if _is_file(name)}
-    there = _git(root, "ls-tree", "-r", "-t", "-z", "--name-only", commit).split("\0")
     return [
         f"{origin.stage}: reads {path}, which the commit has not: put it there"
         + (f" (SHA-256 {hashes[path]})" if path in hashes else "")
@@ -194,6 +197,11 @@ def _at_commit(root: Path, commit: str) -> bool:
 def _at(root: Path, commit: str, name: str) -> str:
     """Text of a file at a commit; empty where that cannot be told here."""
     return _git(root, "show", f"{commit}:./{name}")
+
+
+def _files_at(root: Path, commit: str) -> frozenset[str]:
+    """Files and folders of a commit; none where it is not here."""
+    return frozenset(filter(None, _git(root, "ls-tree", "-r", "-t", "-z", "--name-only", commit).split("\0")))
 
 
 def _graph_at(root: Path, commit: str) -> dict[str, graph.StageSpec]:
