@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -455,28 +454,3 @@ def test_rules_of_an_entry_with_a_star_speak_of_each_model():
     assert isinstance(comparison, policy.Comparison) and isinstance(budget, policy.Budget)
     assert (comparison.per, comparison.score, comparison.better_than) == ("examples_kind", "score", "score_majority")
     assert (budget.metric, budget.at_least) == ("kind/score", 0.5)
-
-
-def test_hash_of_an_output_is_kept_while_its_files_are_the_same(tmp_path: Path) -> None:
-    place = tmp_path / "artifacts" / "model"
-    place.mkdir(parents=True)
-    file = place / "weights"
-    old = time.time() - 60
-
-    def write(text: str, when: float) -> str:
-        file.write_text(text)
-        os.utime(file, (when, when))
-        return artifacts.content_hash(place)
-
-    first = write("one", old)
-    assert verdicts.content_hash(tmp_path, place) == first
-    memo = tmp_path / ".sluice" / "hashes" / "artifacts--model.json"
-    kept = json.loads(memo.read_text())
-    memo.write_text(json.dumps(kept | {"content": "kept"}))
-    assert verdicts.content_hash(tmp_path, place) == "kept"  # not read again
-    assert verdicts.content_hash(tmp_path, place) != write("two", old + 1) == verdicts.content_hash(tmp_path, place)
-    second = write("six", time.time())  # within the clock's grain: it could change once more unseen
-    assert verdicts.content_hash(tmp_path, place) == second
-    assert json.loads(memo.read_text())["content"] != second
-    memo.write_text("half a fi")
-    assert verdicts.content_hash(tmp_path, place) == second

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +58,26 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def content_hash(place: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_hash(place: Path, of_file: Callable[[Path], str] = file_hash) -> str:
     """SHA-256 over the sorted relative names and contents of a directory's files, or over one file.
 
     The same bytes give the same hash wherever they lie.
+
+    Args:
+        of_file: `file_hash`, or what remembers it.
     """
     if place.is_file():
-        return _file_hash(place)
+        return of_file(place)
     digest = hashlib.sha256()
     for path in sorted(p for p in place.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(place).as_posix()}\0{_file_hash(path)}\n".encode())
+        digest.update(f"{path.relative_to(place).as_posix()}\0{of_file(path)}\n".encode())
     return digest.hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from pipelines.core import artifacts, graph
+from pipelines.core import contents, graph
 from pipelines.core.context import StageContext
 from pipelines.core.params import whole
 from pipelines.core.tracking import Record
@@ -115,7 +115,7 @@ def _record(
 ) -> Record:
     output = root / spec.output
     places = {name: root / path for name, path in (*spec.inputs.items(), *_wholes(root, spec))}
-    inputs = {name: artifacts.content_hash(place) for name, place in places.items() if place.exists()}
+    inputs = {name: contents.content_hash(root, place) for name, place in places.items() if place.exists()}
     text = json.dumps(params, sort_keys=True)
     everything = {
         **tags,
@@ -125,7 +125,7 @@ def _record(
         "sluice.stage": spec.name,
         "sluice.params_hash": hashlib.sha256(text.encode()).hexdigest(),
         "sluice.data_hash": _data_hash(root, spec.name),
-        CONTENT: artifacts.content_hash(output),
+        CONTENT: contents.content_hash(root, output),
     }
     files = tuple(path for path in sorted(output.iterdir()) if path.is_file() and path.stat().st_size <= LARGEST_FILE)
     return Record(params, dict(metrics), everything, inputs, files, texts)
@@ -152,7 +152,7 @@ def _data_hash(root: Path, stage: str) -> str:
         ancestors |= new
         waiting += new
     places = [root / stages[name].output for name in sorted(ancestors) if not stages[name].parents]
-    hashes = [artifacts.content_hash(place) for place in places if place.exists()]
+    hashes = [contents.content_hash(root, place) for place in places if place.exists()]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

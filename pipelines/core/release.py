@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import graph, lineage, moves, policy, promotion, references, store, verdicts, versions
+from pipelines.core import contents, graph, lineage, moves, policy, promotion, references, store, versions
 from pipelines.core.errors import GateError, UserError
 from pipelines.core.ledger import Ledger, Move, Promotion
 
@@ -234,7 +234,7 @@ def _made_none(root: Path, spec: graph.StageSpec, declared: policy.Policy, known
     if not output.exists() or declared.of_stage(spec.name, output):
         return False
     read = {name: root / path for name, path in spec.inputs.items() if name in known}
-    return all(place.exists() and verdicts.content_hash(root, place) == known[name] for name, place in read.items())
+    return all(place.exists() and contents.content_hash(root, place) == known[name] for name, place in read.items())
 
 
 def _lacks(models: str, stage: str, head: str) -> str:

@@ -26,6 +26,7 @@ from types import ModuleType
 
 from pipelines.core import (
     artifacts,
+    contents,
     context,
     distributed,
     environment,
@@ -248,7 +249,7 @@ def _fingerprint(
     parts = {
         "stage": spec.name,
         "params": section.model_dump(mode="json"),
-        "inputs": {name: artifacts.content_hash(root / path) for name, path in spec.inputs.items()},
+        "inputs": {name: contents.content_hash(root, root / path) for name, path in spec.inputs.items()},
         "code": {path: artifacts.content_hash(root / path) for path in spec.code},
         "machine": [*kind, world.size, world.sharding],
     }

@@ -10,14 +10,13 @@ from __future__ import annotations
 import errno
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import artifacts, gates, graph, lineage, policy, references, store, versions
+from pipelines.core import artifacts, contents, gates, graph, lineage, policy, references, store, versions
 from pipelines.core.environment import STATE
 from pipelines.core.errors import GateError
 from pipelines.core.gates import Verdict
@@ -30,7 +29,6 @@ class NotMeasurable(Exception):
 
 
 EVALUATION = "evaluation.parquet"
-GRAIN = 2_000_000_000  # nanoseconds: the coarsest clock of a file system in use
 NOT_MEASURED = "measured on other rows, and it cannot be measured again here: run the stage again"
 
 
@@ -49,7 +47,7 @@ class Candidate:
     @cached_property
     def content(self) -> str:
         """What a version is known by: hash of the stage's output, or of the model's directory where it has others."""
-        return content_hash(self.root, self.registered) if self.shared else self.whole
+        return contents.content_hash(self.root, self.registered) if self.shared else self.whole
 
     @property
     def registered(self) -> Path:
@@ -68,27 +66,6 @@ class Candidate:
         return path if path.exists() else None
 
 
-def content_hash(root: Path, place: Path) -> str:
-    """`artifacts.content_hash` of a directory below `root`, kept for as long as its files are the same.
-
-    Gigabytes lie there, and every run asks several times. By DVC's rule a file is the same while inode, size and time
-    of change are; one that was changed just now is not kept, as it may change again within the clock's grain.
-    """
-    stats = {path.relative_to(place).as_posix(): path.stat() for path in sorted(place.rglob("*")) if path.is_file()}
-    files = {name: [known.st_ino, known.st_size, known.st_mtime_ns] for name, known in stats.items()}
-    memo = root / STATE / "hashes" / f"{place.relative_to(root).as_posix().replace('/', '--')}.json"
-    try:
-        known = json.loads(memo.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        known = {}
-    if known.get("files") == files:
-        return str(known["content"])
-    content = artifacts.content_hash(place)
-    if all(one.st_mtime_ns < time.time_ns() - GRAIN for one in stats.values()):
-        artifacts.write_json(memo, {"files": files, "content": content})
-    return content
-
-
 def candidates(root: Path, stage: str) -> list[Candidate]:
     """The models that the stage's output holds now; none for a stage without models, or before it ran."""
     spec = graph.stage(root, stage)
@@ -96,7 +73,7 @@ def candidates(root: Path, stage: str) -> list[Candidate]:
     found = policy.load(root).of_stage(stage, output)
     if not found or not output.exists():
         return []
-    whole = content_hash(root, output)
+    whole = contents.content_hash(root, output)
     shared = any(policy.ANY in name for name, model in policy.load(root).models.items() if model.stage == stage)
     return [Candidate(root, stage, name, model, spec, whole, shared) for name, model in found]
 

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import artifacts, serving, store
+from pipelines.core import artifacts, contents, serving, store
 from pipelines.core.environment import STATE
 from pipelines.core.lineage import CONTENT
 
@@ -90,7 +90,7 @@ def requirements(needs: Sequence[str] = ()) -> list[str]:
 def _complete(root: Path, client: Any, experiment: str, intent: Intent) -> Any | None:
     entry = find(client, intent.model, intent.content_hash)
     if entry is None:
-        model_id = _logged(root, client, experiment, intent) or _log(client, experiment, intent)
+        model_id = _logged(root, client, experiment, intent) or _log(root, client, experiment, intent)
         if model_id is not None:
             entry = _create(client, model_id, intent)
     _journal(root, f"{intent.model}-{intent.content_hash}").unlink(missing_ok=True)
@@ -114,10 +114,10 @@ def _logged(root: Path, client: Any, experiment: str, intent: Intent) -> str | N
     return whole
 
 
-def _log(client: Any, experiment: str, intent: Intent) -> str | None:
+def _log(root: Path, client: Any, experiment: str, intent: Intent) -> str | None:
     """Log the model's files; None when the output is no longer the one that was meant."""
     output = Path(intent.output)
-    if not output.exists() or artifacts.content_hash(output) != intent.content_hash:
+    if not output.exists() or contents.content_hash(root, output) != intent.content_hash:
         return None
     import mlflow
     from mlflow.models import Model

@@ -1,0 +1,93 @@
+"""Hashes of a project's files: right, and not computed twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipelines.core import artifacts, contents
+
+MEMO = ".sluice/hashes/artifacts--sft.json"
+PLAIN = artifacts.content_hash
+
+
+def written(file: Path, text: str, age: float = 60.0) -> Path:
+    """A file that was changed so many seconds ago."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    os.utime(file, (time.time() - age,) * 2)
+    return file
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files whose bytes `contents` has read."""
+    names: list[str] = []
+
+    def reading(place: Path, of_file: Callable[[Path], str] | None = None) -> str:
+        if of_file is None:
+            names.append(place.name)
+        return PLAIN(place, of_file or artifacts.file_hash)
+
+    monkeypatch.setattr(artifacts, "content_hash", reading)
+    return names
+
+
+def test_what_has_not_changed_is_not_read_again(tmp_path: Path, read: list[str]) -> None:
+    place = tmp_path / "artifacts" / "sft"
+    for name in ("model/weights", "model/config", "samples"):
+        written(place / name, name)
+    whole = contents.content_hash(tmp_path, place)
+    assert sorted(read) == ["config", "samples", "weights"]
+    assert whole == PLAIN(place)
+    read.clear()
+    assert contents.content_hash(tmp_path, place) == whole
+    assert contents.content_hash(tmp_path, place / "model") == PLAIN(place / "model")
+    assert contents.content_hash(tmp_path, place / "samples") == PLAIN(place / "samples")
+    assert read == []
+    written(place / "model" / "config", "other", age=30)
+    assert contents.content_hash(tmp_path, place) == PLAIN(place) != whole
+    assert read == ["config"]
+
+
+def test_a_file_that_was_just_written_is_read_every_time(tmp_path: Path, read: list[str]) -> None:
+    place = tmp_path / "artifacts" / "sft"
+    file = written(place / "weights", "one", age=0)
+    first = contents.content_hash(tmp_path, place)
+    stat = file.stat()
+    file.write_text("two")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # within the clock's grain
+    assert contents.content_hash(tmp_path, place) == PLAIN(place) != first
+    assert read == ["weights", "weights"]
+
+
+def test_files_that_are_gone_are_forgotten(tmp_path: Path) -> None:
+    place = tmp_path / "artifacts" / "sft"
+    gone = written(place / "old", "one")
+    contents.content_hash(tmp_path, place)
+    gone.unlink()
+    written(place / "new", "two")
+    assert contents.content_hash(tmp_path, place) == PLAIN(place)
+    assert list(json.loads((tmp_path / MEMO).read_text())) == ["artifacts/sft/new"]
+
+
+@pytest.mark.parametrize("text", ["half a fi", "[]", '{"files": {}, "content": "of another version"}'])
+def test_a_memo_that_is_not_ours_is_written_anew(tmp_path: Path, text: str) -> None:
+    place = tmp_path / "artifacts" / "sft"
+    written(place / "weights", "one")
+    (tmp_path / MEMO).parent.mkdir(parents=True)
+    (tmp_path / MEMO).write_text(text)
+    assert contents.content_hash(tmp_path, place) == PLAIN(place)
+    assert list(json.loads((tmp_path / MEMO).read_text())) == ["artifacts/sft/weights"]
+
+
+def test_files_that_lie_elsewhere_are_hashed_as_they_are(tmp_path: Path) -> None:
+    file = written(tmp_path / "elsewhere" / "chats.jsonl", "{}")
+    root = tmp_path / "project"
+    assert contents.content_hash(root, file) == artifacts.file_hash(file)
+    assert not root.exists()
