@@ -107,6 +107,21 @@ def test_a_moved_folder_gets_a_new_virtual_environment(tmp_path: Path, made_in: 
     assert ("-m venv --clear" in printed) is cleared and ("-m venv" in printed) is cleared
 
 
+def test_tools_work_on_the_state_of_the_project_that_they_are_called_in(tmp_path: Path) -> None:
+    """DVC keeps the hashes of a worktree's files there, where `sluice run` looks for them, not in the main folder."""
+    start = f"import sys; sys.path[:0] = [{str(ROOT)!r}]\n" + (ROOT / "flows/environment.pth").read_text()
+    code = start + "import os; print(os.environ['DVC_SITE_CACHE_DIR'])"
+    worktree = tmp_path / "worktree"
+    (worktree / "pipelines/core").mkdir(parents=True)
+    (worktree / "pipelines/core/environment.py").touch()
+    env = {key: value for key, value in os.environ.items() if key != "DVC_SITE_CACHE_DIR"}
+    for place, root in ((worktree, worktree), (tmp_path, ROOT), (ROOT, ROOT)):
+        # -S: without the installed copy of that file
+        command = [sys.executable, "-S", "-c", code]
+        run = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == f"{root}/.sluice/dvc/site", place
+
+
 def test_set_up_knows_an_archive_a_clone_and_a_folder_of_a_larger_repository(tmp_path: Path) -> None:
     """DVC works in each of them, and of an archive that becomes a repository later it knows the history."""
     root = tmp_path / "a folder"
