@@ -10,7 +10,7 @@ from statistics import NormalDist
 
 import pytest
 
-from pipelines.core import agreement, judges, labelers, slots
+from pipelines.core import agreement, judges, labelers, rankings, slots
 from pipelines.core.errors import DataError
 from pipelines.core.text_scores import chrf, rouge_l
 
@@ -156,6 +156,17 @@ def test_agreement_by_hand() -> None:
     # tau-b of (1,2,3) and (1,2,2): 2 concordant of sqrt(3 * 2) pairs.
     assert agreement.kendall_tau([[[1, 2, 3], [1, 2, 2]]]) == pytest.approx(2 / 6**0.5)
     assert agreement.kendall_tau([[[1, 1], [1, 2]], [[1, 2]]]) is None
+
+
+def test_labelers_may_have_had_the_answers_in_another_order() -> None:
+    # As in tables of chosen and rejected: who disagrees has the two in the other order, and prefers the first as well.
+    tallies = {split: rankings.Tally() for split in ("train", "test")}
+    for number, tally in enumerate(tallies.values()):
+        for who, answers in (("ada", ["x", "y"]), ("ben", ["x", "y"]), ("eve", ["y", "x"])):
+            tally.add(rankings.Comparison(f"{number}{who}", f"g{number}", "p", answers, [1, 2], who, None, None))
+    found = rankings.figures(tallies)
+    assert (found["agreement"], found["kendall_tau"]) == (pytest.approx(1 / 3), pytest.approx(-1 / 3))
+    assert found["longer_wins"] == 0.5 and found["labelers"] == 3
 
 
 def test_length_by_hand() -> None:

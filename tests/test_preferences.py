@@ -15,7 +15,7 @@ import pytest
 import torch
 from sklearn.calibration import calibration_curve
 
-from pipelines.core import best_of_n_curve, calibration, preference_data, preferences
+from pipelines.core import best_of_n_curve, calibration, preference_data, preferences, reward_examples, segments
 from pipelines.core.errors import ArtifactError, DataError
 from pipelines.core.preference_data import Ranking
 
@@ -124,6 +124,18 @@ def test_a_kept_out_labeler_teaches_nothing_and_is_measured_on_fresh_prompts() -
 def test_nobody_is_kept_out_where_nobody_is_named() -> None:
     sides = preference_data.part([ranking(1), ranking(2)], [ranking(3)], 1, 0)
     assert not sides.unseen and len(sides.train) == 2
+
+
+def test_a_prompt_is_one_element_in_whatever_order_its_responses_were_ranked() -> None:
+    rankings = [
+        ranking(1, "A", responses=("x", "y", "z"), ranks=(1, 2, 3)),
+        ranking(2, "B", responses=("z", "x", "y"), ranks=(1, 2, 2), prompt="prompt 1"),
+        ranking(3, "B", responses=("x", "y", "z"), ranks=(1, 2, 3)),
+    ]
+    sequences = [segments.of_completions([1, 2], [[ord(text)] for text in one.responses]) for one in rankings]
+    found = reward_examples.by_prompt(reward_examples.Encoded(rankings, sequences, 0))
+    assert found.sequences == [sequences[0], sequences[2]]
+    assert found.pairs == [[(0, 1), (0, 2), (1, 2), (2, 0), (2, 1)], [(0, 1), (0, 2), (1, 2)]]
 
 
 def test_rankings_that_decide_nothing_are_left_out_and_counted() -> None:

@@ -49,7 +49,7 @@ class Tally:
     distinct: int = 0
     all_pairs: int = 0
     measured: list[Measured] = field(default_factory=list)
-    by_task: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # task id -> labeler -> ranks
+    by_task: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # task id, responses sorted: labeler: ranks
     groups: dict[str, str] = field(default_factory=dict)  # task id -> group
     labelers: set[str] = field(default_factory=set)
 
@@ -62,8 +62,9 @@ class Tally:
         self.all_pairs += count * (count - 1) // 2
         self.measured.append(Measured(row.id, row.group, longer_wins(row.responses, row.ranks)))
         if row.labeler is not None:  # two rankings without a name may be one person's
-            own = task(row.prompt, row.responses).id
-            self.by_task.setdefault(own, {})[row.labeler] = row.ranks
+            order = sorted(range(count), key=row.responses.__getitem__)  # each may have had them in another one
+            own = task(row.prompt, [row.responses[number] for number in order]).id
+            self.by_task.setdefault(own, {})[row.labeler] = [row.ranks[number] for number in order]
             self.groups[own] = row.group
             self.labelers.add(row.labeler)
 

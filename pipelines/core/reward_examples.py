@@ -81,11 +81,19 @@ def gather(
 
 
 def by_prompt(train: Encoded) -> Elements:
-    """One element for each prompt and its responses, however many labelers ranked them: one forward pass for all."""
-    found: dict[tuple[int, ...], tuple[Sequence, list[Pair]]] = {}
+    """One element for each prompt and its responses, however many labelers ranked them: one forward pass for all.
+
+    The order of the responses is the first labeler's; others may have had them in another one.
+    """
+    found: dict[tuple[str, ...], tuple[Ranking, Sequence, list[Pair]]] = {}
     for one, sequence in zip(train.rankings, train.sequences, strict=True):
-        found.setdefault((*sequence.ids, *sequence.branches), (sequence, []))[1].extend(one.pairs)
-    return Elements([sequence for sequence, _ in found.values()], [pairs for _, pairs in found.values()])
+        first, _, decided = found.setdefault((one.prompt, *sorted(one.responses)), (one, sequence, []))
+        if one.responses == first.responses:
+            decided.extend(one.pairs)
+        else:
+            place = [first.responses.index(text) for text in one.responses]
+            decided.extend((place[better], place[worse]) for better, worse in one.pairs)
+    return Elements([sequence for _, sequence, _ in found.values()], [decided for *_, decided in found.values()])
 
 
 def drawn(seed: int, step: int, steps: int, count: int) -> list[int]:
