@@ -308,6 +308,33 @@ HALF = r"half a character \(a lone surrogate\) at position 5 of text .bad \\ud83
         ("comparisons", {"prompt": "a", "responses": ["b", "c"], "scores": [1, "x"]}, "scores", "accepted: numbers"),
         ("comparisons", {"prompt": "a"}, "responses", "chosen with rejected"),
         ("comparisons", {"chosen": "a", "rejected": "b"}, "prompt", "prompt: null"),
+        (
+            "comparisons",
+            {"chosen": [MESSAGES[1]], "rejected": [MESSAGES[1]]},
+            "prompt",
+            "^found no such column.*null. if there",
+        ),
+        (
+            "comparisons",
+            {"prompt": "b", "chosen": MESSAGES, "rejected": MESSAGES},
+            "prompt",
+            "what the messages before",
+        ),
+        (
+            "comparisons",
+            {
+                "chosen": "\n\nHuman: hi\n\nAssistant: a\n\nHuman: b\n\nAssistant: c",
+                "rejected": "\n\nHuman: hi\n\nAssistant: d",
+            },
+            "chosen",
+            "goes on after it parts",
+        ),
+        (
+            "comparisons",
+            {"chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: hi \n\nAssistant: b"},
+            "chosen",
+            "the same up to the last Assistant: turn",
+        ),
         ("comparisons", {"prompt": "a", "chosen": "b", "rejected": "c", "votes": [1]}, "votes", "a number, or two"),
         ("comparisons", {"prompt": "a", "chosen": "b", "rejected": "c", "votes": 2**31}, "votes", "a number, or two"),
         ("comparisons", {"prompt": "a", "chosen": "b", "rejected": "c", "votes": "5"}, "votes", "text .5.; .*a list"),
@@ -376,6 +403,33 @@ def test_pairs_in_every_form_of_the_ecosystem() -> None:
     transcript = comparison({"chosen": start + " good", "rejected": start + " bad"})
     assert transcript == want | {"prompt": start, "votes": None}
     assert comparison({"chosen": "good", "rejected": "bad"}, {"prompt": None})["prompt"] == ""
+
+
+CHAT = [SYSTEM, MESSAGES[0], {"role": "assistant", "content": "hello"}, {"role": "user", "content": "more"}]
+START = "\n\nSystem: s\n\nHuman: q\n\nAssistant: hello\n\nHuman: more\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shared"),
+    [
+        ("more", CHAT),  # the last question alone, as in many tables
+        (CHAT, CHAT),
+        (CHAT[1:2], CHAT),
+        (CHAT[:2], CHAT[2:]),  # TRL: the messages of chosen go on where the prompt ends
+        (None, CHAT),
+    ],
+)
+def test_all_of_the_conversation_is_the_prompt(prompt: Any, shared: list[dict[str, str]]) -> None:
+    chosen, rejected = ([*shared, {"role": "assistant", "content": text}] for text in ("good", "bad"))
+    found = comparison({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    assert (found["prompt"], found["responses"]) == (START, ["good", "bad"])
+
+
+@pytest.mark.parametrize("columns", [{}, {"prompt": None}])
+@pytest.mark.parametrize("prompt", ["more", START])
+def test_a_transcript_beside_a_prompt_is_still_one(prompt: str, columns: dict[str, str | None]) -> None:
+    found = comparison({"prompt": prompt, "chosen": START + " good", "rejected": START + " bad"}, columns)
+    assert (found["prompt"], found["responses"]) == (START, ["good", "bad"])
 
 
 @pytest.mark.parametrize(("cell", "votes"), [("5", [5, 0]), ("", None), ("[3, 1]", [3, 1])])

@@ -7,11 +7,14 @@ without any prompt are accepted only where `columns: {prompt: null}` says so.
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from pipelines.core.faults import BadRow, shown
 from pipelines.core.fields import ANSWER, Fields, conversation, filled, prompt_of, transcript, whole
 from pipelines.core.readers import Cells
+
+TURN = re.compile(r"(?:^|\n\n)(?:System|Human|Assistant):")  # of a transcript in hh-rlhf's form
 
 
 def comparison(fields: Fields) -> dict[str, Any]:
@@ -37,12 +40,11 @@ def comparison(fields: Fields) -> dict[str, Any]:
 def _prompt_of_comparison(fields: Fields) -> str:
     if "prompt" in fields.columns and fields.columns["prompt"] is None:
         return ""
-    try:
-        return prompt_of(fields.value("prompt"), fields.column("prompt"))
-    except BadRow as fault:
-        if "no such column" in str(fault):
-            raise BadRow(fault.column, f"{fault} (or prompt: null if there are none)", "a prompt") from None
-        raise
+    column = fields.column("prompt")
+    if column not in fields.record:
+        accepted = "a prompt, columns: {prompt: COLUMN}, or columns: {prompt: null} if there are none"
+        raise BadRow(column, f"no such column (there are: {', '.join(map(str, fields.record))})", accepted)
+    return prompt_of(fields.value("prompt"), column)
 
 
 def _ranks(fields: Fields, responses: list[str]) -> list[int]:
@@ -98,27 +100,51 @@ def _same_length(column: str, values: list[Any], responses: list[str]) -> None:
 
 
 def _pair(fields: Fields) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected as text, from TRL's plain or conversational form or hh-rlhf's transcripts."""
+    """Prompt, chosen and rejected as text, from TRL's plain or conversational form or hh-rlhf's transcripts.
+
+    Where those hold what came before the answers, all of it is the prompt, also beside a column that has a part of it.
+    """
     chosen, rejected = fields.value("chosen"), fields.value("rejected")
     column = fields.column("chosen")
     if isinstance(chosen, list) and isinstance(rejected, list):
         sides = [conversation(chosen, column), conversation(rejected, fields.column("rejected"))]
         if any(side[-1]["role"] != "assistant" for side in sides) or sides[0][:-1] != sides[1][:-1]:
             raise BadRow(column, shown(chosen), "the rejected one's messages, but for the assistant's last")
-        if fields.has("prompt") or "prompt" in fields.columns:
-            prompt = _prompt_of_comparison(fields)
-        else:
-            prompt = transcript(sides[0][:-1], column)
-        return prompt, sides[0][-1]["content"], sides[1][-1]["content"]
+        return _prompt_of_turns(fields, sides[0][:-1]), sides[0][-1]["content"], sides[1][-1]["content"]
     better, worse = fields.text("chosen"), fields.text("rejected")
-    if fields.has("prompt") or "prompt" in fields.columns:
-        return _prompt_of_comparison(fields), better, worse
+    prompted = fields.has("prompt") or "prompt" in fields.columns
     shared = os.path.commonprefix([better, worse])
-    end = shared.rfind(ANSWER) + len(ANSWER)
-    if ANSWER not in shared:
+    end = shared.rfind(ANSWER) + len(ANSWER) if ANSWER in shared else 0
+    if ANSWER in better and ANSWER in worse and TURN.match(shared):
+        if not end or TURN.search(better, end) or TURN.search(worse, end):
+            found = f"a conversation that goes on after it parts from the rejected one: {shown(better)}"
+            raise BadRow(column, found, "transcripts that are the same up to the last Assistant: turn of both")
+    elif prompted:
+        return _prompt_of_comparison(fields), better, worse
+    elif not end:
         accepted = "a prompt, transcripts that share one up to an Assistant: turn, or columns: {prompt: null}"
         raise BadRow(fields.column("prompt"), f"no such column (there are: {', '.join(fields.record)})", accepted)
     return shared[:end], filled(better[end:].strip(), column), filled(worse[end:].strip(), fields.column("rejected"))
+
+
+def _prompt_of_turns(fields: Fields, turns: list[dict[str, str]]) -> str:
+    """The messages before the answers as text; those of the column `prompt` are before them, or among them."""
+    mapped = fields.columns.get("prompt", "prompt")
+    given = None if mapped is None else fields.record.get(mapped)
+    if given is None or not turns:
+        return transcript(turns, fields.column("chosen")) if turns else _prompt_of_comparison(fields)
+    column = fields.column("prompt")
+    if isinstance(given, list):
+        before = conversation(given, column)
+        if turns[0]["role"] == "assistant":
+            return transcript(before + turns, column)
+        among = any(turns[start : start + len(before)] == before for start in range(len(turns)))
+    else:
+        among = prompt_of(given, column).strip() in {message["content"].strip() for message in turns}
+    if not among:
+        accepted = "what the messages before the answer say, or columns: {prompt: null}: they are the prompt"
+        raise BadRow(column, shown(given), accepted)
+    return transcript(turns, fields.column("chosen"))
 
 
 def _votes(fields: Fields) -> list[int] | None:
