@@ -385,9 +385,21 @@ def test_scores_become_dense_ranks_with_ties() -> None:
     responses = ["a", "b", "c", "d", "e"]
     found = comparison({"prompt": "p", "responses": responses, "scores": [88.0, 95.0, 80.0, 77.0, 77.0]})
     assert found["ranks"] == [2, 1, 3, 4, 4]
-    for ranks in ([1, 2, 2, 3, 4], [1, 2, 2, 4, 5]):
+    for ranks in ([1, 2, 2, 3, 4], [1, 2, 2, 4, 5], [1.0, 2.0, 2.0, 4.0, 5.0]):
         found = comparison({"prompt": "p", "responses": responses, "ranks": ranks, "labeler": 7})
         assert (found["ranks"], found["labeler"]) == ([1, 2, 2, 3, 4], "7")
+
+
+def test_of_ranks_and_scores_the_one_that_is_mapped_or_given_counts() -> None:
+    row = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "scores": [0.1, 0.9]}
+    with pytest.raises(BadRow, match=r"\[0.1, 0.9\], another order than ranks's; accepted: columns: {ranks: COLUMN}"):
+        comparison(row)
+    assert comparison(row, {"ranks": "ranks"})["ranks"] == [1, 2]
+    assert comparison(row, {"scores": "scores"})["ranks"] == [2, 1]
+    assert comparison(row | {"scores": None})["ranks"] == [1, 2] == comparison(row | {"scores": [9, 1]})["ranks"]
+    assert comparison(row | {"ranks": None})["ranks"] == [2, 1]
+    with pytest.raises(BadRow, match="found null; accepted: a list"):
+        comparison(row | {"ranks": None, "scores": None})
 
 
 def test_pairs_in_every_form_of_the_ecosystem() -> None:

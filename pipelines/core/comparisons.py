@@ -22,7 +22,7 @@ def comparison(fields: Fields) -> dict[str, Any]:
     if fields.has("responses"):
         responses = [filled(item, fields.column("responses")) for item in fields.items("responses")]
         prompt = _prompt_of_comparison(fields)
-        ranks = _scores(fields, responses) if fields.has("scores") else _ranks(fields, responses)
+        ranks = _order(fields, responses)
         votes = None
     elif fields.has("chosen") or fields.has("rejected"):
         prompt, chosen, rejected = _pair(fields)
@@ -47,6 +47,23 @@ def _prompt_of_comparison(fields: Fields) -> str:
     return prompt_of(fields.value("prompt"), column)
 
 
+def _order(fields: Fields, responses: list[str]) -> list[int]:
+    """Dense ranks out of `ranks` or `scores`. Of a table with both columns the one that is mapped counts, or the one
+    that is not null; else they must say the same.
+    """
+    named = [name for name in ("ranks", "scores") if fields.columns.get(name)] or ["ranks", "scores"]
+    given = [name for name in named if fields.record.get(fields.column(name)) not in (None, "")] or named[:1]
+    found = [(_ranks if name == "ranks" else _scores)(fields, responses) for name in given]
+    if found[0] != found[-1]:
+        column, scores = fields.column("scores"), fields.value("scores")
+        raise BadRow(
+            column,
+            f"{shown(scores)}, another order than {fields.column('ranks')}'s",
+            "columns: {ranks: COLUMN} or {scores: COLUMN}, which says what counts",
+        )
+    return found[0]
+
+
 def _ranks(fields: Fields, responses: list[str]) -> list[int]:
     ranks, column = fields.items("ranks"), fields.column("ranks")
     _same_length(column, ranks, responses)
@@ -59,6 +76,8 @@ def dense_ranks(ranks: list[Any], column: str) -> list[int]:
     Raises:
         BadRow: they are no ranking.
     """
+    # pandas counts in floats; 1.5, the mean of tied places, is no rank.
+    ranks = [int(rank) if isinstance(rank, float) and rank.is_integer() else rank for rank in ranks]
     dense = _dense(ranks) if all(whole(rank, 1) for rank in ranks) else None
     competition = [1 + sum(other < rank for other in ranks) for rank in ranks] if dense else None
     if dense is None or ranks not in (dense, competition):
