@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_help import jsonl, params
 
-from pipelines.core import sources
+from pipelines.core import chats, sources
 from pipelines.core.errors import DataError
 from pipelines.core.faults import BadRow, Ledger
 from pipelines.core.params.data import FileSource, HubSource
@@ -435,6 +435,17 @@ def test_all_of_the_conversation_is_the_prompt(prompt: Any, shared: list[dict[st
     chosen, rejected = ([*shared, {"role": "assistant", "content": text}] for text in ("good", "bad"))
     found = comparison({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     assert (found["prompt"], found["responses"]) == (START, ["good", "bad"])
+
+
+def test_a_transcript_is_the_same_messages_in_every_table() -> None:
+    row = canonical("demonstrations", {"prompt": START + " ", "completion": "good"}, {})[0]
+    assert row["messages"] == [*CHAT, {"role": "assistant", "content": "good"}]
+    for prompt in (START, "Human: hi\n\nAssistant:", "Say\n\nHuman: x\n\nAssistant:", "plain "):
+        assert canonical("demonstrations", {"prompt": prompt, "completion": "good"}, {})[0]["messages"][:-1] == (
+            chats.messages_of(canonical("prompts", {"prompt": prompt}, {})[0]["prompt"])
+        )
+    with pytest.raises(BadRow, match="empty text"):
+        canonical("demonstrations", {"prompt": "\n\nHuman: \n\nAssistant:", "completion": "good"}, {})
 
 
 @pytest.mark.parametrize("columns", [{}, {"prompt": None}])

@@ -7,14 +7,11 @@ without any prompt are accepted only where `columns: {prompt: null}` says so.
 from __future__ import annotations
 
 import os
-import re
 from typing import Any
 
 from pipelines.core.faults import BadRow, shown
-from pipelines.core.fields import ANSWER, Fields, conversation, filled, prompt_of, transcript, whole
+from pipelines.core.fields import ANSWER, SPEAKER, Fields, conversation, filled, prompt_of, transcript, whole
 from pipelines.core.readers import Cells
-
-TURN = re.compile(r"(?:^|\n\n)(?:System|Human|Assistant):")  # of a transcript in hh-rlhf's form
 
 
 def comparison(fields: Fields) -> dict[str, Any]:
@@ -134,8 +131,8 @@ def _pair(fields: Fields) -> tuple[str, str, str]:
     prompted = fields.has("prompt") or "prompt" in fields.columns
     shared = os.path.commonprefix([better, worse])
     end = shared.rfind(ANSWER) + len(ANSWER) if ANSWER in shared else 0
-    if ANSWER in better and ANSWER in worse and TURN.match(shared):
-        if not end or TURN.search(better, end) or TURN.search(worse, end):
+    if ANSWER in better and ANSWER in worse and SPEAKER.match(shared):
+        if not end or SPEAKER.search(better, end) or SPEAKER.search(worse, end):
             found = f"a conversation that goes on after it parts from the rejected one: {shown(better)}"
             raise BadRow(column, found, "transcripts that are the same up to the last Assistant: turn of both")
     elif prompted:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines.core.comparisons import comparison
 from pipelines.core.faults import BadRow, shown
-from pipelines.core.fields import Fields, conversation, filled, prompt_of, whole
+from pipelines.core.fields import Fields, conversation, filled, prompt_of, turns_of, whole
 from pipelines.core.readers import Cells
 
 Row = dict[str, Any]
@@ -86,12 +86,10 @@ def _demonstration(fields: Fields) -> list[dict[str, str]]:
             raise BadRow(column, _roles(messages), "a user's message first (but for system) and, last, the assistant's")
         return messages
     prompt, completion = fields.value("prompt"), fields.value("completion")
-    if isinstance(prompt, list):
-        turns = conversation(prompt, fields.column("prompt"))
-        if not _user_begins(turns):
-            raise BadRow(fields.column("prompt"), _roles(turns), "a user's message first (but for system)")
-    else:
-        turns = [{"role": "user", "content": fields.text("prompt")}]
+    column = fields.column("prompt")
+    turns = conversation(prompt if isinstance(prompt, list) else turns_of(fields.text("prompt")), column)
+    if not _user_begins(turns):
+        raise BadRow(column, _roles(turns), "a user's message first (but for system)")
     if isinstance(completion, list):
         answer = conversation(completion, fields.column("completion"))
         if [message["role"] for message in answer] != ["assistant"]:
