@@ -2,7 +2,8 @@
 
 `python -m benchmarks.e2e FOLDER && make run PROFILE=e2e` first, in a workspace; then, from that workspace,
 `python -m benchmarks.findings OUT [--seeds 1 2] [--iterations 30]`. Every part that has ended is kept in OUT, so a run
-that was stopped goes on. Writes OUT/findings.json and OUT/*.png.
+that was stopped goes on; one of other params, iterations or inputs needs a folder of its own. Writes OUT/findings.json
+and OUT/*.png.
 
 Gold is the judge `slots` (attributes realised less those wrong, a share of those asked for). The reward models learn
 from simulated labelers who look at the same attributes, and at brevity, with slips: the proxy is a proxy of gold.
@@ -29,6 +30,7 @@ PTX = (0.0, 0.3, 1.0, 3.0)  # coefficients of the pre-training gradient
 KL = (0.02, 0.1, 0.5)  # coefficients of the KL penalty, without it
 SAMPLES = 64  # of each held-out prompt, for best-of-n
 PROMPTS = 96
+STAGES = ("feedback", "reward", "ppo", "dpo")
 DRAWN = (1, 2, 4, 8, 16, 32, 64)  # n
 FREE = {"kl_coefficient": 0.0, "kl_ceiling": 1e6, "entropy_floor": 0.0, "cap_share": 1.0, "lr": 6.4e-5}
 
@@ -219,12 +221,20 @@ def plot(out: Path, found: dict[str, Any]) -> None:
 
 def main() -> None:
     """Make what is missing, and print."""
+    from pipelines.core import artifacts
+    from pipelines.core.params import whole
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--iterations", type=int, default=30, help="of each run of PPO, 64 episodes each")
     options = parser.parse_args()
     options.out = options.out.resolve()
+    asked: dict[str, Any] = {"iterations": options.iterations}
+    asked |= {name: artifacts.content_hash(Path("artifacts") / name) for name in ("data", "sft")}
+    asked |= {name: getattr(whole.load(Path("params.yaml")), name).model_dump(mode="json") for name in STAGES}
+    if kept(options.out / "asked.json", lambda: asked) != asked:
+        parser.error(f"{options.out} holds runs of other params, iterations or inputs (asked.json); name another")
     found: dict[str, Any] = {"seeds": {}}
     for seed in options.seeds:
         prepare(options.out, seed)
