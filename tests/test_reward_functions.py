@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models import model, tokenizer
 
 from pipelines.core import reward_functions, reward_model
@@ -56,6 +57,11 @@ def meddles(prompts, responses):
     responses.clear()
     return given
 
+def sets_torch(prompts, responses):
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    return long(prompts, responses)
+
 def one_argument(prompts):
     return []
 '''
@@ -98,6 +104,15 @@ def answering(answer: Any) -> list[Reward]:
 def test_a_function_may_answer_in_any_array(name: str, load: Callable[..., list[Reward]]) -> None:
     found = reward_functions.score(load(name), PROMPTS, RESPONSES, 1)
     assert found == (LENGTHS, [LENGTHS], 0.0) and all(type(value) is float for value in found.values)
+
+
+def test_what_it_sets_for_all_of_torch_is_set_back(file: Path, load: Callable[..., list[Reward]]) -> None:
+    """As code for inference does: the policy's update, which comes after it, could not learn."""
+    file.write_text(FUNCTIONS + "torch.set_grad_enabled(False)\n")
+    rewards = load("sets_torch")
+    assert torch.is_grad_enabled()
+    assert reward_functions.score(rewards, PROMPTS, RESPONSES, call=1).values == LENGTHS
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
 
 
 def test_the_file_is_read_anew_and_leaves_nothing_behind(file: Path, load: Callable[..., list[Reward]]) -> None:

@@ -6,9 +6,10 @@ text, both of one length, and returns one number for each response:
     def score(prompts: list[str], responses: list[str]) -> list[float]:
         return [-float(len(response)) for response in responses]
 
-Three things are the user's duty. The same prompts and responses must get the same numbers in every call, or a run
-that was killed does not resume to the same bytes. The file must stand alone: DVC watches it, but not what it
-imports. And members of an ensemble must measure on one scale, since their plain mean is what is trained on.
+Gradients are off in it, and what it sets for all of torch (no gradients, a default type) is set back. Three things are
+the user's duty. The same prompts and responses must get the same numbers in every call, or a run that was killed does
+not resume to the same bytes. The file must stand alone: DVC watches it, but not what it imports. And members of an
+ensemble must measure on one scale, since their plain mean is what is trained on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -132,7 +134,8 @@ def _answer(reward: Reward, prompts: Sequence[str], responses: Sequence[str], ca
     """What one member says, checked."""
     where = f"reward `{reward.name}`, " + ("answers to held-out prompts" if call is None else f"call {call}")
     try:
-        answer = reward.score(list(prompts), list(responses))
+        with _apart():
+            answer = reward.score(list(prompts), list(responses))
     except Stopped:
         raise
     except (Exception, SystemExit) as error:
@@ -150,6 +153,19 @@ def _answer(reward: Reward, prompts: Sequence[str], responses: Sequence[str], ca
                 f"{faults.shown(prompt)}; {accepted}, none beyond {LARGEST:g} on either side of 0"
             )
     return [number for number in numbers if number is not None]
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Inside, gradients are off; afterwards they are as before, and so is torch's default type."""
+    import torch
+
+    kind = torch.get_default_dtype()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(kind)
 
 
 def _listed(answer: Any) -> list[Any] | None:
@@ -205,7 +221,8 @@ def _function(path: str, place: Path, name: str, module_name: str) -> Score:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # where dataclasses and pickle look for the module of a class
     try:
-        exec(spec.loader.source_to_code(place.read_bytes(), str(place)), module.__dict__)
+        with _apart():
+            exec(spec.loader.source_to_code(place.read_bytes(), str(place)), module.__dict__)
     except Stopped:
         raise
     except (Exception, SystemExit) as error:
@@ -253,17 +270,12 @@ def _model(name: str, place: Path, tokenizer: Any, context: StageContext) -> Sco
         )
 
     def scored(prompts: list[str], responses: list[str]) -> list[float]:
-        places: dict[str, list[int]] = {}
-        for number, prompt in enumerate(prompts):
-            places.setdefault(prompt, []).append(number)
-        items = [(prompt, [responses[number] for number in numbers]) for prompt, numbers in places.items()]
-        found = reward_model.score(model, own, items, context, k_way.teller(context, name))
-        known = {
-            number: value
-            for numbers, values in zip(places.values(), found, strict=True)
-            for number, value in zip(numbers, values, strict=True)
-        }
-        return [known[number] for number in range(len(prompts))]
+        asked: dict[str, list[str]] = {}
+        for prompt, response in zip(prompts, responses, strict=True):
+            asked.setdefault(prompt, []).append(response)
+        found = reward_model.score(model, own, list(asked.items()), context, k_way.teller(context, name))
+        values = dict(zip(asked, map(iter, found), strict=True))
+        return [next(values[prompt]) for prompt in prompts]
 
     return scored
 
