@@ -81,6 +81,9 @@ def test_too_few_groups_pass_no_comparison_and_are_told(rows, tmp_path, rule):
         assert "Infinity" not in json.dumps(verdict.to_json())
     few = evaluate("m", gate(rule), {}, rows(2.5, ids=["a", "b"]), {})
     assert not few.passed and "the test side has 2 examples" in few.table()
+    table.assign(bytes=table["bytes"] * (table.index < 3)).to_parquet(tmp_path / "weighed.parquet")
+    weighed = evaluate("m", gate(rule), {}, tmp_path / "weighed.parquet", {})
+    assert not weighed.passed and "with a weight in bytes there are 3 examples, and at least 5" in weighed.table()
 
 
 def unseen(tmp_path: Path, weights: list[float]) -> Path:

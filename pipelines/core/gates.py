@@ -154,7 +154,7 @@ def _comparison(rule: Comparison, mine: dict[str, NDArray[Any]], baseline: Basel
     score = f"{rule.score} per {rule.per}" if rule.per else rule.score
     ask = "better than" if rule.better_than else f"not worse by {rule.margin:.2%} than"
     text = f"{score} {ask} {rule.baseline}"
-    mine = _weighed(mine, rule)
+    every, mine = len(mine["id"]), _weighed(mine, rule)
     if not len(mine["id"]):
         if rule.where_measured:
             return Row(text, None, None, None, None, rule.baseline, passed=True, note=NOT_MEASURED)
@@ -179,20 +179,21 @@ def _comparison(rule: Comparison, mine: dict[str, NDArray[Any]], baseline: Basel
     worst = difference.high if rule.lower_is_better else -difference.low
     passed = worst < 0 if rule.better_than else worst <= allowed
     count = clusters(len(values), group)
-    note = _too_few(count, group is not None) if count < MIN_GROUPS else ""
+    side = "the test side has" if len(values) == every else f"with a weight in {rule.per} there are"
+    note = _too_few(side, count, group is not None) if count < MIN_GROUPS else ""
     bound = allowed if rule.lower_is_better else -allowed
     shown = f"{name}: {reference:.4g}"
     return Row(text, value, difference.low, difference.high, bound, shown, bool(passed) and not note, note)
 
 
-def _too_few(count: int, grouped: bool) -> str:
+def _too_few(side: str, count: int, grouped: bool) -> str:
     """Why a comparison of so few groups, or of so few examples without groups, does not pass."""
     from pipelines.core.statistics import MIN_GROUPS
 
     if not grouped:
-        return f"the test side has {count} examples, and at least {MIN_GROUPS} are needed: give it more"
+        return f"{side} {count} examples, and at least {MIN_GROUPS} are needed: give it more"
     return (
-        f"the test side has {count} groups (column group), and at least {MIN_GROUPS} are needed: give it more groups, "
+        f"{side} {count} groups (column group), and at least {MIN_GROUPS} are needed: give it more groups, "
         "or a finer group column"
     )
 

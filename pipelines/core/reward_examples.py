@@ -67,7 +67,11 @@ def gather(
         params.seed,
     )
     if sides.unseen:
-        context.say(f"labelers kept out of training: {', '.join(sorted(sides.unseen))}")
+        theirs = [one for one in sides.held_out if one.labeler in sides.unseen]
+        context.say(
+            f"labelers kept out of training: {', '.join(sorted(sides.unseen))}; held out are {len(theirs)} rankings of "
+            f"theirs, of {len({one.group for one in theirs})} groups of prompts (more: reward.held_out_labelers)"
+        )
     elif labelers:
         context.say("fewer than two labelers are named in the comparisons: none is kept out of training")
     train = preference_data.some(sides.train, params.rankings)
