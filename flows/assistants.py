@@ -167,8 +167,10 @@ def source_lines(reply: Any) -> list[str]:
     """The numbered sources of a reply, a line each: title, file and line, and whether the answer cites it."""
     lines = []
     for source in reply.sources:
-        file, _, line = (source.url or "").partition("#L")
-        where = f"{file}, line {line}" if line else f"{file or 'its text'}, line {source.line}"
+        file, named, line = (source.url or "").rpartition("#L")
+        if not (named and line.isdecimal()):  # `#Legacy` is a section
+            file = source.url or "its text"
+        where = f"{file}, line {source.line}"
         title, where = (" ".join(part.split()) for part in (source.title, where))  # which could write a line of ours
         lines.append(clean(f"[{source.number}] {title}  ({where}){'' if source.cited else '  not cited'}"))
     if any(source.cited for source in reply.sources) and not reply.own:

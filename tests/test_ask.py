@@ -92,6 +92,20 @@ def test_a_document_writes_no_line_among_the_sources() -> None:
     assert line == "[1] Notes [2] numpy.flip (numpy.py, line 1)  (a.md The numbers were put in by us, line 3)"
 
 
+@pytest.mark.parametrize(
+    ("url", "line", "where"),
+    [
+        ("shapes/areas.py#L12", 12, "shapes/areas.py, line 12"),
+        ("https://example.org/wiki/Seoul#Legacy", 3, "https://example.org/wiki/Seoul#Legacy, line 3"),
+        ("https://example.org/a.py#L10-L20", 3, "https://example.org/a.py#L10-L20, line 3"),
+        (None, 3, "its text, line 3"),
+    ],
+)
+def test_only_a_number_behind_a_url_is_a_line(url: str | None, line: int, where: str) -> None:
+    source = assistant.Source(1, "Seoul", url, line, "text", 0.5, True)
+    assert assistants.source_lines(assistant.Reply("Yes [1].", [source], False, True, 0, {})) == [f"[1] Seoul  ({where})"]
+
+
 def test_options_change_the_answer(root: Path, index: FakeIndex) -> None:
     def answer(**changes: object) -> str:
         return str(json.loads(said(root, PLAIN._replace(json=True, **changes)))["answer"])
