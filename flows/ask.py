@@ -65,7 +65,7 @@ def ask(root: Path, here: Path, question: str, options: Options, console: Consol
         lines += [*again, ""]
     lines += assistants.source_lines(reply)
     lines += [""] * bool(reply.sources) + [f"{answering.name}: {times(seconds)}"]
-    console.print(*lines, sep="\n", markup=False, highlight=False, soft_wrap=True)
+    print(*lines, sep="\n", file=console.file)  # a console would make an emoji of `[:key:]`, and blanks of a tab
 
 
 def times(seconds: dict[str, float]) -> str:

@@ -167,8 +167,8 @@ class Chat:
         self.tell(self.answering.name)
 
     def tell(self, text: str) -> None:
-        """Print what is not an answer."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Print a text as it is: a console would make an emoji of `[:key:]`, and blanks of a tab."""
+        print(text, file=self.console.file, flush=True)
 
 
 def _lines(typed: bool, tell: Callable[[str], None]) -> Iterator[str]:

@@ -33,7 +33,7 @@ def messages() -> Iterator[tuple[Path, Console]]:
     from pipelines.core.errors import UserError
 
     _write_anything()
-    console = Console()
+    console = Console(emoji=False)  # `:key:` is what somebody wrote
     signal.signal(signal.SIGTERM, _terminate)
     try:
         root = find_root(Path.cwd())

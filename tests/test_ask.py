@@ -76,6 +76,13 @@ def test_numbers_that_come_or_go_behind_the_stream_are_shown(
     assert "of its sources:" not in said(root) and "no source:" not in said(root)  # what is not streamed is told once
 
 
+def test_what_an_answer_spells_is_no_emoji_and_a_tab_stays(
+    root: Path, index: FakeIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "stream", lambda *arguments: iter(["all:\n\tgcc d[:key:] :x:"]))
+    assert said(root).startswith("all:\n\tgcc d[:key:] :x:\n")
+
+
 def test_what_steers_a_terminal_is_left_out_or_in_json_spelled_out() -> None:
     text = "a\x1b[2J\x9b\u202eb\u2066\tc\n"
     assert assistants.clean(text) == "a[2Jb\tc\n"

@@ -180,6 +180,13 @@ def test_what_a_model_says_cannot_steer_the_terminal(
     assert shown.startswith("a]0;titlebc\n") and not set(shown) & {"\x1b", "\x07", "\x9b", "\r"}
 
 
+def test_what_a_document_spells_is_no_emoji_and_a_tab_stays(root: Path, index: FakeIndex) -> None:
+    one, file = talk(root)
+    heard(one, file, "an array")
+    one.reply = one.reply._replace(sources=[one.reply.sources[0]._replace(text="all:\n\td[:key:]")])
+    assert "    all:\n    \td[:key:]\n" in heard(one, file, "/sources")
+
+
 def test_lines_of_a_pipe_are_answered_until_it_ends(
     root: Path, index: FakeIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
