@@ -135,6 +135,30 @@ def test_an_encyclopedia_s_extract_has_its_sections() -> None:
     assert list(titles) == ["Seoul", "Seoul > History", "Seoul > History > 조선", "Seoul > Names"]
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        "```py\n" + 'print("Hello. World! Are you there?")  # Yes. No.\n' * 20 + "```",
+        "| Attack | What it does. And why |\n| --- | --- |\n"
+        + "| XSS | It runs a script. It steals. Or worse |\n" * 20,
+        "+-----+-----+\n" + "| a. B | Yes. It is |\n+-----+-----+\n" * 20,
+    ],
+)
+def test_lines_of_code_and_rows_of_tables_stay_whole(block: str) -> None:
+    for text in (block, f"# Use\n{block}\nSo it goes. On.", f"Like this:\n{block}"):
+        found = cut(text, 60, 0.3)
+        assert len(found) > 3
+        for chunk in found:
+            assert chunk.start == 0 or text[chunk.start - 1] == "\n"
+            assert chunk.end == len(text.rstrip()) or text[chunk.end] == "\n"
+
+
+def test_a_block_between_sentences_stays_whole_where_it_fits() -> None:
+    code = "```\n" + "x = 1\n" * 8 + "```"
+    text = "One sentence stands here. " * 6 + f"\n{code}\n" + "Another sentence stands there. " * 6
+    assert any(code in text[chunk.start : chunk.end] for chunk in cut(text, 50, 0.0))
+
+
 def test_chunks_end_with_sentences_and_repeat_whole_ones() -> None:
     text = " ".join(f"This is the sentence of number {number}." for number in range(30))
     found = cut(text, 40, 0.3)

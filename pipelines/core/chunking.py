@@ -1,8 +1,10 @@
 """Documents in, chunks out: spans of a document's text, cut where its structure allows, with the titles above them.
 
 1. A text falls into paragraphs under headings: Markdown's, MediaWiki's, underlined ones (numpydoc, reStructuredText)
-   and Google's `Args:`. A fenced block is one paragraph: as CommonMark has it, to a line of as many of its signs.
-2. A paragraph that is longer than a chunk falls into sentences, these into lines, these into words, these into pieces.
+   and Google's `Args:`. A fenced block is one paragraph: as CommonMark has it, to a line of as many of its signs. So is
+   a table.
+2. A paragraph that is longer than a chunk falls into sentences, these into lines, these into words, these into pieces;
+   a fenced block and a table into lines at once, as a stop in a cell or in quotes ends nothing.
 3. Chunks are filled with what comes next. Where a heading follows, a chunk that is half full ends: sections stay whole
    where they can, and do not become chunks of three words where they cannot.
 4. A chunk that begins inside a section repeats the end of the one before, whole sentences up to `overlap`.
@@ -22,7 +24,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-VERSION = 2  # of the cuts: another one makes other chunks
+VERSION = 3  # of the cuts: another one makes other chunks
 CHARACTERS = 8  # of a token at most, as sizes count it; English has 4
 TITLE = 160  # characters of a title path
 
@@ -35,6 +37,7 @@ _GOOGLE = re.compile(
     r"Attributes|Methods|Methods and attributes|Examples?|Notes?|References?|Usage|Warnings?):\s*"
 )
 _LEVELS = {"=": 1, "-": 2, "~": 3}
+_ROW = re.compile(r"\s*(?:\||\+[-=]{2})")  # of a table: Markdown's, a grid of reStructuredText
 _SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[^\sa-z])|(?<=[。！？])")
 _LINE = re.compile(r"(?<=\n)")
 _WORD = re.compile(r"(?<=\s)(?=\S)")
@@ -77,10 +80,10 @@ def chunks(title: str, text: str, tokens: NDArray[np.int64], size: int, overlap:
 
     paths: list[str] = []
     pieces: list[_Piece] = []
-    for path, opens, start, end in _paragraphs(title, text):
+    for path, opens, start, end, verbatim in _paragraphs(title, text):
         if opens or not paths:
             paths.append(path)
-        spans = _cut(text, start, end, size, measure, 0)
+        spans = _cut(text, start, end, size, measure, _CUTS.index(_LINE) if verbatim else 0)
         pieces += [_Piece(*span, len(paths) - 1, opens and not at) for at, span in enumerate(spans)]
     runs = _filled(pieces, size, int(overlap * size), measure)
     return [Chunk(paths[run[0].section], run[0].start, run[-1].end) for run in runs]
@@ -128,29 +131,34 @@ def _filled(pieces: Sequence[_Piece], size: int, overlap: int, measure: Sizes) -
         yield run
 
 
-def _paragraphs(title: str, text: str) -> Iterator[tuple[str, bool, int, int]]:
-    """(title path, whether a heading opens it, start, end) of paragraphs; a heading belongs to what follows it."""
+def _paragraphs(title: str, text: str) -> Iterator[tuple[str, bool, int, int, bool]]:
+    """(title path, whether a heading opens it, start, end, whether it is code or a table) of paragraphs; a heading
+    belongs to what follows it.
+    """
     above: list[tuple[int, str]] = []
     lines = text.splitlines(keepends=True)
     path, opens, start, at = _path(title, above), False, -1, 0
     end, fence = -1, ""
-    bare = False  # nothing but a heading yet
+    bare = verbatim = False  # nothing but a heading yet; code or a table
     for number, line in enumerate(lines):
         before, fence = fence, _fence(lines, number, fence)
         found = None if before or fence else _heading(lines, number)
-        if start >= 0 and not before and (found or not (bare or line.strip())):
-            yield path, opens, start, end
+        kind = bool(before or fence or _ROW.match(line))
+        other = kind != verbatim and not (bare or before)
+        if start >= 0 and not before and (found or other or not (bare or line.strip())):
+            yield path, opens, start, end, verbatim
             start, opens = -1, False
         if found:
             above = [*(one for one in above if one[0] < found[0]), found]
             path, opens = _path(title, above), True
         bare = bool(found) or (bare and bool(not line.strip() or _UNDERLINE.fullmatch(line)))
+        verbatim = kind
         if line.strip():
             start = at + len(line) - len(line.lstrip()) if start < 0 else start
             end = at + len(line.rstrip())
         at += len(line)
     if start >= 0:
-        yield path, opens, start, end
+        yield path, opens, start, end, verbatim
 
 
 def _heading(lines: Sequence[str], number: int) -> tuple[int, str] | None:
