@@ -135,6 +135,16 @@ def test_an_encyclopedia_s_extract_has_its_sections() -> None:
     assert list(titles) == ["Seoul", "Seoul > History", "Seoul > History > 조선", "Seoul > Names"]
 
 
+def test_a_line_above_a_heading_belongs_to_it() -> None:
+    text = "=====\n Guide\n=====\n\nfirst words are few\n\nPart\n====\n\nsecond words are more and more\n\n"
+    text += "*****\nOther\n*****\n\nlast"
+    found = cut(text, 20, 0.0, "T")
+    assert [chunk.title for chunk in found] == ["T > Guide", "T > Guide > Part", "T > Other"]
+    assert [text[chunk.start :][:6] for chunk in found] == ["=====\n", "Part\n=", "*****\n"]
+    for plain in ("---\ntitle: x\n---\n\nwords", "=====\n-----\n=====\n\nwords", "some\nwords\n===\nx\n==="):
+        assert {chunk.title for chunk in cut(plain, 5)} == {"T"}, plain
+
+
 @pytest.mark.parametrize(
     "block",
     [

@@ -1,8 +1,8 @@
 """Documents in, chunks out: spans of a document's text, cut where its structure allows, with the titles above them.
 
-1. A text falls into paragraphs under headings: Markdown's, MediaWiki's, underlined ones (numpydoc, reStructuredText)
-   and Google's `Args:`. A fenced block is one paragraph: as CommonMark has it, to a line of as many of its signs. So is
-   a table.
+1. A text falls into paragraphs under headings: Markdown's, MediaWiki's, underlined ones (numpydoc, reStructuredText,
+   there with a line above, too) and Google's `Args:`. A fenced block is one paragraph: as CommonMark has it, to a line
+   of as many of its signs. So is a table.
 2. A paragraph that is longer than a chunk falls into sentences, these into lines, these into words, these into pieces;
    a fenced block and a table into lines at once, as a stop in a cell or in quotes ends nothing.
 3. Chunks are filled with what comes next. Where a heading follows, a chunk that is half full ends: sections stay whole
@@ -151,7 +151,8 @@ def _paragraphs(title: str, text: str) -> Iterator[tuple[str, bool, int, int, bo
         if found:
             above = [*(one for one in above if one[0] < found[0]), found]
             path, opens = _path(title, above), True
-        bare = bool(found) or (bare and bool(not line.strip() or _UNDERLINE.fullmatch(line)))
+        rule = _UNDERLINE.fullmatch(line) is not None or _overlined(lines, number)  # of a heading, or its words
+        bare = bool(found) or (bare and (rule or not line.strip()))
         verbatim = kind
         if line.strip():
             start = at + len(line) - len(line.lstrip()) if start < 0 else start
@@ -172,6 +173,8 @@ def _heading(lines: Sequence[str], number: int) -> tuple[int, str] | None:
         return len(match[1]), match[2].strip()[:TITLE]
     if match := _GOOGLE.fullmatch(line):
         return 7, match[1]  # below all others
+    if number + 1 < len(lines) and _overlined(lines, number + 1):
+        return 0, lines[number + 1].strip()  # above all others: a document's title, its parts
     sign = _underline(lines, number)
     return (_LEVELS.get(sign, 4), line.strip()) if sign else None
 
@@ -186,6 +189,16 @@ def _underline(lines: Sequence[str], number: int) -> str:
         return ""
     # Below a longer line it begins a fenced block
     return "" if match[1] == "~" and len(following.strip()) < len(words) else match[1]
+
+
+def _overlined(lines: Sequence[str], number: int) -> bool:
+    """Whether a line stands between two of one sign, equally long and no shorter; nothing before them."""
+    if not 0 < number < len(lines) - 1 or (number > 1 and lines[number - 2].strip()):
+        return False
+    above, words, below = (line.strip() for line in lines[number - 1 : number + 2])
+    if above != below or not 0 < len(words) <= min(len(above), TITLE):
+        return False
+    return _UNDERLINE.fullmatch(above) is not None and _UNDERLINE.fullmatch(words) is None
 
 
 def _fence(lines: Sequence[str], number: int, fence: str) -> str:
