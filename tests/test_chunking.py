@@ -169,6 +169,13 @@ def test_a_block_between_sentences_stays_whole_where_it_fits() -> None:
     assert any(code in text[chunk.start : chunk.end] for chunk in cut(text, 50, 0.0))
 
 
+@pytest.mark.parametrize("stop", ["。", "。」", "؟ ", "। ", "? "])
+def test_sentences_of_other_scripts_end(stop: str) -> None:
+    text = "".join(f"{'한' * 3} {'व' * 2} {number}{stop}" for number in range(60))
+    found = cut(text, 30, 0.0)
+    assert len(found) > 3 and all(text[chunk.start : chunk.end].endswith(stop.strip()) for chunk in found)
+
+
 def test_chunks_end_with_sentences_and_repeat_whole_ones() -> None:
     text = " ".join(f"This is the sentence of number {number}." for number in range(30))
     found = cut(text, 40, 0.3)

@@ -38,7 +38,10 @@ _GOOGLE = re.compile(
 )
 _LEVELS = {"=": 1, "-": 2, "~": 3}
 _ROW = re.compile(r"\s*(?:\||\+[-=]{2})")  # of a table: Markdown's, a grid of reStructuredText
-_SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[^\sa-z])|(?<=[。！？])")
+# Also Arabic, Urdu and Hindi; behind a Chinese or Japanese one its closing bracket.
+_SENTENCE = re.compile(
+    r"(?<=[.!?؟۔।])[\"')\]]*\s+(?=[^\sa-z])|(?<=[。！？])(?![。！？」』”’）])|(?<=[。！？][」』”’）])"
+)
 _LINE = re.compile(r"(?<=\n)")
 _WORD = re.compile(r"(?<=\s)(?=\S)")
 _CUTS = (_SENTENCE, _LINE, _WORD)
