@@ -73,6 +73,9 @@ def test_terms_are_names_as_a_whole_and_in_parts_without_accents_and_plurals() -
     assert lexical.terms("Arrays, queries; class this") == ["array", "query", "class", "this"]
     assert lexical.terms("café naïve") == ["cafe", "naive"]
     assert lexical.terms("서울은 東京タワー 🎉") == ["서울", "울은", "東京", "京タ", "タワ", "ワー", "🎉"]
+    assert lexical.terms("हिन्दी, भाषा_की।") == ["हिन्दी", "भाषा_की", "भाषा", "की"]
+    assert lexical.terms("தமிழ் numpy.ภาษา") == ["தமிழ்", "numpy.", "ภา", "าษ", "ษา", "numpy", "ภา", "าษ", "ษา"]
+    assert lexical.terms("مُحَمَّد مـحمد אָרוֹן") == ["محمد", "محمد", "ארון"]
     assert lexical.terms(" ... ") == []
     assert lexical.query_terms("how do I flip an array, flip?") == ["flip", "array"]
     assert lexical.query_terms("for not") == ["for", "not"]
@@ -83,7 +86,7 @@ def test_marks_without_end_take_no_more_than_their_length() -> None:
     whole = unicodedata.normalize("NFC", lexical._ACCENTS.sub("", unicodedata.normalize("NFKD", few)))
     assert lexical._words(few) == lexical._WORD.findall(whole)
     began = time.process_time()
-    assert lexical.terms("a" + "\u0591\u05b2\u05b1\u05b0" * 20_000 + "b") == ["a", "b"]
+    assert lexical.terms("a" + "\u0591\u05b2\u05b1\u05b0" * 20_000 + "b") == ["ab"]
     assert lexical.terms("e" + "\u0315\u0300\u0327" * 20_000 + "x — ✓✓ ... ") == ["ex", "✓", "✓"]
     assert time.process_time() - began < 3
 
@@ -273,7 +276,7 @@ def test_a_damaged_file_is_named(folder: Path, name: str, tmp_path: Path) -> Non
         retrieval.Index.open(copy)
     told = retrieval.read_manifest(folder)
     (copy / "manifest.json").write_text(json.dumps(told | {"files": {}, "bm25": told["bm25"] | {"version": 99}}))
-    with pytest.raises(retrieval.IndexDamaged, match=r"bm25\.version 99; accepted: 1; build the index again"):
+    with pytest.raises(retrieval.IndexDamaged, match=r"bm25\.version 99; accepted: 2; build the index again"):
         retrieval.Index.open(copy)
 
 

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from array import array
 from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 1  # of `terms`: an index and its queries must agree
+VERSION = 2  # of `terms`: an index and its queries must agree
 K1, B = 1.2, 0.75  # Lucene's defaults
 DATA, INDICES, POINTERS = "data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"  # as bm25s names them
 VOCABULARY = "vocab.index.json"
@@ -30,81 +31,29 @@ MARKS = 30  # combining marks in a row, as Unicode's Stream-Safe Text Format (UA
 # Lucene's English stop words and those of questions. Left out of queries alone: `for` and `not` are Python, too.
 STOP_WORDS = frozenset(
     [
-        "a",
-        "about",
-        "am",
-        "an",
-        "and",
-        "any",
-        "are",
-        "as",
-        "at",
-        "be",
-        "but",
-        "by",
-        "can",
-        "could",
-        "did",
-        "do",
-        "does",
-        "for",
-        "from",
-        "had",
-        "has",
-        "have",
-        "how",
-        "i",
-        "if",
-        "in",
-        "into",
-        "is",
-        "it",
-        "its",
-        "me",
-        "my",
-        "no",
-        "not",
-        "of",
-        "on",
-        "or",
-        "shall",
-        "should",
-        "such",
-        "that",
-        "the",
-        "their",
-        "then",
-        "there",
-        "these",
-        "they",
-        "this",
-        "to",
-        "was",
-        "we",
-        "were",
-        "what",
-        "when",
-        "where",
-        "which",
-        "who",
-        "why",
-        "will",
-        "with",
-        "would",
-        "you",
-        "your",
+        "a", "about", "am", "an", "and", "any", "are", "as", "at", "be", "but", "by", "can", "could", "did", "do",
+        "does", "for", "from", "had", "has", "have", "how", "i", "if", "in", "into", "is", "it", "its", "me",
+        "my", "no", "not", "of", "on", "or", "shall", "should", "such", "that", "the", "their", "then", "there",
+        "these", "they", "this", "to", "was", "we", "were", "what", "when", "where", "which", "who", "why",
+        "will", "with", "would", "you", "your",
     ]
-)
+)  # fmt: skip
 
 # A name with dots and underscores, or one sign that is no punctuation (arrows to dingbats, emoji).
 _WORD = re.compile(r"\w+(?:\.\w+)*|[\u2190-\u2bff\U0001f000-\U0001faff]")
 _PART = re.compile(r"[^\W_]+")
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-# Scripts written without spaces, or with endings that stick to the word: Thai, Lao, kana, CJK, Hangul.
+# Scripts written without spaces, or with endings that stick to the word: Thai, Lao, Burmese, Khmer, kana, CJK, Hangul.
 _UNSPACED = re.compile(
-    r"[\u0e00-\u0eff\u1100-\u11ff\u3040-\u30ff\u3130-\u318f\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]+"
+    r"[\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3040-\u30ff\u3130-\u318f\u3400-\u9fff\uac00-\ud7af"
+    r"\U00020000-\U0003ffff]+"
 )
-_ACCENTS = re.compile(r"[\u0300-\u036f]")
+# What is left out in most texts: accents, the points of Hebrew and Arabic, and what stretches an Arabic word.
+_ACCENTS = re.compile(
+    r"[\u0300-\u036f\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06dc"
+    r"\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed]"
+)
+VOWELS = (*range(0x0900, 0x1D00), *range(0xA800, 0xAC00), *range(0x11000, 0x12000))  # where marks are parts of words
 _SIGNS = re.compile(rf"[^\w\s]{{{MARKS + 1},}}")
 
 
@@ -112,7 +61,8 @@ def terms(text: str) -> list[str]:
     """What a text is found by, in order, repeated as often as it occurs.
 
     `numpy.flip_lr` gives itself, `numpy`, `flip_lr`, `flip` and `lr`; `DataFrame` itself, `data` and `frame`; a plural
-    its singular; accents go. Korean, Chinese, Japanese and Thai give pairs of characters (as Lucene's CJK analyzer).
+    its singular; accents go, and the points of Hebrew and Arabic. Korean, Chinese, Japanese, Thai, Burmese and Khmer
+    give pairs of characters (as Lucene's CJK analyzer).
     """
     return [term for word in _words(text) for term in _of_word(word)]
 
@@ -123,7 +73,16 @@ def _words(text: str) -> list[str]:
         # Decomposed, accents are characters of their own; composed again, Hangul is what it was
         text = unicodedata.normalize("NFKD", _SIGNS.sub(_few_marks, text))
         text = unicodedata.normalize("NFC", _ACCENTS.sub("", text))
+        return _with_vowels()[0].findall(text)
     return _WORD.findall(text)
+
+
+@cache
+def _with_vowels() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Words and their parts in any script: from Hindi to Khmer vowels are marks, which `\\w` leaves out."""
+    marks = "".join(chr(code) for code in VOWELS if unicodedata.category(chr(code)).startswith("M"))
+    word = _WORD.pattern.replace(r"\w+", rf"\w[\w{marks}]*")
+    return re.compile(word), re.compile(rf"(?:[^\W_][{marks}]*)+")
 
 
 def _few_marks(signs: re.Match[str]) -> str:
@@ -138,10 +97,11 @@ def _of_word(word: str) -> list[str]:
     if whole.isascii() and whole.isalnum() and (word.islower() or word[1:].islower() or len(word) == 1):
         return [_singular(whole)]  # nearly every word
     found = [_singular(whole)] if whole else []
+    parts = _PART if word.isascii() or word.isalnum() else _with_vowels()[1]  # a mark is no letter
     for name in word.split("."):
-        if name != word and len(_PART.findall(name)) > 1:
+        if name != word and len(parts.findall(name)) > 1:
             found.append(name.casefold().strip("_"))
-        for part in _PART.findall(name):
+        for part in parts.findall(name):
             humps = _HUMP.split(part)
             pieces = [part, *humps] if len(humps) > 1 else [part]
             found += [piece for one in pieces if (piece := _singular(one.casefold())) != (found or [""])[0]]
