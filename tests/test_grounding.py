@@ -146,12 +146,17 @@ def test_irrelevant(passages: list[Passage], threshold: float | None, expected: 
         ("[1][2] both", [1, 2]),
         ("Use a[0] and `x = [1]` or\n```\n[2]\n```", []),
         ("f(x)[1] and y[1][2]", []),
+        ("서울은 수도다[1]. 反転します[2, 3]。", [1, 2, 3]),
         ("[one] [] [1.5] [1000]", []),
         ("", []),
     ],
 )
 def test_citations(answer: str, expected: list[int]) -> None:
     assert citing.citations(answer) == expected
+
+
+def test_a_document_in_any_script_cites_nothing() -> None:
+    assert citing.quoted("[1] It is so [2]. 수도다[3]. タワー[4] a[5]") == "(1) It is so (2). 수도다(3). タワー(4) a[5]"
 
 
 def test_marks_of_no_passage_are_counted_and_dropped() -> None:
