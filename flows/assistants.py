@@ -168,9 +168,12 @@ def source_lines(reply: Any) -> list[str]:
     lines = []
     for source in reply.sources:
         file, named, line = (source.url or "").rpartition("#L")
-        if not (named and line.isdecimal()):  # `#Legacy` is a section
-            file = source.url or "its text"
-        where = f"{file}, line {source.line}"
+        if named and line.isdecimal():  # `#Legacy` is a section
+            where = f"{file}, line {line}"
+        elif source.url or not source.source:
+            where = f"{source.url or 'its text'}, line {source.line}"
+        else:  # a file may hold many documents
+            where = f"{source.source}, line {source.line} of its text"
         title, where = (" ".join(part.split()) for part in (source.title, where))  # which could write a line of ours
         lines.append(clean(f"[{source.number}] {title}  ({where}){'' if source.cited else '  not cited'}"))
     if any(source.cited for source in reply.sources) and not reply.own:

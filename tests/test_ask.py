@@ -110,7 +110,14 @@ def test_a_document_writes_no_line_among_the_sources() -> None:
 )
 def test_only_a_number_behind_a_url_is_a_line(url: str | None, line: int, where: str) -> None:
     source = assistant.Source(1, "Seoul", url, line, "text", 0.5, True)
-    assert assistants.source_lines(assistant.Reply("Yes [1].", [source], False, True, 0, {})) == [f"[1] Seoul  ({where})"]
+    (told,) = assistants.source_lines(assistant.Reply("Yes [1].", [source], False, True, 0, {}))
+    assert told == f"[1] Seoul  ({where})"
+
+
+def test_a_document_without_a_url_is_told_by_its_file() -> None:
+    source = assistant.Source(1, "XSS", None, 3, "text", 0.5, True, "sheets/xss.md")
+    (line,) = assistants.source_lines(assistant.Reply("Yes [1].", [source], False, True, 0, {}))
+    assert line == "[1] XSS  (sheets/xss.md, line 3 of its text)"
 
 
 def test_options_change_the_answer(root: Path, index: FakeIndex) -> None:

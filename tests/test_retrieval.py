@@ -189,6 +189,7 @@ def test_a_passage_says_where_it_stands(index: retrieval.Index) -> None:
         text = texts[passage.document]
         assert text[passage.start : passage.end] == passage.text
         assert passage.line == text[: passage.start].count("\n") + 1
+        assert passage.source == ("np" if passage.document == "numpy.flipud" else None)
     later = [passage for passage in found if not passage.chunk.endswith("#0")]
     assert later and all(np.isnan(passage.relevance) for passage in later)  # one chunk of a document has a vector
     best = index.search("turn an array upside down", 1, method="dense")[0]

@@ -72,6 +72,7 @@ class Source(NamedTuple):
     text: str
     relevance: float | None  # cosine of question and passage; null: it has no vector
     cited: bool
+    source: str | None = None  # of the data, that the document came from: a file, as a rule
 
 
 class Reply(NamedTuple):
@@ -280,7 +281,7 @@ def _source(number: int, passage: Any, cited: bool) -> Source:
     known = passage.relevance == passage.relevance  # NaN: no vector
     return Source(
         number, passage.title, passage.url, line_of(passage), passage.text,
-        float(passage.relevance) if known else None, cited,
+        float(passage.relevance) if known else None, cited, passage.source,
     )  # fmt: skip
 
 

@@ -59,6 +59,7 @@ class Passage(NamedTuple):
     start: int  # characters into the document's text
     end: int
     line: int  # of the document's text at which it starts, from 1
+    source: str | None = None  # of the data, that the document came from: a file, as a rule
 
 
 def _ours(name: str) -> Any:
@@ -293,8 +294,6 @@ class Index:
         for number, row, score, cosine in zip(found.tolist(), self.chunks.take(found).to_pylist(), scores, cosines,
                                               strict=True):  # fmt: skip
             text = texts[first[number // size] + number % size].as_py()
-            passages.append(
-                Passage(row["chunk"], row["document"], row["title"], text, row["url"], float(score), float(cosine),
-                        row["start"], row["end"], row["line"])
-            )  # fmt: skip
+            known = {name: row[name] for name in Passage._fields if name in row}
+            passages.append(Passage(text=text, score=float(score), relevance=float(cosine), **known))
         return passages

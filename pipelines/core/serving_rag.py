@@ -5,8 +5,8 @@ beside it lie `assistant.py` and what that imports. So it imports nothing from `
 MLflow's format asks for, is the one statement of the project that acts at import.
 
 Input: a column `question`. Params: `max_new_tokens`, `temperature` (0.0 takes the likeliest text) and `seed`. Output:
-`answer`, with marks `[n]`; `sources`, as JSON a list of objects with number, title, url, line, text, relevance, cited;
-`refused`, whether nothing relevant was found or the model said that it does not know.
+`answer`, with marks `[n]`; `sources`, as JSON a list of objects with number, title, url, line, text, relevance, cited,
+source; `refused`, whether nothing relevant was found or the model said that it does not know.
 """
 
 from __future__ import annotations

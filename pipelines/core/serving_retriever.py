@@ -6,7 +6,7 @@ MLflow's format asks for, is the one statement of the project that acts at impor
 
 Input: a column `query`. Params: `count`, of passages, and `method` (`hybrid`, `bm25` or `dense`). Output: a column
 `passages`, as JSON a list of objects, best first, with chunk, document, title, text, url, score, relevance (null where
-the passage has no vector), start, end, line.
+the passage has no vector), start, end, line, source.
 """
 
 from __future__ import annotations
