@@ -97,6 +97,8 @@ class Chat:
             if self.console.is_terminal:
                 print(assistants.clean(piece), end="", flush=True, file=self.console.file)
 
+        from pipelines.core.citing import unmarked  # numbers of sources mean nothing in the next prompt
+
         said: Message = {"role": "user", "content": question.strip()}
         try:
             self.fit(question)
@@ -105,15 +107,12 @@ class Chat:
             raise UserError(str(error)) from None
         except KeyboardInterrupt:
             self.reply = None
-            if "".join(pieces).strip():
-                self.history += [said, {"role": "assistant", "content": "".join(pieces).strip()}]
+            if stopped := unmarked("".join(pieces)):
+                self.history += [said, {"role": "assistant", "content": stopped}]
             print(file=self.console.file)
             raise
-        from pipelines.core import citing
-
         self.reply = reply
-        # Numbers of sources mean nothing in the next prompt.
-        self.history += [said, {"role": "assistant", "content": citing.unmarked(reply.text)}]
+        self.history += [said, {"role": "assistant", "content": unmarked(reply.text)}]
         shown = [assistants.clean(reply.text)]
         if self.console.is_terminal:
             shown = ["", *assistants.numbered(reply, "".join(pieces))]

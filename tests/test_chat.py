@@ -159,12 +159,12 @@ def test_a_stopped_answer_counts_as_said_and_the_chat_goes_on(
 
     def stopped(*arguments: Any) -> Iterator[str]:
         yield "Half an "
-        yield "answer"
+        yield "answer [1]"
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(generate, "stream", stopped)
-        assert heard(one, file, "an array") == "Half an answer\nstopped\n"
+        assert heard(one, file, "an array") == "Half an answer [1]\nstopped\n"
     assert one.history[-1] == {"role": "assistant", "content": "Half an answer"}
     assert heard(one, file, "/sources") == "There are no sources: no answer yet.\n"
     assert generate.stream is stream
