@@ -169,6 +169,12 @@ def test_chunks_that_nearly_repeat_an_earlier_one_are_found() -> None:
     assert near_chunks.first_of_kind(many).tolist() == [0] * 300
 
 
+def test_titles_without_a_text_do_not_repeat_each_other(embedder: str, tmp_path: Path) -> None:
+    documents = [{"id": name, "title": f"about {name}", "text": ""} for name in ("rain", "snow", "wind")]
+    assert indexing.build(documents, tmp_path, indexing.Settings(embedder=embedder, size=40)).near_duplicates == 0
+    assert len(retrieval.Index.open(tmp_path).search("about snow", 3)) == 3
+
+
 def test_bad_knowledge_and_dials_are_refused_by_name(embedder: str, tmp_path: Path) -> None:
     for rows in ([], [{"id": "a", "title": "", "text": " \n"}]):
         with pytest.raises(DataError, match="knowledge has no document with a text; accepted: at least one"):

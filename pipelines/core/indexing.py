@@ -117,7 +117,7 @@ def build(
     store = VectorCache(cache, f"{sha} {precision}", embedder.dimensions)
     meant = _meant(chunks, documents, settings.embedded_chunks)
     vectors, made = _vectors(list(meant.values()), embedder, store, tell)
-    near = near_chunks.first_of_kind([chunk.text for chunk in chunks])
+    near = near_chunks.first_of_kind([chunk.text or chunk.title for chunk in chunks])
 
     _write_chunks(chunks, list(meant), near, folder / "chunks.parquet")
     np.save(folder / "vectors.npy", vectors)
