@@ -165,6 +165,25 @@ def test_neighbours_are_those_of_the_product_and_cells_find_nearly_all_of_them(t
     assert hits / 150 >= 0.98
 
 
+def test_what_may_be_found_is_found_however_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A filter by a topic, and a question about another one: no cell near the question holds what may be found."""
+    draw = np.random.default_rng(0)
+    topic = np.repeat(np.arange(10), 300)
+    vectors = np.eye(10, 32)[topic] + 0.1 * draw.standard_normal((3000, 32))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    nearest.build(vectors, tmp_path)
+    monkeypatch.setattr(nearest, "PROBED", 4)
+    cells = nearest.Nearest(tmp_path, vectors)
+    query = np.eye(1, 32, dtype=np.float32)[0]
+    for allowed in (topic == 9, topic >= 8, np.arange(3000) < 299):
+        assert allowed.mean() > nearest.FEW
+        rows, _ = cells.search(query, 20, allowed)
+        expected = np.lexsort((np.arange(3000), -np.where(allowed, vectors.astype(np.float32) @ query, -2)))[:20]
+        assert allowed[rows].all() and len(rows) == 20
+        assert len(set(rows.tolist()) & set(expected.tolist())) >= 18
+    assert len(cells.search(query, 2500)[0]) == 2500
+
+
 def test_fusion_by_hand() -> None:
     document = np.array([0, 0, 1, 2])
     found, scores = fusion.fuse([np.array([1, 2, 0]), np.array([0, 3])], document, 10.0, (1.0, 1.5))

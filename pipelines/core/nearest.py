@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from importlib import import_module
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 FILE = "ann.faiss"
 CELLS = 4.0  # times the square root of the vectors
-PROBED = 128  # cells looked at, of 4,000 at a million vectors
+PROBED = 128  # cells looked at, of 4,000 at a million vectors, where every vector may be found
 SAMPLE = 64  # vectors a cell that k-means sees
 BLOCK = 65_536  # vectors read at a time
 COMPARED = 128  # of the best by their bytes, or twice as many as are asked for, are compared as they are
@@ -99,7 +100,13 @@ class Nearest:
             cosines, rows = self._index.search(query[None], count, params=params)
             found = rows[0] >= 0
             return rows[0][found], cosines[0][found]
-        params = faiss.SearchParametersIVF(nprobe=PROBED, **chosen)
-        _, rows = self._index.search(query[None], max(2 * count, COMPARED), params=params)
-        best = np.sort(rows[0][rows[0] >= 0])
-        return best, self.vectors[best].astype(np.float32) @ query
+        # What may be found may lie in few cells, far from the query: the fewer rows, the more cells are looked at
+        share = 1.0 if allowed is None else float(allowed.mean())
+        probed, cells = ceil(PROBED / share), int(self._index.nlist)
+        while True:
+            params = faiss.SearchParametersIVF(nprobe=probed, **chosen)
+            _, rows = self._index.search(query[None], max(2 * count, COMPARED), params=params)
+            best = np.sort(rows[0][rows[0] >= 0])
+            if len(best) >= count or probed >= cells:
+                return best, self.vectors[best].astype(np.float32) @ query
+            probed = cells
