@@ -68,7 +68,8 @@ def run(params: RagParams, inputs: dict[str, Path], outputs: Path, context: Stag
     if unmeasured := retrieval_evaluation.unmeasured(params, asked):
         context.say(f"warning: {unmeasured}")
     pool = retrieval_evaluation.pool(params, index.documents, asked)
-    if params.tune and (fusion := retrieval_evaluation.tuned(index, asked, pool, context)):
+    fusion = retrieval_evaluation.tuned(index, asked, pool, context) if params.tune else None
+    if fusion is not None:
         indexing.set_fusion(place, *fusion)
         index.fusion_k, index.dense_weight = fusion
 
@@ -92,7 +93,8 @@ def run(params: RagParams, inputs: dict[str, Path], outputs: Path, context: Stag
     columns = retrieval_evaluation.rows(asked.judged, of_pool, documents)
     reading.write_evaluation(outputs / "evaluation.parquet", columns)
     artifacts.write_json(outputs / THRESHOLD, relevance_threshold.told(chosen))
-    artifacts.write_text(place / "README.md", rag_card.card(params, index.manifest, metrics, chosen, unmeasured))
+    card = rag_card.card(params, index.manifest, metrics, chosen, unmeasured, pool, fusion is not None)
+    artifacts.write_text(place / "README.md", card)
     page = rag_card.samples(index, asked.judged[: params.samples])
     context.say(page)
     artifacts.write_text(outputs / "samples.md", page)

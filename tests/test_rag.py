@@ -127,6 +127,23 @@ def test_figures_are_those_of_the_judged_queries(
     assert all(metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"] for name in rag.MEASURES)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told", "never"),
+    [
+        ({"pool": 55}, "ranked is a pool of 55 documents", "all documents."),
+        ({"pool": 3500}, "ranked is all documents. 95 %", "a pool of"),
+        ({"pool": 20}, "ranked is a pool of 50 documents, all targets", "20 documents"),
+        ({"tuning_share": 0.0}, "times BM25.\n", "chosen by queries"),
+    ],
+)
+def test_a_card_says_what_was_ranked_and_chosen(
+    changes: dict[str, Any], told: str, never: str, tmp_path: Path, embedder: str
+) -> None:
+    outputs, _, _ = run(tmp_path, params(embedder, **changes), data(tmp_path / "data"))
+    page = (outputs / "index/README.md").read_text()
+    assert told in page and never not in page
+
+
 def test_the_threshold_that_is_published_makes_the_mistakes_that_are_told(
     made: tuple[Path, Path, dict[str, float], StageContext], embedder: str
 ) -> None:

@@ -23,8 +23,17 @@ def card(
     metrics: Mapping[str, float],
     chosen: Chosen | None,
     unmeasured: str,
+    ranked: Sequence[str] | None,
+    tuned: bool,
 ) -> str:
-    """Markdown, without figures of a machine. `manifest`: the index's. `unmeasured`: why nothing judged it, if so."""
+    """Markdown, without figures of a machine.
+
+    Args:
+        manifest: the index's.
+        unmeasured: why nothing judged it, if so.
+        ranked: the pool; None: all documents.
+        tuned: whether queries chose how both rankings are fused.
+    """
     vectors = (
         "of every chunk"
         if params.embedded_chunks is None
@@ -42,18 +51,18 @@ def card(
     if unmeasured:
         return "\n".join([*lines, unmeasured]) + "\n"
     kinds = ", ".join(params.kinds) or "all kinds"
-    ranked = "all documents" if params.pool is None else f"a pool of {params.pool:,} documents, all targets among them"
+    pool = "all documents" if ranked is None else f"a pool of {len(ranked):,} documents, all targets among them"
     lines += [
         f"## How well it finds\n\n{metrics['queries_judged']:,.0f} queries ({kinds}), one document answers each; "
-        f"ranked is {ranked}. 95 % intervals by bootstrap over groups of queries.\n",
+        f"ranked is {pool}. 95 % intervals by bootstrap over groups of queries.\n",
         _table(metrics, "recall_at_10"),
     ]
     if "whole_mrr" in metrics:
         lines += ["The same over all documents:\n", _table(metrics, "recall_at_10", "whole_")]
-    tuned = ", chosen by queries that nothing is judged by" if params.tune else ""
+    how = ", chosen by queries that nothing is judged by" if tuned else ""
     lines.append(
         f"Fused by reciprocal ranks, constant {metrics['fusion_k']:g}, vectors weighing "
-        f"{metrics['fusion_dense_weight']:g} times BM25{tuned}.\n"
+        f"{metrics['fusion_dense_weight']:g} times BM25{how}.\n"
     )
     if chosen is not None and chosen.mistakes is not None:
         nothing = "queries that nothing answers" if chosen.given else "queries whose document was hidden from the index"
