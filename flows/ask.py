@@ -9,6 +9,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from flows import assistants
+from pipelines.core import terminal
 from pipelines.core.errors import ParamsError, UserError
 
 
@@ -45,7 +46,7 @@ def ask(root: Path, here: Path, question: str, options: Options, console: Consol
 
     def say(piece: str) -> None:
         pieces.append(piece)
-        print(assistants.clean(piece), end="", flush=True, file=console.file)
+        print(terminal.clean(piece), end="", flush=True, file=console.file)
 
     try:
         reply = assistant.answer(question, sampling=sampling, look_up=options.look_up, say=say if live else None)
@@ -60,7 +61,7 @@ def ask(root: Path, here: Path, question: str, options: Options, console: Consol
         told |= {"refused": reply.refused, "own_citations": reply.own, "model": answering.name, "seconds": seconds}
         print(assistants.as_json(told, spelled=not console.encoding.startswith("utf")), file=console.file)
         return
-    lines = ["" if live else assistants.clean(reply.text), ""]
+    lines = ["" if live else terminal.clean(reply.text), ""]
     if live and (again := assistants.numbered(reply, "".join(pieces))):
         lines += [*again, ""]
     lines += assistants.source_lines(reply)

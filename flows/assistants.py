@@ -12,17 +12,14 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipelines.core import environment
+from pipelines.core import environment, terminal
 from pipelines.core.errors import ArtifactError, UserError
 
 STAGE, FOLDER = "answers", "assistant"  # the stage, and the directory in its output
 REGISTERED = "sluice-rag"
 CACHE = "models"  # in the state folder: registered versions that were fetched from a server
 ALONE_NEW_TOKENS = 256  # of an answer, where no assistant's settings say
-# Control characters, and marks that turn the direction of the text after them.
-STEERING = [code for code in (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-            if chr(code) not in "\n\t"]  # fmt: skip
-CLEAN, ESCAPED = dict.fromkeys(STEERING), {code: f"\\u{code:04x}" for code in STEERING}
+ESCAPED = {code: f"\\u{code:04x}" for code in terminal.STEERING}
 
 
 class Found(NamedTuple):
@@ -153,11 +150,6 @@ def checked(question: str) -> str:
     return question
 
 
-def clean(text: str) -> str:
-    """Text without what steers: what a document or a model says must not steer the terminal."""
-    return text.translate(CLEAN)
-
-
 def as_json(value: Any, spelled: bool) -> str:
     """A value as JSON for a terminal, which it does not steer; `spelled`: in ASCII."""
     return json.dumps(value, ensure_ascii=spelled, indent=2).translate(ESCAPED)
@@ -175,7 +167,7 @@ def source_lines(reply: Any) -> list[str]:
         else:  # a file may hold many documents
             where = f"{source.source}, line {source.line} of its text"
         title, where = (" ".join(part.split()) for part in (source.title, where))  # which could write a line of ours
-        lines.append(clean(f"[{source.number}] {title}  ({where}){'' if source.cited else '  not cited'}"))
+        lines.append(terminal.clean(f"[{source.number}] {title}  ({where}){'' if source.cited else '  not cited'}"))
     if any(source.cited for source in reply.sources) and not reply.own:
         lines.append("The numbers were put in by comparing words with the sources, not by the model.")
     return lines
@@ -187,7 +179,7 @@ def numbered(reply: Any, streamed: str) -> list[str]:
         return []
     cited = any(source.cited for source in reply.sources)
     heading = "With the numbers of its sources:" if cited else "Without numbers that name no source:"
-    return [heading, clean(reply.text)]
+    return [heading, terminal.clean(reply.text)]
 
 
 def _named(root: Path, here: Path, name: str) -> tuple[Path, str]:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from flows import assistants
 from flows.ask import times
+from pipelines.core import terminal
 from pipelines.core.errors import UserError
 
 HELP = """/sources       what the last answer was made from, in full
@@ -95,7 +96,7 @@ class Chat:
         def say(piece: str) -> None:
             pieces.append(piece)
             if self.console.is_terminal:
-                print(assistants.clean(piece), end="", flush=True, file=self.console.file)
+                print(terminal.clean(piece), end="", flush=True, file=self.console.file)
 
         from pipelines.core.citing import unmarked  # numbers of sources mean nothing in the next prompt
 
@@ -113,7 +114,7 @@ class Chat:
             raise
         self.reply = reply
         self.history += [said, {"role": "assistant", "content": unmarked(reply.text)}]
-        shown = [assistants.clean(reply.text)]
+        shown = [terminal.clean(reply.text)]
         if self.console.is_terminal:
             shown = ["", *assistants.numbered(reply, "".join(pieces))]
         self.tell("\n".join([*shown, *assistants.source_lines(reply), times(reply.seconds), ""]))
@@ -156,7 +157,7 @@ class Chat:
             self.tell(f"There are no sources: {why}")
             return
         for source, line in zip(self.reply.sources, assistants.source_lines(self.reply), strict=False):
-            quoted = "\n".join(f"    {text}" for text in assistants.clean(source.text).splitlines())
+            quoted = "\n".join(f"    {text}" for text in terminal.clean(source.text).splitlines())
             self.tell(f"{line}\n{quoted}\n")
 
     def model(self, name: str) -> None:

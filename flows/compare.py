@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipelines.core import terminal
 from pipelines.core.errors import GateError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def show(found: Compared, console: Console) -> None:
         for name in ("prompt", "A", "B"):
             table.add_column(name, overflow="fold", ratio=1)
         for sample in found.samples:
-            table.add_row(*map(escape, sample))
+            table.add_row(*(escape(terminal.clean(cell)) for cell in sample))
         console.print("", table)
 
 

@@ -1,5 +1,6 @@
 """`python -m pipelines STAGE`: what `dvc.yaml` calls. Paths and dependencies come from `dvc.yaml` alone."""
 
+import io
 import sys
 from pathlib import Path
 
@@ -10,11 +11,13 @@ def main() -> int:
         print("usage: python -m pipelines STAGE   (from the repository's root; stages as in dvc.yaml)", file=sys.stderr)
         return 64
     try:
-        from pipelines.core import runner
+        from pipelines.core import runner, terminal
     except ModuleNotFoundError as error:
         remedy = "use the repository's virtual environment: `make run`, or `. .venv/bin/activate`"
         print(f"error: {sys.executable} has no module {error.name!r}; {remedy}", file=sys.stderr)
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a stage shows samples of its data, and what models made of them
+        sys.stdout = terminal.harmless(sys.stdout)
     return runner.main(sys.argv[1], Path.cwd())
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from flows import assistants
 from flows.ask import Options, ask
-from pipelines.core import assistant, environment, generate, retrieval, store
+from pipelines.core import assistant, environment, generate, retrieval, store, terminal
 from pipelines.core.errors import ArtifactError, ParamsError, StoreUnavailable, UserError
 from pipelines.core.generate import Sampling
 from pipelines.core.lineage import CONTENT
@@ -49,7 +49,7 @@ def test_answer_sources_and_times(root: Path, index: FakeIndex) -> None:
     assert 0 < seconds["search"] <= seconds["first"] <= seconds["all"] and seconds["load"] > 0
     lines = said(root).splitlines()
     # What a tokenizer cannot decode and what steers a terminal apart, the text is the answer.
-    assert lines[0] == assistants.clean(told["answer"]).splitlines()[0]
+    assert lines[0] == terminal.clean(told["answer"]).splitlines()[0]
     assert any(line.startswith("[1] numpy.flip  (numpy/lib/function_base.py, line 21)") for line in lines)
     assert any(line.startswith("[2] Notes[2J  (notes.md, line 7)") for line in lines), "a title cannot clear the screen"
     assert lines[-1].startswith("artifacts/answers/assistant: loaded in ") and "first word after " in lines[-1]
@@ -85,7 +85,7 @@ def test_what_an_answer_spells_is_no_emoji_and_a_tab_stays(
 
 def test_what_steers_a_terminal_is_left_out_or_in_json_spelled_out() -> None:
     text = "a\x1b[2J\x9b\u202eb\u2066\tc\n"
-    assert assistants.clean(text) == "a[2Jb\tc\n"
+    assert terminal.clean(text) == "a[2Jb\tc\n"
     for spelled in (False, True):
         told = assistants.as_json({"한": text}, spelled)
         assert json.loads(told) == {"한": text} and told.isascii() is spelled

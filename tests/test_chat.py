@@ -16,7 +16,7 @@ from rich.console import Console
 
 from flows import assistants
 from flows.chat import Chat, _lines, chat
-from pipelines.core import generate, grounding
+from pipelines.core import generate, grounding, terminal
 from pipelines.core.errors import ArtifactError, UserError
 
 __all__ = ["index", "made", "root"]
@@ -68,7 +68,7 @@ def test_the_last_question_is_looked_up_and_what_was_said_is_remembered(
     assert [message["role"] for message in told] == ["user", "assistant", "user"]
     assert told[0]["content"] == "how do I flip an array?"  # without the passages that were found for it
     assert told[1]["content"] and PASSAGE.text in told[2]["content"]
-    assert assistants.clean(told[1]["content"]).splitlines()[0] in first
+    assert terminal.clean(told[1]["content"]).splitlines()[0] in first
     assert heard(one, file, "/reset") == "Forgotten.\n"
     heard(one, file, "an array")
     assert [message["role"] for message in prompts[2] if message["role"] != "system"] == ["user"]

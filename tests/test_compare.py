@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,9 @@ def test_scores_on_the_same_rows_agree_with_ten_lines_of_numpy(repository):
     with console.capture() as said:
         compare.show(found, console)
     text = said.get()
+    with console.capture() as said:
+        compare.show(replace(found, samples=[("a\x1b[2Jb", "c\x07", "d")]), console)
+    assert "a[2Jb" in said.get() and not set(said.get()) & {"\x1b", "\x07"}, "a sample does not clear the screen"
     assert "A: sluice-base 1 (champion)" in text and "100.0% [100.0%, 100.0%]" in text and "one|two" in text
     page = compare.markdown(found)
     assert "| bits per bytes (40 examples) | 2.5 [" in page and "one\\|two" in page
