@@ -108,6 +108,14 @@ def test_title_paths_follow_the_levels_of_headings() -> None:
     assert {chunk.title for chunk in cut(fenced, 9)} == {"T"}
 
 
+def test_a_long_path_keeps_its_ends() -> None:
+    parts = [f"{'#' * (at + 1)} {letter * 60}\n\n{'words ' * 12}\n\n" for at, letter in enumerate("abc")]
+    found = cut("".join([*parts, "#### What is it?\n\n", "last " * 12]), 21, 0.0)
+    assert found[1].title == f"T > {'a' * 60} > {'b' * 60}"
+    path = f"T > {'b' * 60} > {'c' * 60}"
+    assert [chunk.title for chunk in found[2:]] == [path, f"{path} > What is it?"]
+
+
 @pytest.mark.parametrize(
     ("text", "path"),
     [

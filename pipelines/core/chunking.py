@@ -214,9 +214,13 @@ def _fence(lines: Sequence[str], number: int, fence: str) -> str:
 
 
 def _path(title: str, above: Sequence[tuple[int, str]]) -> str:
-    """The title and the headings, one after another; a heading that repeats the title once."""
+    """The title and the headings, one after another; a heading that repeats the title once. Where there is no room for
+    all, those between the first and the last go, the highest first.
+    """
     names = [title.strip(), *(words for _, words in above)]
     names = [name for at, name in enumerate(names) if name and name not in names[:at]]
+    while len(names) > 2 and len(" > ".join(names)) > TITLE:
+        del names[1]
     return " > ".join(names)[:TITLE]
 
 
