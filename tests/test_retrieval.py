@@ -288,6 +288,10 @@ def test_a_damaged_file_is_named(folder: Path, name: str, tmp_path: Path) -> Non
         spoil(copy / name)
         with pytest.raises(retrieval.IndexDamaged, match=name.replace(".", r"\.")):
             retrieval.Index.open(copy)
+        if name.endswith(".npy"):  # as long as it was
+            (copy / name).write_bytes((folder / name).read_bytes().replace(b"), }", b")( }", 1))
+            with pytest.raises(retrieval.IndexDamaged, match="a file cannot be read"):
+                retrieval.Index.open(copy)
     (copy / "manifest.json").write_text('{"format": 99, "files": {}}')
     with pytest.raises(retrieval.IndexDamaged, match="format 99; accepted: 1"):
         retrieval.Index.open(copy)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,7 +110,7 @@ class Index:
             self._bm25 = _ours("lexical").Bm25(folder / "bm25", self.chunks.num_rows)
             self._vectors = np.load(folder / "vectors.npy", mmap_mode="r")
             self._nearest = _ours("nearest").Nearest(folder, self._vectors)
-        except (OSError, ValueError, KeyError, EOFError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, TokenError) as error:  # the last is numpy's
             raise IndexDamaged(f"{folder}: a file cannot be read: {error}; build the index again") from None
         documents = self.chunks["document"].combine_chunks().dictionary_encode()
         self.documents: list[str] = documents.dictionary.to_pylist()

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class VectorCache:
     def _read(self, path: Path) -> None:
         try:
             rows = np.load(path)
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, EOFError, TokenError):  # the last is numpy's, of a broken header
             rows = np.zeros(0)
         if rows.dtype != self.kind:
             path.unlink()
