@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import own_environment, run_stage
 
-from pipelines.core import artifacts, context, graph, runner
+from pipelines.core import artifacts, context, graph, runner, single_writer
 from pipelines.core.errors import ParamsError
 from pipelines.core.params import whole
 from pipelines.core.params.ppo import PpoParams
@@ -245,6 +245,29 @@ def test_the_store_is_away(prepared: Path, tmp_path: Path) -> None:
     assert address in run.stderr and "warning" in run.stderr and "Traceback" not in run.stderr
     assert (root / "artifacts/pretrain/model/model.safetensors").exists()
     assert list((root / ".sluice/spool").glob("pretrain-*")), "the record is kept"
+
+
+def test_a_stage_that_is_being_made_is_not_made_beside_it(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when a `dvc repro` was killed, which leaves its trainer running, and typed again."""
+    from pipelines import tokenizer
+
+    began = []
+
+    def run(*_: Any) -> dict[str, float]:
+        began.append(True)
+        raise ParamsError("so far")
+
+    (workspace / "artifacts/data").mkdir(parents=True)
+    monkeypatch.setattr(tokenizer, "run", run)
+    monkeypatch.setattr(single_writer, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(os, "environ", dict(own_environment()))
+    with single_writer.of_stage(workspace, "tokenizer"), single_writer.of_stage(workspace, "sft"):
+        assert runner.main("tokenizer", workspace) == 2
+        assert f"tokenizer is being made here by process {os.getpid()}" in capsys.readouterr().err
+        assert not began and [path.name for path in (workspace / "artifacts").iterdir()] == ["data"]
+    assert runner.main("tokenizer", workspace) == 2 and began, "it ends with its holder"
 
 
 def test_metrics_of_a_speed_do_not_change_on_a_second_run(prepared: Path, tmp_path: Path) -> None:

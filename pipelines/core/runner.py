@@ -34,6 +34,7 @@ from pipelines.core import (
     graph,
     hardware,
     language_models,
+    single_writer,
     verdicts,
 )
 from pipelines.core.errors import ArtifactError, DataError, ParamsError, StoreUnavailable, UserError
@@ -53,10 +54,10 @@ def main(name: str, root: Path) -> int:
     try:
         if os.environ.get("RANK", "0") == "0":  # of several processes, the first one tells
             live.live("running")
-        processes = _processes(name, root)
-        if processes is not None:
+        if (processes := _processes(name, root)) is not None:
             return distributed.launch(name, processes)
-        execute(name, root)
+        with single_writer.of_stage(root, name):
+            execute(name, root)
     except context.Stopped as stopped:
         return _failed(live, "stopped", f"{name}: {stopped}; {_what_next(name, root)}", stopped.exit_code)
     except UserError as error:
