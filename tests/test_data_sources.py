@@ -215,7 +215,12 @@ def test_hub_rows_are_streamed_through_datasets(tmp_path: Path) -> None:
         ("deep.json", b"[" * 100_000, "row 1: broken JSON .*recursion"),
         ("digits.json", b'[{"prompt": "a"},\n {"prompt": 1' + b"0" * 5000 + b"}]", "row 2: broken JSON .*4300 digits"),
         ("two.json", b'[{"prompt": "a"}]\n[{"prompt": "b"}]', "row 2: broken JSON .more after the end. near .*a line"),
-        ("lines.json", b'{"a": {"prompt": "a"}}\n{"a": {"prompt": "b"}}', "row 2: .*accepted: one object a file"),
+        (
+            "lines.json",
+            b'{"a": {"prompt": "a"}}\n{"a": {"prompt": "b"}}',
+            "row 2: .*accepted: one object a file; .*\\.jsonl",
+        ),
+        ("parted.csv", b"prompt;completion\na;b\n", "row 1: the header is one cell, .*accepted: .* commas"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | None, told: str) -> None:

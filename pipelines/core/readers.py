@@ -32,6 +32,7 @@ READERS = {
     **dict.fromkeys((".txt", ".text", ".md", ".rst"), "text"),
 }
 LARGEST_CELL = 1 << 30
+LINES = "a file of one record a line is named .jsonl"
 
 
 class Cells(dict[str, Any]):
@@ -128,14 +129,19 @@ def _json(file: IO[bytes], path: Path) -> Iterator[Raw]:
             stream.take(":", "a colon after the key")
         stream.peek()
         row = stream.line
-        record = _record(stream.value())
+        value = stream.value()
+        record = _record(value)
         if key is not None and isinstance(record, dict):
             record = {"key": key, **record}
+        elif key is not None:
+            accepted = f'a record such as {{"text": "..."}} under each key; {LINES}'
+            record = BadRow("(row)", f"{shown(value)} under the key {shown(key)}", accepted)
         yield row, record
         if stream.take("," + closing, "a comma or the end") == closing:
             break
     if stream.peek():
-        raise stream.broken("more after the end", f"one {'array' if opening == '[' else 'object'} a file")
+        told = "one array a file" if opening == "[" else f"one object a file; {LINES}"
+        raise stream.broken("more after the end", told)
 
 
 def _csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Raw]:
@@ -161,6 +167,11 @@ def _csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Raw]:
             ) from None
         if len(set(header)) < len(header) or faults:
             raise DataError(f"{path}, row 1: the header {shown(header)} must be UTF-8 with distinct column names")
+        if delimiter == "," and len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+            raise DataError(
+                f"{path}, row 1: the header is one cell, {shown(header[0])}; accepted: cells with commas between them, "
+                "or with tabs in a file named .tsv. Save it in one of the two ways."
+            )
         while True:
             row = reader.line_num + 1
             try:
