@@ -267,6 +267,25 @@ def test_bad_csv_rows(tmp_path: Path) -> None:
     ]
 
 
+def test_lines_of_json_under_another_name_are_told_theirs(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('{"prompt": "a", "completion": {"text": "b"}}\n')
+    first, second = (entry.record for entry in sources.read(source("rows.json"), tmp_path))
+    assert isinstance(first, BadRow) and second == {"key": "completion", "text": "b"}
+    assert 'found text "a" under the key text "prompt"' in str(first) and "is named .jsonl" in str(first)
+
+
+def test_values_of_parquet_that_python_cannot_hold_are_bad_rows(tmp_path: Path) -> None:
+    """Text that is not UTF-8, which no writer need refuse, and a time after the year 9999."""
+    offsets = pa.array([0, 1, 2, 3], pa.int32()).buffers()[1]
+    text = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"a\xffb")])
+    times = pa.array([0, 0, 2**58], pa.timestamp("ms"))
+    pq.write_table(pa.table({"prompt": text, "completion": ["x", "y", "z"], "at": times}), tmp_path / "rows.parquet")
+    found = [entry.record for entry in sources.read(source("rows.parquet"), tmp_path)]
+    assert not isinstance(found[0], BadRow) and found[0]["prompt"] == "a"
+    assert [record.column for record in found[1:] if isinstance(record, BadRow)] == ["prompt", "at"]
+    assert "string that cannot be read ('utf-8' codec" in str(found[1])
+
+
 def test_blank_lines_of_a_csv_file_are_no_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes(b"prompt,completion\r\na,b\r\n\r\nc,d\r\n\r\n")
     entries = list(sources.read(source("rows.csv"), tmp_path))

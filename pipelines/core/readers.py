@@ -16,11 +16,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pipelines.core.errors import DataError
 from pipelines.core.faults import BadRow, shown
 from pipelines.core.json_stream import BLOCK, JsonStream
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Raw = tuple[int, dict[str, Any] | BadRow]
 READERS = {
@@ -202,11 +205,31 @@ def _parquet(file: IO[bytes], path: Path) -> Iterator[Raw]:
     row = 0
     try:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
+            for record in _records(batch):
                 row += 1
                 yield row, record
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}, after row {row}: not a Parquet file that can be read: {error}") from None
+
+
+def _records(batch: pa.RecordBatch) -> list[dict[str, Any] | BadRow]:
+    """A batch as records. Parquet's text need not be UTF-8, nor its times what Python can tell: such rows are bad."""
+    try:
+        found: list[dict[str, Any] | BadRow] = batch.to_pylist()
+        return found
+    except (ValueError, OverflowError):
+        return [_record_of(batch.slice(place, 1)) for place in range(batch.num_rows)]
+
+
+def _record_of(row: pa.RecordBatch) -> dict[str, Any] | BadRow:
+    record = {}
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            record[name] = column[0].as_py()
+        except (ValueError, OverflowError) as error:
+            found = f"{column.type} that cannot be read ({error})"
+            return BadRow(name, found, "text in UTF-8, times of the years 1 to 9999")
+    return record
 
 
 def _text(file: IO[bytes], name: str, sample_by: str, separator: str | None) -> Iterator[Raw]:
