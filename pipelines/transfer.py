@@ -251,7 +251,8 @@ def _publish(
         artifacts.write_text(outputs / "models" / task.name / "README.md", page)
         if task.labels:
             (outputs / "confusion").mkdir(exist_ok=True)
-            table = pd.DataFrame(task_evaluation.confusion(task, one.answers))
+            head, *rows = task_evaluation.confusion(task, one.answers)
+            table = pd.DataFrame(rows, columns=head)  # a class may be called truth, too
             table.to_csv(outputs / "confusion" / f"{task.name}.csv", index=False, lineterminator="\n")
         layers += [
             {"task": task.name, "layers": int(key.removeprefix("layers_")), "score": value}

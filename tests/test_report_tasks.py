@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from xml.dom.minidom import parseString
 
-from pipelines.core import report_tasks
+import pandas as pd
+
+from pipelines.core import report_tasks, task_evaluation
 from pipelines.core.report_inputs import Stage
+from pipelines.core.task_inputs import Example, Task
 
 METRICS = {
     "kind/score": 0.75, "kind/score_low": 0.5, "kind/score_high": 0.9, "kind/tfidf": 0.6, "kind/majority": 0.5,
@@ -33,6 +36,32 @@ def test_scores_confusion_and_layers(tmp_path: Path) -> None:
     assert "kind 0.5000 to 0.6000; pick 0.2000" in plots["transfer-zero-shot"].caption
     again = {plot.name: plot for plot in report_tasks.of_stage(Stage("transfer", tmp_path, METRICS))}
     assert again == plots, "the same bytes twice"
+
+
+def test_classes_of_any_name(tmp_path: Path) -> None:
+    """One called as the column of the truth, one of two lines, one with what Python takes for a line end."""
+    test = [Example(f"{n}", "g", ((),), label, ("x",), ()) for n, label in enumerate((0.0, 0.0, 1.0, 2.0))]
+    names = ("lie", "truth", 'odd "\n\u2028')
+    task = Task("kind", "classification", names, False, [], [], test, [], 0, ("text",))
+    table = task_evaluation.confusion(task, task_evaluation.Answers([0.0, 1.0, 1.0, 2.0], None))
+    (tmp_path / "confusion").mkdir()
+    pd.DataFrame(table[1:], columns=table[0]).to_csv(tmp_path / "confusion/kind.csv", index=False, lineterminator="\n")
+    plot = report_tasks.of_stage(Stage("transfer", tmp_path, METRICS))[1]
+    assert "3 of 4 held-out examples on the diagonal" in plot.caption
+    parseString(plot.svg)
+    assert all(f">{name}<" in plot.svg for name in ("lie", "truth", 'odd "'))
+
+
+def test_a_thousand_classes_are_drawn_where_there_is_something(tmp_path: Path) -> None:
+    """A square of each of a million pairs would take minutes and hundreds of megabytes."""
+    names = [f"class {n}" for n in range(1000)]
+    lines = ["truth," + ",".join(names)]
+    lines += [f"{name}," + ",".join("1" if n == m else "0" for m in range(1000)) for n, name in enumerate(names[:3])]
+    lines += [f"{name}," + ",".join("0" * 1000) for name in names[3:]]
+    (tmp_path / "confusion").mkdir()
+    (tmp_path / "confusion/kind.csv").write_text("\n".join(lines) + "\n")
+    plot = report_tasks.of_stage(Stage("transfer", tmp_path, METRICS))[1]
+    assert "3 of 3 held-out examples on the diagonal" in plot.caption and len(plot.svg) < 50_000
 
 
 def test_a_stage_without_tasks_has_none(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,11 +208,26 @@ def numbers(stage: Stage, name: str) -> list[dict[str, float]]:
 
 
 def table(stage: Stage, name: str) -> list[dict[str, str]]:
-    """The rows of a CSV file; none where the stage has no such file."""
+    """The rows of a CSV file by column; none where the stage has no such file."""
     import csv
 
     place = stage.file(name)
-    return [] if place is None else list(csv.DictReader(text_of(place).splitlines()))
+    return [] if place is None else list(csv.DictReader(_lines(place)))
+
+
+def cells(stage: Stage, name: str) -> list[list[str]]:
+    """The rows of a CSV file, its head first, where columns may share a name; none without such a file."""
+    import csv
+
+    place = stage.file(name)
+    return [] if place is None else [row for row in csv.reader(_lines(place)) if row]
+
+
+def _lines(place: Path) -> Iterable[str]:
+    """Lines as CSV has them: a quoted cell may hold their ends, and any cell what `splitlines` alone takes for one."""
+    import io
+
+    return io.StringIO(text_of(place), newline="")
 
 
 def text_of(place: Path) -> str:

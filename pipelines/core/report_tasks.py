@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipelines.core.report_inputs import Stage, table
+from pipelines.core.report_inputs import Stage, cells, table
 from pipelines.core.report_plots import BLUE, GREY, INK, ORANGE, Plot, svg
-from pipelines.core.report_text import interval, number
+from pipelines.core.report_text import interval, number, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +20,8 @@ BARS = (
     ("tfidf", "TF-IDF, linear", GREY),
     ("majority", "majority", "#c2c6cc"),
 )
+FEW, MOST_NAMED = 12, 40  # classes whose counts, and whose names, can be read
+LONGEST_NAME = 20  # characters
 
 
 def of_stage(stage: Stage) -> list[Plot]:
@@ -30,7 +32,7 @@ def of_stage(stage: Stage) -> list[Plot]:
     if not tasks:
         return []
     plots = [_scores(stage, tasks)]
-    tables = {task: table(stage, f"confusion/{task}.csv") for task in tasks}
+    tables = {task: cells(stage, f"confusion/{task}.csv") for task in tasks}
     plots += [_confusion(stage.name, task, rows) for task, rows in tables.items() if rows]
     if layers := table(stage, "layers.csv"):
         plots.append(_layers(stage, layers))
@@ -73,22 +75,25 @@ def _ends(stage: Stage, task: str) -> tuple[float, float]:
     return max(0.0, score - low), max(0.0, high - score)
 
 
-def _confusion(stage: str, task: str, rows: list[dict[str, str]]) -> Plot:
-    """How often each class (row) was taken for each (column)."""
-    labels = [row["truth"] for row in rows]
-    counts = [[int(row[label]) for label in labels] for row in rows]
+def _confusion(stage: str, task: str, rows: list[list[str]]) -> Plot:
+    """How often each class (row) was taken for each (column). Of many classes only what occurs is drawn, unnamed."""
+    labels = [_short(label) for label in rows[0][1:]]
+    counts = [[int(count) for count in row[1:]] for row in rows[1:]]
     most = max(max(row) for row in counts) or 1
 
     def draw(axes: Axes) -> None:
         axes.set_position((0.28, 0.28, 0.6, 0.6))
         for down, row in enumerate(counts):
             for across, count in enumerate(row):
+                if not count and len(labels) > FEW:
+                    continue
                 wide = [across - 0.5, across + 0.5]
                 axes.fill_between(wide, down - 0.5, down + 0.5, color=BLUE, alpha=count / most, linewidth=0)
-                if count and len(labels) <= 12:
+                if count and len(labels) <= FEW:
                     axes.text(across, down, str(count), ha="center", va="center", fontsize=7)
-        axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
-        axes.set_yticks(range(len(labels)), labels)
+        if len(labels) <= MOST_NAMED:
+            axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+            axes.set_yticks(range(len(labels)), labels)
         axes.set(xlim=(-0.5, len(labels) - 0.5), ylim=(len(labels) - 0.5, -0.5))
         axes.grid(visible=False)
         axes.set(title=f"{task}: truth (rows), answer (columns)")
@@ -97,6 +102,12 @@ def _confusion(stage: str, task: str, rows: list[dict[str, str]]) -> Plot:
     total = sum(map(sum, counts))
     caption = f"Confusion of {stage}'s model for {task}: {right} of {total} held-out examples on the diagonal."
     return Plot(f"{stage}-confusion-{task}", caption, svg(draw, caption))
+
+
+def _short(label: str) -> str:
+    """A class's name, which may be any text, as the side of a plot has room for it."""
+    line = " ".join(visible(label).split())
+    return line if len(line) <= LONGEST_NAME else line[: LONGEST_NAME - 1] + "…"
 
 
 def _layers(stage: Stage, rows: list[dict[str, str]]) -> Plot:

@@ -123,13 +123,11 @@ def rows(tasks: Sequence[Task], scored: Sequence[Mapping[str, list[float]]]) -> 
     return columns
 
 
-def confusion(task: Task, given: Answers) -> list[dict[str, Any]]:
-    """How often each class was taken for each: rows `truth`, and a column for each answer."""
+def confusion(task: Task, given: Answers) -> list[list[Any]]:
+    """How often each class was taken for each: a head (`truth`, then the answers), then a row a class."""
     table: NDArray[np.int64] = task_metrics.confusion(task, given.predictions)
-    return [
-        {"truth": truth, **{label: int(count) for label, count in zip(task.labels, counts, strict=True)}}
-        for truth, counts in zip(task.labels, table, strict=True)
-    ]
+    rows = [[truth, *counts] for truth, counts in zip(task.labels, table.tolist(), strict=True)]
+    return [["truth", *task.labels], *rows]
 
 
 def _figures(task: Task, given: Answers) -> dict[str, float]:
