@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.core import artifacts
+from pipelines.core import artifacts, repeated_documents
 from pipelines.core.context import StageContext
 from pipelines.core.faults import Ledger
 from pipelines.core.intake import Labels, Taken, take_in
@@ -68,6 +68,7 @@ def run(params: DataParams, inputs: dict[str, Path], outputs: Path, context: Sta
     read = time.perf_counter()
 
     # 2. Decide which rows stay.
+    repeated_documents.retarget(params, taken, work, context)
     keep, removed = choose(params, taken, context)
     for key, found in too_small(params, taken, keep).items():
         context.say(f"{key} is left out: {found}, and data.min_rows is {params.min_rows}")

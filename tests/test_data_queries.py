@@ -84,6 +84,31 @@ def test_a_target_that_is_no_document_is_refused_by_row_and_value(tmp_path: Path
         run(tmp_path, params(ASKED), "alone")
 
 
+def test_queries_about_a_document_that_comes_twice_are_about_the_first(tmp_path: Path) -> None:
+    """SQuAD: each row has its passage, and an id by which its question names it."""
+    rows = [
+        {"id": f"q{n}", "title": "A title", "text": sentence(n % 20, 30 + n % 20), "question": sentence(1000 + n)}
+        for n in range(100)
+    ]
+    jsonl(tmp_path / "squad.jsonl", rows)
+    knowledge = {"path": "squad.jsonl", "table": "knowledge"}
+    queries = {"path": "squad.jsonl", "table": "queries", "columns": {"query": "question", "target": "id", "id": "id"}}
+    outputs, metrics = run(tmp_path, params(queries, knowledge))
+    known = pq.read_table(outputs / "knowledge/all.parquet").to_pylist()
+    assert [row["id"] for row in known] == [f"q{n}" for n in range(20)] and metrics["duplicates_exact"] == 80
+    sides: dict[str, set[str]] = {}
+    found = [(name, row) for name in SPLITS for row in pq.read_table(outputs / f"queries/{name}.parquet").to_pylist()]
+    for name, row in found:
+        assert row["target"] == f"q{int(row['id'][1:]) % 20}"
+        sides.setdefault(row["target"], set()).add(name)
+    assert len(found) == 100 and all(len(own) == 1 for own in sides.values()), "a document's side is its queries'"
+    # The same when a group, or a side, was named.
+    jsonl(tmp_path / "squad.jsonl", [row | {"who": f"w{n % 7}"} for n, row in enumerate(rows)])
+    outputs, _ = run(tmp_path, params(queries | {"group": "who", "split": "test"}, knowledge), "named")
+    table = pq.read_table(outputs / "queries/test.parquet").to_pylist()
+    assert {row["group"] for row in table} == {f"w{n}" for n in range(7)} and len(table) == 100
+
+
 def test_a_query_about_a_quarantined_document_is_refused(tmp_path: Path) -> None:
     documents: list[Any] = [{"id": f"d{n}", "title": f"Title {n}", "text": sentence(n)} for n in range(40)]
     documents[3]["text"] = None
