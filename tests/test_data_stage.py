@@ -235,6 +235,16 @@ def test_verdicts_that_fail_name_source_row_and_value(tmp_path: Path) -> None:
         run(tmp_path, params(CORPUS), "unreadable")
 
 
+def test_a_corpus_that_is_one_document_is_told_how_to_be_many(tmp_path: Path) -> None:
+    """Its parts are of one group, so that no amount of text gives the test side a row."""
+    (tmp_path / "book.txt").write_text("\n\n".join(sentence(n, 200) for n in range(60)))
+    source = {"path": "book.txt", "table": "corpus"}
+    with pytest.raises(DataError, match="has 0 rows; .*A text file is one document, .*sample_by: paragraph"):
+        run(tmp_path, params(source))
+    outputs, _ = run(tmp_path, params(source | {"sample_by": "paragraph"}), "parted")
+    assert sum(map(len, table(outputs, "corpus").values())) == 60
+
+
 def test_faults_between_parts_of_a_table_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_parts(monkeypatch)
     jsonl(tmp_path / "facts.jsonl", [{"id": f"n{n % 57}", "title": f"{n}", "text": sentence(n)} for n in range(60)])

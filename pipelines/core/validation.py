@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SHOWN_ROWS = 5
+WHOLE_FILES = (
+    "A text file is one document, and all of it on one side, unless its source says sample_by: paragraph (or line), or "
+    "separator: a regular expression of a document's first line."
+)
 COUNTED = ("element_count", "unexpected_count", "missing_count")
 RESULT_FORMAT = {
     "result_format": "SUMMARY",
@@ -193,10 +197,11 @@ def _told(suite: str, verdict: Verdict, min_rows: int) -> str:
     """One failure in words, with its remedy."""
     if verdict.kind == "expect_table_row_count_to_be_between":
         rows = verdict.observed.get("observed_value", 0)
-        return (
+        told = (
             f"{suite}: {verdict.column} has {rows} rows; data.min_rows accepts at least {min_rows}. "
             "Give more data, a larger share, or lower data.min_rows."
         )
+        return f"{told} {WHOLE_FILES}" if not rows and suite.split()[0] == "corpus" else told
     if "absent_from_train" in verdict.kind:
         count = verdict.observed["observed_value"]
         what = "prompt" if verdict.column == "prompt" else "example"
