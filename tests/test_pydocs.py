@@ -246,6 +246,12 @@ def test_parameters_of_three_styles(raw: str) -> None:
     assert parse(raw).parameters == (("z", "The third of the numbers."),)
 
 
+def test_parameters_in_korean() -> None:
+    assert parse("Do it.\n\nArgs:\n    값: 더해지는 값으로서 숫자입니다.\n").parameters == (
+        ("값", "더해지는 값으로서 숫자입니다."),
+    )
+
+
 @pytest.mark.parametrize(
     ("raw", "summary"),
     [
@@ -263,6 +269,13 @@ def test_parameters_of_three_styles(raw: str) -> None:
         ("lower case and no sentence at all.", ""),
         ("Word " * 50, ""),
         ("%(klass)s of some other kind.", ""),
+        ("Élève le nombre au carré. À utiliser avec soin.", "Élève le nombre au carré."),
+        ("Возвращает сумму чисел. Бросает исключение.", "Возвращает сумму чисел."),
+        ("두 숫자를 더해서 돌려줍니다. 던지는 예외는 없습니다.", "두 숫자를 더해서 돌려줍니다."),
+        ("返回所有给定数字的总和。如果没有数字则抛出异常。", "返回所有给定数字的总和。"),
+        ("数字の合計を返す関数です。\n例外は投げません。", "数字の合計を返す関数です。"),
+        ("возвращает сумму всех чисел.", ""),
+        ("返回总和。", ""),
     ],
 )
 def test_summaries(raw: str, summary: str) -> None:

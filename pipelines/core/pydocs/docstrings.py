@@ -11,9 +11,9 @@ import inspect
 import re
 from typing import NamedTuple
 
-from pipelines.core.pydocs.prose import PLACEHOLDER, first_sentence, is_prose, plain
+from pipelines.core.pydocs.prose import PLACEHOLDER, SENTENCE_MARKS, columns, first_sentence, is_prose, plain
 
-SUMMARY_LENGTH = (20, 200)  # characters; shorter says nothing, longer is no summary
+SUMMARY_LENGTH = (20, 200)  # columns; shorter says nothing, longer is no summary
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 _SIGNATURE = re.compile(r"[A-Za-z_][\w.]*(\(.*\)(?:\s*->\s*\S.*)?)$")
@@ -151,9 +151,9 @@ def _summary(lead: list[str]) -> str:
     if len(paragraph) > 4000 or _NO_SUMMARY.match(paragraph):
         return ""
     sentence = first_sentence(plain(paragraph)).replace("``", "`").removesuffix("...").strip()
-    if not is_prose(sentence) or not SUMMARY_LENGTH[0] <= len(sentence) <= SUMMARY_LENGTH[1]:
+    if not is_prose(sentence) or not SUMMARY_LENGTH[0] <= columns(sentence) <= SUMMARY_LENGTH[1]:
         return ""
-    return sentence if sentence.endswith((".", "!", "?")) else sentence + "."
+    return sentence if sentence.endswith(SENTENCE_MARKS) else sentence + "."
 
 
 def _description(lines: list[str]) -> str:
@@ -161,9 +161,9 @@ def _description(lines: list[str]) -> str:
     text = "\n".join(line.strip() for line in lines).strip().split("\n\n", 1)[0]
     sentence = first_sentence(plain(text)).replace("``", "`")
     sentence = sentence[:1].upper() + sentence[1:]
-    if not 15 <= len(sentence) <= 300 or not is_prose(sentence):
+    if not 15 <= columns(sentence) <= 300 or not is_prose(sentence):
         return ""
-    return sentence if sentence.endswith((".", "!", "?")) else sentence + "."
+    return sentence if sentence.endswith(SENTENCE_MARKS) else sentence + "."
 
 
 def _entries(body: list[str], entry: re.Pattern[str]) -> list[tuple[str, str]]:

@@ -12,7 +12,10 @@ _FOOTNOTE = re.compile(r"\s*\[[\w#*]+\]_(?!\w)")
 _REFERENCE = re.compile(r"`([^`]+)`__?(?!\w)")
 _MARK = re.compile(r"[\W\d_](?<! )")
 PLACEHOLDER = re.compile(r"%\([^)\s]*\)[sd]|(?<!\{)\{[a-zA-Z_]\w*\}(?!\})")
-_SENTENCE_END = re.compile(r"(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)(?<!\bcf\.)(?<=[.!?])\s+(?=[A-Z`\"'(\[])")
+_SENTENCE_END = re.compile(r"(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)(?<!\bcf\.)(?<=[.!?])\s+|(?<=[。！？])\s*(?!$)")
+_WIDE = re.compile(r"[\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3]")  # kana, Chinese characters, Hangul
+_UNSPACED = re.compile(r"[\u3041-\u30ff\u3400-\u9fff]")  # scripts without spaces between words
+SENTENCE_MARKS = (".", "!", "?", "。", "！", "？")
 
 
 def plain(text: str) -> str:
@@ -28,12 +31,21 @@ def plain(text: str) -> str:
 
 def first_sentence(text: str) -> str:
     """The first sentence of a paragraph, on one line."""
-    return _SENTENCE_END.split(" ".join(text.split()), maxsplit=1)[0]
+    line = " ".join(text.split())
+    for end in _SENTENCE_END.finditer(line):
+        if line[end.end()] in "`\"'([" or _opens(line[end.end()]):
+            return line[: end.start()]
+    return line
+
+
+def columns(text: str) -> int:
+    """The length of a text, of which a syllable of Korean or a sign of Chinese or Japanese is two."""
+    return len(text) if text.isascii() else len(text) + len(_WIDE.findall(text))
 
 
 def is_prose(sentence: str) -> bool:
     """Whether a line reads as a sentence: it starts as one, is mostly letters, and holds no template or markup."""
-    if not (sentence[:1].isupper() or sentence[:1] == "`") or sentence.endswith((":", ",", "...", "::")):
+    if not (sentence[:1] == "`" or _opens(sentence[:1])) or sentence.endswith((":", ",", "...", "::", "：", "，")):
         return False
     if PLACEHOLDER.search(sentence) or any(mark in sentence for mark in (">>>", "\\", "|", "::", "--", "==")):
         return False
@@ -41,9 +53,14 @@ def is_prose(sentence: str) -> bool:
     return (
         marks <= 0.25 * len(sentence)
         and ",," not in sentence
-        and sentence.count(" ") >= 2
+        and (sentence.count(" ") >= 2 or _UNSPACED.search(sentence) is not None)
         and sentence.count("`") % 2 == 0
     )
+
+
+def _opens(character: str) -> bool:
+    """Whether a sentence may begin so: with a capital, or a letter of a script that has none."""
+    return character.isupper() or (character.isalpha() and not character.islower())
 
 
 def _role_text(match: re.Match[str]) -> str:
