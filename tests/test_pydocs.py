@@ -392,6 +392,22 @@ def test_layouts(tmp_path: Path) -> None:
     assert ids(tables(source(tmp_path / "code/src/first"))) == {"first"}, "a folder may be a package itself"
 
 
+def test_two_modules_of_one_name_are_told(tmp_path: Path) -> None:
+    """Of a folder with several projects; apart, each is read."""
+    function = 'def {0}(x):\n    """Do what the module of project {0} is there for."""\n    return x\n'
+    for project in ("one", "two"):
+        files = {"setup.py": "", "tools.py": function.format(project), "tools.pyi": "", f"{project}.py": ""}
+        write(tmp_path / project, files)
+    found = tables(source(tmp_path))
+    assert ids(found) == {"tools.one"}
+    told = {row["path"]: row["reason"] for row in found["skipped"]}
+    assert (
+        set(told) == {"two/tools.py", "two/tools.pyi"} and "is module tools, as one/tools.py is" in told["two/tools.py"]
+    )
+    folders = tuple(str(tmp_path / project) for project in ("one", "two"))
+    assert ids(tables(PydocsSource(builder="pydocs", stdlib=False, folders=folders))) == {"tools.one", "tools.two"}
+
+
 def test_names_for_type_checkers_only_and_sole_instances(tmp_path: Path) -> None:
     part = (
         'class Seen:\n    """A class that is imported for annotations."""\n\n'

@@ -112,6 +112,7 @@ def _walk(top: Path, base: Path) -> tuple[tuple[SourceFile, ...], tuple[Skipped,
     top = top.resolve()
     base = base.resolve()
     found: dict[str, SourceFile] = {}
+    skipped: list[Skipped] = []
     for folder, names, files in os.walk(top, onerror=failed.append):
         here = Path(folder)
         shown = here.relative_to(base).as_posix()
@@ -123,8 +124,12 @@ def _walk(top: Path, base: Path) -> tuple[tuple[SourceFile, ...], tuple[Skipped,
                 module = ".".join([*prefix, stem] if stem != "__init__" else prefix)
                 if module:
                     path = here / file
-                    found.setdefault(module, SourceFile(path, writable(path.relative_to(base).as_posix()), module))
-    skipped = [
+                    own = SourceFile(path, writable(path.relative_to(base).as_posix()), module)
+                    first = found.setdefault(module, own)
+                    if first.path.with_suffix("") != path.with_suffix(""):
+                        reason = f"it is module {module}, as {first.shown} is; name the two folders apart"
+                        skipped.append(Skipped(own.shown, reason))
+    skipped += [
         Skipped(Path(error.filename or top).relative_to(base).as_posix(), f"cannot be read: {error.strerror}")
         for error in failed
     ]
