@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_help import jsonl, params
+from pydantic import ValidationError
 
 from pipelines.core import chats, sources
 from pipelines.core.errors import DataError
@@ -220,7 +221,7 @@ def test_hub_rows_are_streamed_through_datasets(tmp_path: Path) -> None:
             b'{"a": {"prompt": "a"}}\n{"a": {"prompt": "b"}}',
             "row 2: .*accepted: one object a file; .*\\.jsonl",
         ),
-        ("parted.csv", b"prompt;completion\na;b\n", "row 1: the header is one cell, .*accepted: .* commas"),
+        ("parted.csv", b"prompt;completion\na;b\n", 'row 1: the header is one cell, .*accepted: .* delimiter: ";"'),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | None, told: str) -> None:
@@ -265,6 +266,20 @@ def test_bad_csv_rows(tmp_path: Path) -> None:
         "found byte 0xff at position 3 of the line; accepted: UTF-8",
         "good",
     ]
+
+
+def test_csv_with_other_marks_between_and_around_its_cells(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('prompt;completion\n"a;b";"c\nd"\n')
+    found = [entry.record for entry in sources.read(source("rows.csv", delimiter=";"), tmp_path)]
+    assert found == [{"prompt": "a;b", "completion": "c\nd"}]
+    (tmp_path / "glue.tsv").write_text('prompt\tcompletion\n"Yes" he said\t"a\n"b\t"c"\n')
+    found = [entry.record for entry in sources.read(source("glue.tsv", quotes=False), tmp_path)]
+    assert found == [{"prompt": '"Yes" he said', "completion": '"a'}, {"prompt": '"b', "completion": '"c"'}]
+    refused = [str(entry.record) for entry in sources.read(source("glue.tsv"), tmp_path)]
+    assert all("broken CSV" in told and "quotes: false" in told for told in refused)
+    for mark in ('"', "\n", ";;", ""):
+        with pytest.raises(ValidationError, match="delimiter"):
+            source("rows.csv", delimiter=mark)
 
 
 def test_lines_of_json_under_another_name_are_told_theirs(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from pipelines.core.errors import DataError
 from pipelines.core.faults import BadRow, shown
@@ -24,6 +24,8 @@ from pipelines.core.json_stream import BLOCK, JsonStream
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from pipelines.core.params.data import FileSource
 
 Raw = tuple[int, dict[str, Any] | BadRow]
 READERS = {
@@ -35,6 +37,7 @@ READERS = {
     **dict.fromkeys((".txt", ".text", ".md", ".rst"), "text"),
 }
 LARGEST_CELL = 1 << 30
+QUOTED = "quoted cells as in RFC 4180; where a quotation mark is text, quotes: false in data.sources"
 LINES = "a file of one record a line is named .jsonl"
 
 
@@ -48,8 +51,8 @@ def kind_of(path: Path) -> str | None:
     return READERS.get(Path(name).suffix)
 
 
-def read(path: Path, sample_by: str, separator: str | None) -> Iterator[Raw]:
-    """Rows of one file. `sample_by` and `separator` are for text files only.
+def read(path: Path, source: FileSource) -> Iterator[Raw]:
+    """Rows of one file of a source, which says how CSV and text files are cut.
 
     Raises:
         DataError: unknown extension, no such file, empty or unreadable file.
@@ -66,11 +69,11 @@ def read(path: Path, sample_by: str, separator: str | None) -> Iterator[Raw]:
             elif kind == "json":
                 yield from _json(file, path)
             elif kind in ("csv", "tsv"):
-                yield from _csv(file, path, "," if kind == "csv" else "\t")
+                yield from _csv(file, path, source.delimiter or ("," if kind == "csv" else "\t"), source.quotes)
             elif kind == "parquet":
                 yield from _parquet(file, path)
             else:
-                yield from _text(file, path.name, sample_by, separator)
+                yield from _text(file, path.name, source.sample_by, source.separator)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: not a whole gzip file ({error}). Copy or download it again.") from None
     except OSError as error:
@@ -147,8 +150,9 @@ def _json(file: IO[bytes], path: Path) -> Iterator[Raw]:
         raise stream.broken("more after the end", told)
 
 
-def _csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Raw]:
+def _csv(file: IO[bytes], path: Path, delimiter: str, quotes: bool) -> Iterator[Raw]:
     """Rows under a header line. Quoted cells may hold line ends; blank lines are skipped."""
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     faults: list[BadRow] = []
 
     def lines() -> Iterator[str]:
@@ -161,26 +165,24 @@ def _csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Raw]:
 
     limit = csv.field_size_limit(LARGEST_CELL)
     try:
-        reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+        reader = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True)
         try:
             header = next(reader, [])
         except csv.Error as error:
-            raise DataError(
-                f"{path}, row 1: found a header that is broken CSV: {error}; accepted: quoted cells as in RFC 4180"
-            ) from None
+            raise DataError(f"{path}, row 1: found a header that is broken CSV: {error}; accepted: {QUOTED}") from None
         if len(set(header)) < len(header) or faults:
             raise DataError(f"{path}, row 1: the header {shown(header)} must be UTF-8 with distinct column names")
-        if delimiter == "," and len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+        if delimiter == "," and len(header) == 1 and (other := re.search("[;\t|]", header[0])):
             raise DataError(
-                f"{path}, row 1: the header is one cell, {shown(header[0])}; accepted: cells with commas between them, "
-                "or with tabs in a file named .tsv. Save it in one of the two ways."
+                f"{path}, row 1: the header is one cell, {shown(header[0])}; accepted: cells with commas between them. "
+                f"If these have another mark between them, say so in data.sources: delimiter: {shown(other[0])[5:]}"
             )
         while True:
             row = reader.line_num + 1
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                yield row, BadRow("(row)", f"broken CSV: {error}", "quoted cells as in RFC 4180")
+                yield row, BadRow("(row)", f"broken CSV: {error}", QUOTED)
                 continue
             if cells is None:
                 return

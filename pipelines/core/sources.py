@@ -135,7 +135,7 @@ def read(source: FileSource | HubSource, root: Path) -> Iterator[Entry]:
     for path in files_of(source, root):
         label = _label(path, _resolve(source.path, root), root)
         rows = 0
-        for row, record in readers.read(path, source.sample_by, source.separator):
+        for row, record in readers.read(path, source):
             rows += 1
             yield Entry(label, str(path), row, record)
         if not rows:

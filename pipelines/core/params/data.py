@@ -97,6 +97,12 @@ class FileSource(RowsSource):
     separator: str | None = Field(
         None, description="text files, sample_by: document: regular expression of a document's first line"
     )
+    delimiter: str | None = Field(
+        None, pattern=r'^[^\r\n"]$', description="CSV and TSV: what stands between cells; a comma, a tab if left out"
+    )
+    quotes: bool = Field(
+        True, description="CSV and TSV: whether cells may be quoted (RFC 4180); false: a quotation mark is text (GLUE)"
+    )
 
     @model_validator(mode="after")
     def _separator_compiles(self) -> FileSource:
