@@ -403,6 +403,21 @@ def test_names_that_cannot_be_written_are_refused(field: str) -> None:
     assert caught.value.column == field
 
 
+def test_a_column_of_one_of_our_names_can_be_something_else() -> None:
+    """Where null is the field's column: a field need not be there for it."""
+    record = {"prompt": "a", "completion": "b", "kind": ["x"], "id": 1.5}
+    with pytest.raises(BadRow, match="a list .*accepted: text"):
+        canonical("demonstrations", record, {})
+    with pytest.raises(BadRow, match="a number 1.5; accepted: text"):
+        identify(record, {}, None)
+    columns = {"kind": None, "id": None}
+    assert canonical("demonstrations", record, columns)[0]["kind"] == "demonstration"
+    assert identify(record, columns, None) == (None, None)
+    assert source("rows.jsonl", columns=columns).columns == columns
+    with pytest.raises(ValidationError, match="columns: completion: null is only for the prompt of .*: id, kind,"):
+        source("rows.jsonl", columns={"completion": None})
+
+
 def test_a_prompt_may_have_a_reference() -> None:
     assert canonical("prompts", {"prompt": "a", "reference": "b"}, {}) == [{"prompt": "a", "reference": "b"}]
     assert canonical("prompts", {"prompt": "a", "gold": "b"}, {"reference": "gold"})[0]["reference"] == "b"

@@ -227,8 +227,12 @@ def test_verdicts_that_fail_name_source_row_and_value(tmp_path: Path) -> None:
         run(tmp_path, params(CORPUS, min_rows=100))
     jsonl(tmp_path / "facts.jsonl", [{"id": f"n{n % 59}", "title": f"{n}", "text": sentence(n)} for n in range(60)])
     twice = '\n  facts.jsonl, row 1: id "n0"\n  facts.jsonl, row 60: id "n0"'
-    with pytest.raises(DataError, match=f"not unique .2 rows.:{twice}\n  .*take ids from another column: columns: .id"):
+    with pytest.raises(
+        DataError, match=f"not unique .2 rows.:{twice}\n  .*from none: columns: .id: COLUMN. or .id: null"
+    ):
         run(tmp_path, params({"path": "facts.jsonl", "table": "knowledge"}), "ids")
+    outputs, _ = run(tmp_path, params({"path": "facts.jsonl", "table": "knowledge", "columns": {"id": None}}), "none")
+    assert len({row["id"] for row in pq.read_table(outputs / "knowledge/all.parquet").to_pylist()}) == 60
     broken = [{"text": sentence(n) + ("\ufffd" * 9 if n == 30 else "")} for n in range(60)]
     jsonl(tmp_path / "corpus.jsonl", broken)
     with pytest.raises(DataError, match=r"column unreadable.*\n  corpus.jsonl, row 31: unreadable a number 0\.\d+"):

@@ -31,8 +31,8 @@ class Fields:
         return self.columns.get(field) or field
 
     def has(self, field: str) -> bool:
-        """Whether the record has the field's column, or must have it because it is mapped."""
-        return self.columns.get(field) is not None or field in self.record
+        """Whether the record has the field's column, or must have it because it is mapped; to null: it has none."""
+        return self.columns[field] is not None if field in self.columns else field in self.record
 
     def value(self, field: str) -> Any:
         """The value as it is; a missing column is refused."""

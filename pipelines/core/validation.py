@@ -211,6 +211,9 @@ def _told(suite: str, verdict: Verdict, min_rows: int) -> str:
     count = verdict.observed.get("unexpected_count", "")
     unique = verdict.kind.endswith("_be_unique")
     what = "values are not unique" if unique else f"{verdict.kind} failed"
-    remedy = ["Mend them, or take ids from another column: columns: {id: COLUMN} in data.sources."] if unique else []
+    other = (
+        "Mend them, or take ids from another column, or from none: columns: {id: COLUMN} or {id: null} in data.sources."
+    )
+    remedy = [other] if unique else []
     told = "\n  ".join([*verdict.examples, *remedy])
     return f"{suite}, column {verdict.column}: {what} ({count} rows):\n  {told}"

@@ -47,6 +47,7 @@ FIELDS: dict[TableName, tuple[str, ...]] = {
     ),
     "queries": ("id", "kind", "query", "target", "answers", "referrer"),
 }
+OPTIONAL = ("id", "kind", "reference", "labeler", "votes", "url", "answers", "referrer", "label_text")
 SCORE_FIELDS = ("id", "first", "second", "label")
 
 
@@ -56,7 +57,7 @@ class RowsSource(Section):
     table: TableName
     task: str | None = Field(None, pattern=r"^[a-z0-9_-]+$", description="the task's name, for table: tasks")
     columns: dict[str, str | None] = Field(
-        {}, description="our field: the file's column; same name if left out; prompt: null where pairs have none"
+        {}, description="our field: the file's column; same name if left out; null: the file's is something else"
     )
     group: str | None = Field(
         None, description="column whose rows stay on one side of the split; a column named group if left out"
@@ -82,8 +83,11 @@ class RowsSource(Section):
             if field not in fields:
                 table = self.table if self.label_type == "class" else "tasks with label_type: score"
                 raise ValueError(f"columns: {table} has no field {field!r}; it has {', '.join(fields)}")
-            if column is None and (self.table, field) != ("comparisons", "prompt"):
-                raise ValueError(f"columns: {field}: null is only for the prompt of comparisons without prompts")
+            if column is None and field not in OPTIONAL and (self.table, field) != ("comparisons", "prompt"):
+                raise ValueError(
+                    f"columns: {field}: null is only for the prompt of comparisons without prompts, and for what need "
+                    f"not be there: {', '.join(OPTIONAL)}"
+                )
         return self
 
 
