@@ -14,6 +14,7 @@ from data_help import jsonl, params, run, sentence
 from pipelines import data
 from pipelines.core import scratch, tables
 from pipelines.core.artifacts import content_hash
+from pipelines.core.data_card import card
 from pipelines.core.errors import DataError
 from pipelines.core.tables import SPLITS
 
@@ -88,6 +89,18 @@ def test_every_table_is_written_and_the_same_bytes_come_twice(tmp_path: Path, mo
     assert sorted(references, key=str) == [None] * 30 + ["an answer"] * 30
     labels = {(r["label"], r["label_text"]) for rows in table(outputs, "tasks/topic").values() for r in rows}
     assert labels == {(0, "a"), (1, "b")}
+
+
+def test_the_card_tells_small_shares_as_they_are() -> None:
+    given = params(CORPUS, validation_share=0.004, test_share=0.07)
+    told = card(
+        given,
+        {"corpus": dict.fromkeys(SPLITS, 1)},
+        {"corpus": ["text"]},
+        dict.fromkeys(("exact", "prompt", "near"), 0),
+        0,
+    )
+    assert "0.4% validation, 7% test of the groups" in told
 
 
 def test_rows_keep_their_side_when_rows_are_added(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def card(
         )
         own = ", ".join(f"`{name}`" for name in columns[key])
         lines.append(f"| {key} | {' | '.join(counts)} | {own} | {ABOUT[key.split('/')[0]]} |")
-    shares = f"{params.validation_share:.0%} validation, {params.test_share:.0%} test"
+    shares = f"{100 * params.validation_share:.4g}% validation, {100 * params.test_share:.4g}% test"
     lines += [
         "",
         "`source` and `row` say where a row came from (the line of a text file, the number of a Parquet row).",
