@@ -155,6 +155,27 @@ def test_near_duplicates_are_those_of_brute_force(
     assert found == find(read, held, ~held, threshold, 1, tmp_path / "near")
 
 
+def test_what_many_rows_have_in_common_makes_no_two_alike(tmp_path: Path) -> None:
+    """Chats with one long system message: nearly all of a row is that, and no row repeats another."""
+    rng = random.Random(7)
+    system = " ".join(rng.choice(WORDS) + str(n) for n in range(300))
+    texts = [f"{system} " + " ".join(rng.choice(WORDS) + str(rng.randrange(99)) for _ in range(30)) for _ in range(80)]
+    texts += [texts[0] + " once", system]  # held-out row 0 again, but for a word; and the message alone
+    held = np.arange(len(texts)) % 4 == 0
+
+    def read(mask: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], list[str]]]:
+        rows = np.flatnonzero(mask)
+        yield rows, [texts[row] for row in rows]
+
+    held[80:] = False
+    found = find(read, held, ~held, 0.8, 1, tmp_path / "near")
+    assert [(pair.train, pair.held) for pair in found] == [(80, 0)]
+    alike = jaccard(
+        texts[0].removeprefix(" ".join(system.split()[:-4])), texts[80].removeprefix(" ".join(system.split()[:-4]))
+    )
+    assert found[0].similarity == pytest.approx(alike)
+
+
 def test_bands_miss_at_most_what_they_promise() -> None:
     for threshold in (0.3, 0.5, 0.8, 0.95, 1.0):
         bands = bands_for(threshold)

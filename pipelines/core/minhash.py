@@ -76,8 +76,24 @@ def grams(texts: list[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     return hashed[inside], np.cumsum(counts) - counts
 
 
-def sketches(texts: list[str], size: int) -> NDArray[np.uint32]:
-    """MinHash sketches. [texts, size]"""
+def telling(
+    hashed: NDArray[np.uint64], starts: NDArray[np.int64], common: NDArray[np.uint64] | None
+) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """What `grams` gives without those that are common; a text that has no others keeps its own."""
+    import numpy as np
+
+    if common is None or not len(common):
+        return hashed, starts
+    kept = ~np.isin(hashed, common)
+    lengths = np.diff(starts, append=len(hashed))
+    counts = np.add.reduceat(kept.astype(np.int64), starts)
+    kept |= np.repeat(counts == 0, lengths)
+    counts = np.where(counts == 0, lengths, counts)
+    return hashed[kept], np.cumsum(counts) - counts
+
+
+def sketches(texts: list[str], size: int, common: NDArray[np.uint64] | None = None) -> NDArray[np.uint32]:
+    """MinHash sketches, in which `common` grams do not count. [texts, size]"""
     import numpy as np
 
     random = np.random.default_rng(0)
@@ -85,7 +101,7 @@ def sketches(texts: list[str], size: int) -> NDArray[np.uint32]:
     offsets = random.integers(0, 2**32, size, dtype=np.uint32)
     sketch = np.empty((len(texts), size), np.uint32)
     for first, last in _pieces(texts):
-        hashed, starts = grams(texts[first:last])
+        hashed, starts = telling(*grams(texts[first:last]), common)
         short = (hashed >> np.uint64(32)).astype(np.uint32)
         for place in range(size):
             mixed = short * factors[place] + offsets[place]

@@ -2,8 +2,9 @@
 
 Words are runs of non-blanks of the case-folded text; a text of fewer than five words is one gram. MinHash
 (Broder 1997) with banding (Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, ch. 3) proposes pairs, and
-every pair is then decided by its exact Jaccard similarity, so a row never goes because two hashes agreed. What is
-known of held-out rows lies in scratch files and is searched block by block: memory is for the pairs alone.
+every pair is then decided by its exact Jaccard similarity, so a row never goes because two hashes agreed. Grams that
+a fifth of a table's rows have, such as those of the system message of chats, do not make two of them alike and are left
+out. What is known of held-out rows lies in scratch files and is searched block by block: memory is for the pairs alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipelines.core.minhash import Bands, banded, bands_for, grams, sketches
+from pipelines.core.minhash import Bands, banded, bands_for, grams, sketches, telling
 from pipelines.core.scratch import Records
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ SLACK = 0.25  # a pair whose sketches agree in less than threshold - SLACK is no
 BLOCK_ROWS = 1 << 16  # held-out rows searched at a time
 SEARCHED_ROWS = 1 << 12  # training rows that are searched for together
 BLOCK_PAIRS = 1 << 13  # pairs of sketches compared at a time
+SAMPLED_ROWS = 1 << 10  # in which common grams are looked for
+COMMON_SHARE, COMMON_ROWS = 0.2, 20  # a gram in so large a share, and in so many, of them is common
 HELD_GRAMS = 1 << 20  # of held-out rows, in memory while pairs are decided
 
 Texts = Iterable[tuple["NDArray[np.int64]", list[str]]]  # row numbers and their texts, batch by batch
@@ -100,6 +103,8 @@ def find(
 ) -> list[Pair]:
     """For each training row, the first held-out row at or above the threshold, in the order of training rows.
 
+    Similarity is that of what is left without common grams.
+
     Args:
         read: gives `(row numbers, texts)` in batches for the rows that a mask selects, in ascending order.
         held: mask of the held-out rows. [rows]
@@ -114,21 +119,35 @@ def find(
         return []
     bands = bands_for(threshold)
     index = Index(scratch, bands, threshold)
-    for part in _sketched(read(held), bands, threads):
+    common = _common(read, held | train)
+    for part in _sketched(read(held), bands, threads, common):
         index.add(*part)
     index.sort()
-    proposed = [index.candidates(*part) for part in _together(_sketched(read(train), bands, threads))]
+    proposed = [index.candidates(*part) for part in _together(_sketched(read(train), bands, threads, common))]
     shutil.rmtree(scratch)
     pairs = np.concatenate([np.zeros((0, 2), np.int64), *proposed])
-    return _decided(read, pairs, len(train), threshold)
+    return _decided(read, pairs, len(train), threshold, common)
 
 
-def _sketched(texts: Texts, bands: Bands, threads: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint32]]]:
+def _common(read: Read, rows: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """Grams that many rows of a table have, by a sample at even spacing."""
+    import numpy as np
+
+    every = np.flatnonzero(rows)
+    chosen = every[np.unique(np.linspace(0, len(every) - 1, min(SAMPLED_ROWS, len(every))).astype(np.int64))]
+    sets = [own for _, own in _sets(read, chosen, len(rows), None)]
+    found, count = np.unique(np.concatenate(sets), return_counts=True)
+    return found[count >= max(COMMON_ROWS, COMMON_SHARE * len(sets))]
+
+
+def _sketched(
+    texts: Texts, bands: Bands, threads: int, common: NDArray[np.uint64]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint32]]]:
     """Sketches batch by batch; a few batches ahead are worked on by other threads."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[tuple[NDArray[np.int64], Future[NDArray[np.uint32]]]] = deque()
         for rows, batch in texts:
-            waiting.append((rows, pool.submit(sketches, batch, bands.bands * bands.rows)))
+            waiting.append((rows, pool.submit(sketches, batch, bands.bands * bands.rows, common)))
             if len(waiting) > threads:
                 done, future = waiting.popleft()
                 yield done, future.result()
@@ -154,19 +173,21 @@ def _together(
         yield np.concatenate(rows), np.concatenate(sketched)
 
 
-def _decided(read: Read, pairs: NDArray[np.int64], rows: int, threshold: float) -> list[Pair]:
+def _decided(
+    read: Read, pairs: NDArray[np.int64], rows: int, threshold: float, common: NDArray[np.uint64]
+) -> list[Pair]:
     """Pairs whose exact similarity reaches the threshold, the first for each training row."""
     import numpy as np
 
     pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
     found: dict[int, Pair] = {}
-    for away in _some_held(_sets(read, pairs[:, 1], rows)):
+    for away in _some_held(_sets(read, pairs[:, 1], rows, common)):
         low, high = np.searchsorted(pairs[:, 1], [min(away), max(away) + 1])
         held_of: dict[int, list[int]] = {}
         for train, held in pairs[low:high].tolist():
             if train not in found:
                 held_of.setdefault(train, []).append(held)
-        for train, own in _sets(read, np.array(list(held_of), np.int64), rows):
+        for train, own in _sets(read, np.array(list(held_of), np.int64), rows, common):
             for held in held_of[train]:
                 shared = len(np.intersect1d(own, away[held], assume_unique=True))
                 similarity = shared / (len(own) + len(away[held]) - shared)
@@ -176,8 +197,10 @@ def _decided(read: Read, pairs: NDArray[np.int64], rows: int, threshold: float) 
     return [found[train] for train in sorted(found)]
 
 
-def _sets(read: Read, numbers: NDArray[np.int64], rows: int) -> Iterator[tuple[int, NDArray[np.uint64]]]:
-    """`(row, its different grams)` of some of `rows` rows, in ascending order."""
+def _sets(
+    read: Read, numbers: NDArray[np.int64], rows: int, common: NDArray[np.uint64] | None
+) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+    """`(row, its different grams, less the common ones)` of some of `rows` rows, in ascending order."""
     import numpy as np
 
     if not len(numbers):
@@ -186,7 +209,7 @@ def _sets(read: Read, numbers: NDArray[np.int64], rows: int) -> Iterator[tuple[i
     mask[numbers] = True
     for own, texts in read(mask):
         for number, text in zip(own.tolist(), texts, strict=True):
-            yield number, np.unique(grams([text])[0])
+            yield number, np.unique(telling(*grams([text]), common)[0])
 
 
 def _some_held(sets: Iterator[tuple[int, NDArray[np.uint64]]]) -> Iterator[dict[int, NDArray[np.uint64]]]:
