@@ -176,6 +176,18 @@ def test_what_many_rows_have_in_common_makes_no_two_alike(tmp_path: Path) -> Non
     assert found[0].similarity == pytest.approx(alike)
 
 
+def test_texts_without_blanks_nearly_repeat_one_another_too(tmp_path: Path) -> None:
+    text = "返回所有给定数字的总和如果没有数字则抛出异常这是一个测试用的函数它不做别的事情"
+    texts = [text, text[:20] + "它" + text[20:], "別の文書には別のことが書いてありますので重複ではありません"]
+
+    def read(mask: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], list[str]]]:
+        rows = np.flatnonzero(mask)
+        yield rows, [texts[row] for row in rows]
+
+    held = np.array([True, False, False])
+    assert [(pair.train, pair.held) for pair in find(read, held, ~held, 0.7, 1, tmp_path / "near")] == [(1, 0)]
+
+
 def test_bands_miss_at_most_what_they_promise() -> None:
     for threshold in (0.3, 0.5, 0.8, 0.95, 1.0):
         bands = bands_for(threshold)

@@ -1,11 +1,13 @@
 """MinHash sketches of texts (Broder 1997) over word 5-grams, and their bands.
 
-Words are runs of non-blanks of the case-folded text; a text of fewer than five words is one gram. Our own numpy
-code, not `datasketch`, whose sketches are built one row at a time in Python; figures in docs/notes.md.
+Words are runs of non-blanks of the case-folded text, and single signs of scripts that are written without blanks; a
+text of fewer than five words is one gram. Our own numpy code, not `datasketch`, whose sketches are built one row at a
+time in Python; figures in docs/notes.md.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 GRAM = 5
 MISSED = 1e-3  # the largest share of pairs at the threshold that banding may miss
 LARGEST_SKETCH = 128
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff]")  # Thai to Chinese
 PIECE_CHARACTERS = 1 << 19  # hashed at a time, so that the work stays in the cache
 
 
@@ -55,7 +58,8 @@ def grams(texts: list[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     words = []
     lengths = np.empty(len(texts), np.int64)
     for place, text in enumerate(texts):
-        own = text.casefold().encode("utf-8", "surrogatepass").split()
+        apart = text if text.isascii() else UNSPACED.sub(r" \g<0> ", text)
+        own = apart.casefold().encode("utf-8", "surrogatepass").split()
         lengths[place] = max(len(own), GRAM)
         own += [b""] * (GRAM - len(own))
         words.append(np.fromiter(map(crc32, own), np.uint32, len(own)))

@@ -1,10 +1,10 @@
 """Training rows that nearly repeat a held-out row: Jaccard similarity of word 5-grams, MinHash LSH, then exact.
 
-Words are runs of non-blanks of the case-folded text; a text of fewer than five words is one gram. MinHash
-(Broder 1997) with banding (Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, ch. 3) proposes pairs, and
-every pair is then decided by its exact Jaccard similarity, so a row never goes because two hashes agreed. Grams that
-a fifth of a table's rows have, such as those of the system message of chats, do not make two of them alike and are left
-out. What is known of held-out rows lies in scratch files and is searched block by block: memory is for the pairs alone.
+MinHash (Broder 1997; `pipelines.core.minhash`) with banding (Leskovec, Rajaraman & Ullman, Mining of Massive Datasets,
+ch. 3) proposes pairs, and every pair is then decided by its exact Jaccard similarity, so a row never goes because two
+hashes agreed. Grams that a fifth of a table's rows have, such as those of the system message of chats, do not make two
+of them alike and are left out. What is known of held-out rows lies in scratch files and is searched block by block:
+memory is for the pairs alone.
 """
 
 from __future__ import annotations
