@@ -96,7 +96,7 @@ def _installed() -> Iterator[tuple[str, str]]:
 
 
 def _processor(root: Path) -> Iterator[Finding]:
-    from flows.stages import cores
+    from pipelines.core.hardware import cores
 
     flags = _cpu_flags()
     fast = [name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")) if flag in flags]

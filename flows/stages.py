@@ -6,12 +6,12 @@ changes the workspace goes through the `dvc` command (its lock holds between pro
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
+from pipelines.core import hardware
 from pipelines.core.errors import StoreUnavailable, UserError
 from pipelines.core.params import whole
 
@@ -100,12 +100,7 @@ def look(root: Path) -> State:
 def side_by_side(root: Path) -> int:
     """How many stages may compute at once without sharing a core."""
     threads = whole.load(root / "params.yaml").compute.threads
-    return max(1, cores() // threads) if threads else 1
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, hardware.cores() // threads) if threads else 1
 
 
 def _explain(changes: list[Any]) -> list[str]:

@@ -25,7 +25,7 @@ from flows.measure import NOT_MEASURABLE
 from flows.run_locks import alone
 from flows.supervise import Crew
 from flows.train import Job, _conclude
-from pipelines.core import promotion, registry
+from pipelines.core import hardware, promotion, registry
 from pipelines.core.errors import GateError, StoreUnavailable, UserError
 from pipelines.core.gates import Row as Rule
 from pipelines.core.gates import Verdict
@@ -92,7 +92,7 @@ def test_a_broken_graph_is_one_message(root: Path) -> None:
 
 
 def test_stages_share_no_core(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "cores", lambda: 16)
+    monkeypatch.setattr(hardware, "cores", lambda: 16)
     assert stages.side_by_side(root) == 1  # threads: 0 gives a stage every core
     place = root / "params.yaml"
     place.write_text(place.read_text().replace("threads: 0", "threads: 4"))

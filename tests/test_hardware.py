@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +34,29 @@ def test_samples_take_a_tenth_of_the_work_at_the_most(products: list[float], ste
         rates.sample(step, step * step_seconds)
     assert len(products) == samples
     assert rates.mean() == 1000.0 + (samples + 1) / 2
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2.0),
+    ],
+)
+def test_a_container_s_quota_counts(
+    files: dict[str, str], quota: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is lent two of 64 cores by the clock sees all of them: 64 threads would wait for one another."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert hardware._quota(tmp_path) == quota
+    monkeypatch.setattr(hardware, "_quota", lambda _: quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert hardware.cores() == (2 if quota else 64)
 
 
 def test_without_a_sample_there_is_no_rate() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -37,11 +38,27 @@ def choose(compute: ComputeParams, root: Path, processes: int = 1) -> Hardware:
     has_cuda = compute.device != "cpu" and _cuda()
     if compute.device == "cuda" and not has_cuda:
         raise ParamsError("compute.device: cuda was asked for, but torch finds no CUDA device here (auto or cpu)")
-    threads = compute.threads or max(1, len(os.sched_getaffinity(0)) // processes)
+    threads = compute.threads or max(1, cores() // processes)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch or numpy is imported, by the stages that do
     device = "cuda" if has_cuda else "cpu"
     precision = compute.precision if compute.precision != "auto" else _measured_precision(root, device)
     return Hardware(device, precision, threads)
+
+
+def cores() -> int:
+    """Cores that this process may use: those it is bound to, or what the quota of its container comes to, if less."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota(Path("/sys/fs/cgroup"))
+    return bound if quota is None else min(bound, max(1, math.ceil(quota)))
+
+
+def _quota(group: Path) -> float | None:
+    """Cores' worth of time that a control group (version 2, or 1) gives; None without a limit."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        if all((group / name).exists() for name in names):
+            quota, period = " ".join((group / name).read_text(encoding="utf-8") for name in names).split()
+            return int(quota) / int(period) if quota.isdigit() else None
+    return None
 
 
 def _cuda() -> bool:
