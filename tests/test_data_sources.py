@@ -403,6 +403,20 @@ def test_names_that_cannot_be_written_are_refused(field: str) -> None:
     assert caught.value.column == field
 
 
+def test_columns_inside_of_objects() -> None:
+    """As the hub's SQuAD has its answers; a name with a point in it is that column first of all."""
+    record = {"question": "a?", "about": {"doc": 7}, "answers": {"text": ["b", "c"], "answer_start": [1]}, "x.y": "z"}
+    columns: dict[str, str | None] = {"query": "question", "target": "about.doc", "answers": "answers.text"}
+    row = canonical("queries", record, columns)[0]
+    assert (row["query"], row["target"], row["answers"]) == ("a?", "7", ["b", "c"])
+    assert canonical("queries", record | {"answers": None}, columns)[0]["answers"] is None
+    assert canonical("corpus", record, {"text": "x.y"}) == [{"text": "z"}]
+    assert identify(record, {}, "about.doc")[1] == "7"
+    for column in ("answers.words", "question.text", "nothing.text"):
+        with pytest.raises(BadRow, match="no such column .there are: question, about"):
+            canonical("corpus", record, {"text": column})
+
+
 def test_a_column_of_one_of_our_names_can_be_something_else() -> None:
     """Where null is the field's column: a field need not be there for it."""
     record = {"prompt": "a", "completion": "b", "kind": ["x"], "id": 1.5}

@@ -35,13 +35,20 @@ class Fields:
         return self.columns[field] is not None if field in self.columns else field in self.record
 
     def value(self, field: str) -> Any:
-        """The value as it is; a missing column is refused."""
+        """The value as it is; a missing column is refused. `answers.text` is a field of the object in `answers`."""
         column = self.column(field)
-        if column not in self.record:
-            there = ", ".join(map(str, self.record)) or "none"
-            remedy = f"a column {column!r}, or columns: {{{field}: COLUMN}} in params.yaml"
-            raise BadRow(column, f"no such column (there are: {there})", remedy)
-        return self.record[column]
+        if column in self.record:
+            return self.record[column]
+        found: Any = self.record
+        for part in column.split("."):
+            if found is None:
+                return None
+            if not isinstance(found, Mapping) or part not in found:
+                there = ", ".join(map(str, self.record)) or "none"
+                remedy = f"a column {column!r}, or columns: {{{field}: COLUMN}} in params.yaml"
+                raise BadRow(column, f"no such column (there are: {there})", remedy)
+            found = found[part]
+        return found
 
     def text(self, field: str) -> str:
         """Text that is not blank."""

@@ -57,7 +57,7 @@ class RowsSource(Section):
     table: TableName
     task: str | None = Field(None, pattern=r"^[a-z0-9_-]+$", description="the task's name, for table: tasks")
     columns: dict[str, str | None] = Field(
-        {}, description="our field: the file's column; same name if left out; null: the file's is something else"
+        {}, description="our field: the file's column; same name if left out; a.b: b of the object in a; null: none"
     )
     group: str | None = Field(
         None, description="column whose rows stay on one side of the split; a column named group if left out"
