@@ -122,7 +122,7 @@ def take_data(place: Workspace, revision: str) -> list[str]:
     if place.remote:
         place.fetch(*outputs)
     try:
-        place.dvc("checkout", "--quiet", "--force", *outputs)
+        place.dvc("checkout", "--force", *outputs)
     except StoreUnavailable as error:
         raise ArtifactError(f"the data of {revision} are neither in DVC's cache nor in its remote: {error}") from None
     return [f"data of {commit[:12]}"]

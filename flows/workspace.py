@@ -28,7 +28,7 @@ import yaml
 
 from flows import run_locks
 from flows.supervise import child_environment
-from pipelines.core import artifacts
+from pipelines.core import artifacts, store
 from pipelines.core.environment import STATE, WORK
 from pipelines.core.errors import StoreUnavailable, UserError
 
@@ -38,6 +38,7 @@ CHECKPOINTS = "checkpoints"
 OWN_DATA = "data"  # where a person keeps files of their own; git ignores it, so a worktree does not bring it
 SHARED = ("mlflow", "registry", "locks", "spool", "measured", "huggingface", "inductor", "matplotlib", "prefect")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+_ADVICE = "Having any troubles?"  # DVC's last line
 _GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # a hook that calls us has set them
 
 
@@ -69,7 +70,7 @@ class Workspace:
         return git(self.place, "rev-parse", "HEAD")
 
     def dvc(self, *words: str) -> None:
-        """Run a `dvc` command here; it waits for DVC's lock.
+        """Run a `dvc` command here; it waits for DVC's lock. Never with `--quiet`, which hides why it failed.
 
         Raises:
             StoreUnavailable: it failed; the message is DVC's.
@@ -77,8 +78,10 @@ class Workspace:
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", *words]
         done = subprocess.run(command, cwd=self.place, env=environment(), capture_output=True, text=True)
         if done.returncode:
-            told = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-            raise StoreUnavailable(f"dvc {' '.join(words)} in {self.name}: {told}")
+            lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip() and _ADVICE not in line]
+            why = "\n".join(lines[-5:]) or f"exit code {done.returncode}"
+            told = f"dvc {' '.join(words)} in {self.name}: {why}"
+            raise StoreUnavailable(store.without_login(told))  # an address of a remote may hold one
 
     def fetch(self, *outputs: str) -> None:
         """Get from DVC's remote what the cache lacks of outputs (all, if none is named); it is asked more than once.
@@ -90,11 +93,11 @@ class Workspace:
         """
         for pause in PAUSES:
             try:
-                self.dvc("fetch", "--quiet", *outputs)
+                self.dvc("fetch", *outputs)
                 return
             except StoreUnavailable:
                 time.sleep(pause)
-        self.dvc("fetch", "--quiet", *outputs)
+        self.dvc("fetch", *outputs)
 
     def push(self) -> None:
         """Send outputs and the history of runs to DVC's remote.
@@ -102,7 +105,7 @@ class Workspace:
         Raises:
             StoreUnavailable: the remote does not take them; they stay in the cache.
         """
-        self.dvc("push", "--quiet", "--run-cache")
+        self.dvc("push", "--run-cache")
 
 
 def environment() -> dict[str, str]:
@@ -206,7 +209,7 @@ def _make(root: Path, name: str, base: str) -> Workspace:
     made = Workspace(root, name, place, base, _share_dvc(root, place))
     if made.remote:
         made.fetch()
-    made.dvc("checkout", "--quiet", "--force", "--allow-missing")
+    made.dvc("checkout", "--force", "--allow-missing")
     return made
 
 

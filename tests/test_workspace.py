@@ -246,6 +246,18 @@ def test_a_remote_that_is_not_committed_yet_is_one(root: Path, tmp_path: Path, m
         assert list((tmp_path / "remote").rglob("*.dir")) and workspace.git(run.place, "status", "-s", ".dvc") == ""
 
 
+def test_why_a_remote_fails_is_told_and_no_password(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes into the state of the flow run, and from there to a webhook."""
+    monkeypatch.setattr(workspace, "PAUSES", (0.0, 0.0))
+    dvc(root, "remote", "add", "-q", "-d", "team", "http://team:planted@127.0.0.1:9/store")
+    with workspace.opened(root, "pushes") as run:
+        with pytest.raises(StoreUnavailable, match=r"dvc push --run-cache in pushes: (?s:.*)Cannot connect to host"):
+            run.push()
+        with pytest.raises(StoreUnavailable, match="remote 'http://127.0.0.1:9/store' doesn't exist") as caught:
+            run.dvc("remote", "remove", "http://team:planted@127.0.0.1:9/store")
+    assert "planted" not in str(caught.value) and "troubles" not in str(caught.value)
+
+
 # What a deployment is given
 
 
