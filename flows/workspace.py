@@ -219,19 +219,22 @@ def _share_dvc(root: Path, place: Path) -> str:
     Returns the default remote's name.
     """
     from configobj import ConfigObj  # type: ignore[import-untyped]
+    from dvc.config_schema import RelPath
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo:
         cache, remote = repo.cache.local_cache_dir, str(repo.config["core"].get("remote", ""))
-        urls = {name: str(values["url"]) for name, values in repo.config["remote"].items() if "url" in values}
+        remotes = {name: dict(values) for name, values in repo.config["remote"].items()}
     config = ConfigObj()
     for own in (root / ".dvc" / "config", root / ".dvc" / "config.local"):
         config.merge(ConfigObj(str(own)) if own.exists() else {})
     config.setdefault("cache", {})["dir"] = cache
-    for name, url in urls.items():
-        if "://" not in url:  # a folder; a relative one would be another one, seen from the worktree
-            config.setdefault(f'remote "{name}"', {})["url"] = str((root / ".dvc" / url).resolve())
+    for name, values in remotes.items():
+        for key, value in values.items():
+            if isinstance(value, RelPath):  # a folder, a key file: another one, seen from the worktree
+                config.setdefault(f'remote "{name}"', {})[key] = str(Path(value).resolve())
     config.filename = str(place / ".dvc" / "config.local")
+    Path(config.filename).touch(mode=0o600)  # it may hold a password
     config.write()
     return remote
 

@@ -258,6 +258,18 @@ def test_why_a_remote_fails_is_told_and_no_password(root: Path, monkeypatch: pyt
     assert "planted" not in str(caught.value) and "troubles" not in str(caught.value)
 
 
+def test_the_key_file_of_a_remote_is_that_of_the_clone(root: Path) -> None:
+    """As `dvc remote modify` writes it, it is relative to the folder of the config."""
+    from dvc.repo import Repo
+
+    dvc(root, "remote", "add", "-q", "team", "gs://bucket/store")
+    dvc(root, "remote", "modify", "-q", "--local", "team", "credentialpath", "secrets/key.json")
+    with workspace.opened(root, "reads") as run:
+        with Repo(str(run.place)) as repo:
+            assert repo.config["remote"]["team"]["credentialpath"] == str(root / "secrets" / "key.json")
+        assert (run.place / ".dvc" / "config.local").stat().st_mode & 0o077 == 0, "it may hold a password"
+
+
 # What a deployment is given
 
 
