@@ -110,7 +110,8 @@ constraints: setup              ## write constraints.txt from what is installed
 clean:                          ## remove what runs made; .venv, metrics and your files stay
 	@if [ -e .sluice ] && [ -e $(STAMP) ]; then python -m flows.cli server stop > /dev/null; fi
 	@rm -rf .sluice .work artifacts reports .mypy_cache .pytest_cache .ruff_cache
-	@git worktree prune 2> /dev/null || true
+	@git worktree list --porcelain 2> /dev/null | sed -n 's/^worktree //p' | while IFS= read -r place; do \
+	  case $$place in "$$(pwd -P)"/.sluice/*) git worktree remove --force --force "$$place";; esac; done || true
 	@echo "removed .sluice, .work, artifacts, reports. Next: make run (DVC's cache in .dvc/cache still has the results)"
 
 help:                           ## this list

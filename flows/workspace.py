@@ -146,7 +146,9 @@ def remove(root: Path, name: str) -> None:
     place, started = run_locks.folder(root) / name, run_locks.folder(root) / f"{name}.base"
     _move_checkpoints(place / WORK, root / STATE / CHECKPOINTS)
     shutil.rmtree(place, ignore_errors=True)
-    git(root, "worktree", "prune")
+    # Not `prune`, which would forget a person's on a disk that is not mounted now
+    with contextlib.suppress(UserError):  # where git knows of none
+        git(root, "worktree", "remove", "--force", "--force", str(place))
     tip = git(root, "branch", "--list", "--format=%(objectname)", f"{BRANCH}{name}")
     if tip and started.exists() and tip == started.read_text(encoding="utf-8"):
         git(root, "branch", "--quiet", "-D", f"{BRANCH}{name}")

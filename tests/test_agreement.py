@@ -152,6 +152,25 @@ def test_set_up_knows_an_archive_a_clone_and_a_folder_of_a_larger_repository(tmp
     assert set_up() == "", "a folder of a repository"
 
 
+def test_clean_forgets_its_own_worktrees_and_no_other(tmp_path: Path) -> None:
+    """One of a person's may be on a disk that is not mounted now."""
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    root, theirs = tmp_path / "a folder", tmp_path / "theirs"
+    root.mkdir()
+    shutil.copy(ROOT / "Makefile", root)
+    for words in (
+        ["init", "-q"],
+        ["commit", "-q", "--allow-empty", "-m", "start"],
+        ["worktree", "add", "-q", ".sluice/worktrees/nightly-1"],
+        ["worktree", "add", "-q", str(theirs)],
+    ):
+        subprocess.run([*git, *words], cwd=root, check=True)
+    theirs.rename(tmp_path / "off")
+    subprocess.run(["make", "clean", "VENV=.venv"], cwd=root, check=True, capture_output=True)
+    left = subprocess.run(["git", "worktree", "list"], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert "theirs" in left and "nightly-1" not in left and not (root / ".sluice").exists()
+
+
 def test_targets_are_made_one_after_the_other_whatever_make_is_told(tmp_path: Path) -> None:
     for name in (
         "pyproject.toml",

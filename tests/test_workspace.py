@@ -270,6 +270,18 @@ def test_the_key_file_of_a_remote_is_that_of_the_clone(root: Path) -> None:
         assert (run.place / ".dvc" / "config.local").stat().st_mode & 0o077 == 0, "it may hold a password"
 
 
+def test_a_worktree_of_a_person_is_kept_though_its_disk_is_not_mounted_now(root: Path, tmp_path: Path) -> None:
+    theirs, off = tmp_path / "disk", tmp_path / "off"
+    workspace.git(root, "worktree", "add", "-q", "-b", "theirs", str(theirs))
+    theirs.rename(off)
+    for _ in range(2):
+        with workspace.opened(root, "nightly"):
+            pass
+    off.rename(theirs)
+    assert workspace.git(theirs, "branch", "--show-current") == "theirs"
+    assert "nightly" not in workspace.git(root, "worktree", "list")
+
+
 # What a deployment is given
 
 
