@@ -282,6 +282,15 @@ def test_a_worktree_of_a_person_is_kept_though_its_disk_is_not_mounted_now(root:
     assert "nightly" not in workspace.git(root, "worktree", "list")
 
 
+def test_line_ends_are_as_committed_whatever_git_is_told(root: Path) -> None:
+    """Or every file that DVC has hashed would be another one in a worktree, and all stages run again."""
+    shutil.copy(fake.ROOT / ".gitattributes", root)
+    station.commit(root, "attributes")
+    workspace.git(root, "config", "core.autocrlf", "true")
+    with workspace.opened(root, "nightly") as run:
+        assert stages.look(run.place).reasons == {"report": ("reports deleted",)}, "which is not in the cache"
+
+
 # What a deployment is given
 
 
