@@ -3,7 +3,7 @@
 1. Worktrees of runs that were killed, and checkpoints that no run has taken up.
 2. Objects of DVC's cache that no branch (`runs/*` among them), no tag, no experiment (`dvc exp`), no worktree and no
    version that has an alias or is on offer refers to. A version refers to the commit it was made at and to the next one
-   that changed `dvc.lock`, which recorded it.
+   that changed `dvc.lock`, which recorded it. A cache outside the clone is left alone: others may have theirs there.
 3. Versions that stages made, of an embedded store. Kept are: what has an alias; what a rollback, however often,
    would go back to; what is on offer; parents of what is kept; the newest of each model, which may be offered next.
 
@@ -63,6 +63,11 @@ def collect(root: Path, yes: bool, console: Console) -> list[Waste]:
         _show(found, console)
         for one in found if yes else []:
             one.remove()
+    if (elsewhere := _cache_elsewhere(root)) is not None:
+        told = (
+            f"DVC's cache in {elsewhere} is left alone, other clones may use it: `dvc gc --projects` takes their names"
+        )
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
     total = _size(sum(one.bytes for one in found))
     told = f"removed {total}" if yes else f"{total} could go: `sluice gc --yes`"
     console.print(told if found else "nothing to remove", markup=False, highlight=False)
@@ -123,12 +128,17 @@ def _cache(root: Path, client: Any | None) -> Iterator[Waste]:
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
+    from dvc.scm import NoSCM
 
-    places = [root, *_other_worktrees(root)]
-    revisions = list(_revisions(root, client)) if client is not None else []
+    if _cache_elsewhere(root) is not None:
+        return
     with Repo(str(root)) as repo:
+        git = not isinstance(repo.scm, NoSCM)  # an archive that was unpacked has no history that could need anything
+        places = [root, *(_other_worktrees(root) if git else ())]
+        revisions = list(_revisions(root, client)) if git and client is not None else []
+        everywhere = {"all_branches": git, "all_tags": git, "all_experiments": git}
         try:
-            needs = [repo.used_objs(all_branches=True, all_tags=True, all_experiments=True, revs=revisions or None)]
+            needs = [repo.used_objs(**everywhere, revs=revisions or None)]
             for place in places:  # what is not committed there yet
                 with Repo(str(place)) as other:
                     needs.append(other.used_objs())
@@ -147,6 +157,15 @@ def _cache(root: Path, client: Any | None) -> Iterator[Waste]:
 
         why = "no branch, tag, experiment, worktree or alias needs them"
         yield Waste("DVC's cache", f"{len(unused)} objects", size, why, remove)
+
+
+def _cache_elsewhere(root: Path) -> Path | None:
+    """Where DVC's cache is, if that is not in the clone."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        place = Path(repo.cache.local_cache_dir).resolve()
+    return None if place.is_relative_to(root.resolve()) else place
 
 
 def _revisions(root: Path, client: Any) -> Iterator[str]:

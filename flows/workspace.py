@@ -163,7 +163,10 @@ def git(place: Path, *words: str) -> str:
     """
     kept = {key: value for key, value in os.environ.items() if key not in _GIT_VARIABLES}
     whole = ["git", "-C", str(place), "-c", "core.hooksPath=/dev/null", *words]
-    done = subprocess.run(whole, env=kept, capture_output=True, text=True)
+    try:
+        done = subprocess.run(whole, env=kept, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError("git is not installed, or not found in PATH") from None
     if done.returncode:
         command = next((word for word in words if not word.startswith("-") and "=" not in word), "")
         raise UserError(f"git {command}: {done.stderr.strip() or done.stdout.strip()}")

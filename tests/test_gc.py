@@ -216,6 +216,30 @@ def test_a_dvc_command_at_work_is_waited_for(clone: Path) -> None:
         gc.collect(clone, True, console())
     place.write_text(json.dumps({"write": {}, "read": {"artifacts/data": [{**holder, "pid": 999_999_999}]}}))
     gc.collect(clone, True, console())
+def test_a_cache_that_others_may_use_is_left_alone(clone: Path, tmp_path: Path) -> None:
+    """`dvc cache dir` of a team names one for all their clones: what this clone does not need, another does."""
+    shared = tmp_path / "shared"
+    (clone / ".dvc" / "cache").rename(shared)
+    dvc = [sys.executable, "-m", "dvc", "cache", "dir", "-q", str(shared)]
+    subprocess.run(dvc, cwd=clone, check=True)
+    station.commit(clone, "a shared cache")
+    other = shared / "files" / "md5" / "00" / ("0" * 30)
+    other.parent.mkdir(exist_ok=True)
+    other.write_text("of another clone")
+    shown = console()
+    with shown.capture() as said:
+        assert gc.collect(clone, True, shown) == []
+    assert other.exists() and f"DVC's cache in {shared} is left alone" in said.get()
+
+
+def test_an_archive_without_git_has_a_cache_too(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(clone.parent))
+    _made(clone, "-lost")
+    _made(clone, "-now")
+    shutil.rmtree(clone / ".git")
+    subprocess.run([sys.executable, "-m", "dvc", "config", "--local", "core.no_scm", "true"], cwd=clone, check=True)
+    gc.collect(clone, True, console())
+    assert "data-now" in _kept(clone) and "data-lost" not in _kept(clone)
 
 
 def test_what_a_killed_run_left_goes(clone: Path) -> None:

@@ -184,8 +184,11 @@ def _made(root: Path, origin: Origin) -> str:
 
 
 def _git(root: Path, *words: str) -> str:
-    """What a git command prints; nothing where it fails."""
-    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, encoding="utf-8", errors="replace")
+    """What a git command prints; nothing where it fails, or there is no git."""
+    try:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
     return "" if done.returncode else done.stdout.strip()
 
 
