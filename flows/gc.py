@@ -12,7 +12,6 @@ On offer is a version that a person is asked to approve (flows/approve.py), unti
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -21,7 +20,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -56,7 +54,7 @@ def collect(root: Path, yes: bool, console: Console) -> list[Waste]:
         if yes:
             stack.enter_context(run_locks.alone(root))
             stack.enter_context(run_locks.quiet(root))
-            if busy := _dvc_processes(root):
+            if busy := run_locks.dvc_at_work(root):
                 raise UserError(f"dvc is at work here (process {', '.join(map(str, busy))}): wait for it")
         client = _client(root)
         found = [*_worktrees(root), *_checkpoints(root), *_cache(root, client), *_versions(root, client)]
@@ -249,18 +247,6 @@ def _other_worktrees(root: Path) -> Iterator[Path]:
         place = Path(line.removeprefix("worktree "))
         if line.startswith("worktree ") and place != root.resolve() and (place / ".dvc").exists():
             yield place
-
-
-def _dvc_processes(root: Path) -> list[int]:
-    """Processes that DVC's own lock file says are at work."""
-    from dvc.repo import Repo
-
-    with Repo(str(root)) as repo:
-        place = Path(repo.tmp_dir) / "rwlock"
-    text = place.read_text(encoding="utf-8") if place.exists() else ""
-    locks = json.loads(text) if text.strip() else {}
-    holders = [*locks.get("write", {}).values(), *(one for each in locks.get("read", {}).values() for one in each)]
-    return sorted({int(one["pid"]) for one in holders if psutil.pid_exists(int(one["pid"]))})
 
 
 def _show(found: list[Waste], console: Console) -> None:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from flows.failures import LockTrouble
 from pipelines.core.environment import STATE
 from pipelines.core.errors import UserError
@@ -98,6 +100,47 @@ def quiet(root: Path) -> Iterator[None]:
         if not _taken(file):
             raise UserError(f"runs are going on ({', '.join(living(root))}): wait for them, or stop them")
         yield
+
+
+def dvc_at_work(root: Path) -> list[int]:
+    """Processes that DVC's own lock file says are at work; what it says of processes that are no more is removed.
+
+    DVC asks whether there is a process of that number. After a reboot, or in a container, there is: another one, which
+    did not run yet when the file was last written. A file that a crash tore says nothing; DVC would stumble over it.
+
+    Raises:
+        LockTrouble: the file is held by another process.
+    """
+    from dvc.lock import LockError
+    from dvc.repo import Repo
+    from dvc.rwlock import RWLockFileCorruptedError, RWLockFileFormatError, _edit_rwlock
+
+    with Repo(str(root)) as repo:
+        place = Path(repo.tmp_dir) / "rwlock"
+        if not place.exists():
+            return []
+        written, hardlink = place.stat().st_mtime, bool(repo.config["core"].get("hardlink_lock", False))
+        alive: set[int] = set()
+        try:
+            with _edit_rwlock(repo.tmp_dir, repo.fs, hardlink) as locks:
+                holders = [*locks["write"].values(), *(one for readers in locks["read"].values() for one in readers)]
+                alive |= {int(one["pid"]) for one in holders if _begun_before(int(one["pid"]), written)}
+                locks["write"] = {path: one for path, one in locks["write"].items() if int(one["pid"]) in alive}
+                left = {path: [o for o in ones if int(o["pid"]) in alive] for path, ones in locks["read"].items()}
+                locks["read"] = {path: readers for path, readers in left.items() if readers}
+        except (RWLockFileCorruptedError, RWLockFileFormatError):
+            place.unlink(missing_ok=True)
+        except LockError as error:
+            raise LockTrouble(f"DVC's lock file is held by another process: {error}") from None
+    return sorted(alive)
+
+
+def _begun_before(number: int, moment: float) -> bool:
+    """Whether a process lives that was there at a moment; a second more, for clocks that count otherwise."""
+    try:
+        return float(psutil.Process(number).create_time()) <= moment + 1.0
+    except psutil.Error:
+        return False
 
 
 def _free(lock: Path) -> bool:

@@ -113,6 +113,7 @@ def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False,
     """
     place = Path(root).resolve()
     with run_locks.alone(place):
+        run_locks.dvc_at_work(place)  # so that no process that is no more is waited for
         graph = stages.look(place)
         needed, suspects = graph.needed(wanted or [], only), graph.suspects()
         logs = place / STATE / "logs" / str(flow_run.name)

@@ -206,16 +206,30 @@ def test_nothing_is_removed_while_a_run_goes_on_but_it_is_shown(clone: Path) -> 
 
 
 def test_a_dvc_command_at_work_is_waited_for(clone: Path) -> None:
-    from dvc.repo import Repo
-
-    with Repo(str(clone)) as repo:
-        place = Path(repo.tmp_dir) / "rwlock"
+    place = clone / ".dvc" / "tmp" / "rwlock"
     holder = {"pid": os.getpid(), "cmd": "dvc repro"}
     place.write_text(json.dumps({"write": {"artifacts/data": holder}, "read": {}}))
     with pytest.raises(UserError, match=f"dvc is at work here .process {os.getpid()}"):
         gc.collect(clone, True, console())
     place.write_text(json.dumps({"write": {}, "read": {"artifacts/data": [{**holder, "pid": 999_999_999}]}}))
     gc.collect(clone, True, console())
+
+
+def test_a_lock_of_before_a_reboot_holds_up_nobody(clone: Path) -> None:
+    """Its number is another process's by now, as in a container always; or the file is half written."""
+    place = clone / ".dvc" / "tmp" / "rwlock"
+    dead, alive = {"pid": 1, "cmd": "dvc repro"}, {"pid": os.getpid(), "cmd": "dvc status"}
+    place.write_text(json.dumps({"write": {"artifacts/left": dead}, "read": {"artifacts/data": [dead, alive]}}))
+    os.utime(place, (0, 0))
+    assert run_locks.dvc_at_work(clone) == []
+    assert json.loads(place.read_text()) == {"write": {}, "read": {}}
+    for torn in ("", '{"write": {"artifacts/', '{"write": 1}'):
+        place.write_text(torn)
+        assert run_locks.dvc_at_work(clone) == [] and not place.exists()
+    place.write_text(json.dumps({"write": {"artifacts/data": dead}, "read": {"artifacts/data": [alive]}}))
+    assert run_locks.dvc_at_work(clone) == [1, os.getpid()], "both were there when it was written"
+
+
 def test_a_cache_that_others_may_use_is_left_alone(clone: Path, tmp_path: Path) -> None:
     """`dvc cache dir` of a team names one for all their clones: what this clone does not need, another does."""
     shared = tmp_path / "shared"
