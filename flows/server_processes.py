@@ -13,9 +13,14 @@ CLONE = "SLUICE_CLONE"  # variable: whose worker started a flow run
 GRACE_SECONDS = 45.0  # runs write a checkpoint first; their own supervisors give them 30
 
 
-def end_runs(root: Path) -> bool:
-    """End the flow runs of a worker that was killed: each is in a session of its own and goes on. False without any."""
-    left = runs = [process for process in psutil.process_iter() if _is_run(process, str(root.resolve()))]
+def end_runs(clones: set[Path]) -> bool:
+    """End the flow runs of a worker that was killed: each is in a session of its own and goes on. False without any.
+
+    Args:
+        clones: where the clone is, and where it was when its worker was started.
+    """
+    names = {str(clone) for clone in clones}
+    left = runs = [process for process in psutil.process_iter() if _is_run(process, names)]
     for end in (psutil.Process.terminate, psutil.Process.kill):
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -24,19 +29,26 @@ def end_runs(root: Path) -> bool:
     return bool(runs)
 
 
-def is_keeper(number: int, root: Path) -> bool:
-    """Whether a process is this clone's keeper, and not one that got the number of a keeper that was killed."""
+def kept_by(number: int, lock: Path) -> Path | None:
+    """The clone that a process keeps; None where it is not the keeper that has this lock.
+
+    The number of one that was killed is another process's by now, and a keeper of another clone has another lock. The
+    clone is where it was when the keeper was started: a folder may be moved under it.
+    """
     try:
-        command = psutil.Process(number).cmdline()
-    except psutil.Error:
-        return False
-    return KEEPER in command and Path(command[command.index(KEEPER) + 1]).resolve() == root.resolve()
+        process = psutil.Process(number)
+        command, opened = process.cmdline(), [Path(one.path) for one in process.open_files()]
+        if KEEPER in command and any(place.samefile(lock) for place in opened):
+            return Path(command[command.index(KEEPER) + 1])
+    except (psutil.Error, OSError):
+        pass
+    return None
 
 
-def _is_run(process: psutil.Process, clone: str) -> bool:
-    """Whether it leads a flow run that a worker of this clone has started."""
+def _is_run(process: psutil.Process, clones: set[str]) -> bool:
+    """Whether it leads a flow run that a worker of one of these clones has started."""
     try:
         variables, own = process.environ(), os.getsid(process.pid) == process.pid
     except (psutil.Error, OSError):
         return False
-    return own and variables.get(CLONE) == clone and "PREFECT__FLOW_RUN_ID" in variables
+    return own and variables.get(CLONE) in clones and "PREFECT__FLOW_RUN_ID" in variables

@@ -96,15 +96,16 @@ def start(root: Path, prefect_port: int, mlflow_port: int) -> dict[str, Any]:
 
 def stop(root: Path) -> bool:
     """Stop all of it; runs that are going on write a checkpoint first. False when nothing ran."""
-    ran = False
+    ran, lock, clones = False, _folder(root) / "lock", {root.resolve()}
     while _kept(root):
         ran = True
-        holder = (_folder(root) / "lock").read_text(encoding="utf-8")
-        if holder and server_processes.is_keeper(int(holder), root):  # it writes its number just after it has the lock
+        holder = lock.read_text(encoding="utf-8")  # it writes its number just after it has the lock
+        if holder and (clone := server_processes.kept_by(int(holder), lock)) is not None:
+            clones.add(clone)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(holder), signal.SIGTERM)
         time.sleep(TICK)
-    return server_processes.end_runs(root) or ran
+    return server_processes.end_runs(clones) or ran
 
 
 def state(root: Path) -> dict[str, Any] | None:

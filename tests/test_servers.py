@@ -174,6 +174,35 @@ def test_a_number_that_a_keeper_left_and_another_process_has_now_is_not_stopped(
         stranger.wait()
 
 
+def test_a_clone_that_was_moved_under_its_servers_can_stop_them(tmp_path: Path) -> None:
+    """The lock moves with the folder, and its keeper is known by it; runs of its worker have the old path."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    code = (
+        "import pathlib, sys, time; from flows import servers; lock = servers._lock(pathlib.Path(sys.argv[2]));"
+        "import os; os.write(lock, str(os.getpid()).encode()); print(flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, server_processes.KEEPER, str(old)]
+    run = {**os.environ, servers.CLONE: str(old), "PREFECT__FLOW_RUN_ID": "a"}
+    asleep = [sys.executable, "-c", "print(flush=True); import time; time.sleep(600)"]
+    keeper = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+    worked = subprocess.Popen(asleep, stdout=subprocess.PIPE, env=run, start_new_session=True)
+    try:
+        for process in (keeper, worked):
+            assert process.stdout is not None and process.stdout.readline() == b"\n"
+        old.rename(new)
+        stopping = threading.Thread(target=servers.stop, args=(new,), daemon=True)
+        stopping.start()
+        stopping.join(timeout=MINUTES)
+        assert not stopping.is_alive()
+        assert keeper.poll() is not None and worked.poll() is not None
+    finally:
+        for process in (keeper, worked):
+            process.kill()
+            process.communicate()
+
+
+
+
 def test_silence_is_three_heartbeats_and_news_need_a_webhook() -> None:
     zombies, *others = automations.automations(None)
     assert others == []
