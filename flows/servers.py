@@ -72,6 +72,7 @@ def start(root: Path, prefect_port: int, mlflow_port: int) -> dict[str, Any]:
         StoreUnavailable: one did not come up; the message says where its log is.
     """
     log, keeper = _logs(root) / "keeper.log", None
+    begun = log.stat().st_size if log.exists() else 0
     if not _kept(root):
         wanted = parts(root, prefect_port, mlflow_port)
         for part in wanted:
@@ -88,7 +89,7 @@ def start(root: Path, prefect_port: int, mlflow_port: int) -> dict[str, Any]:
     while (found := state(root)) is None:
         if (keeper is not None and keeper.poll() is not None) or time.monotonic() > deadline:
             stop(root)
-            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
+            tail = "\n".join(log.read_bytes()[begun:].decode("utf-8", "replace").splitlines()[-5:])
             raise StoreUnavailable(f"the servers did not start; see {_logs(root).relative_to(root)}/\n{tail}")
         time.sleep(TICK)
     return found
@@ -274,5 +275,15 @@ def _logs(root: Path) -> Path:
     return root / STATE / "logs" / "servers"
 
 
+def main(root: Path, prefect_port: int, mlflow_port: int) -> int:
+    """Be the keeper; returns the exit code. Whoever started it shows the last of what it printed."""
+    try:
+        keep(root, prefect_port, mlflow_port)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
 if __name__ == "__main__":
-    keep(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

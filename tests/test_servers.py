@@ -201,6 +201,16 @@ def test_a_clone_that_was_moved_under_its_servers_can_stop_them(tmp_path: Path) 
             process.communicate()
 
 
+def test_a_keeper_that_fails_says_why_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(servers, "PATIENCE_SECONDS", 0.0)
+    lock = servers._lock(tmp_path)
+    assert lock is not None and servers.main(tmp_path, 4200, 5000) == 2
+    assert capsys.readouterr().err == f"error: the servers of {tmp_path} run already\n"
+    os.close(lock)
+
+
 
 
 def test_silence_is_three_heartbeats_and_news_need_a_webhook() -> None:
