@@ -46,6 +46,7 @@ def prefect_api(root: Path) -> Iterator[None]:
         return
     from flows import servers
 
+    _log_in()
     if own := servers.state(root):  # of `make server`; a second server would share its database
         require(own["prefect"])
         os.environ.setdefault(PAGES, own["mlflow"])
@@ -83,6 +84,15 @@ def _at(api: str) -> Iterator[None]:
     finally:
         _deliver()
         os.environ.pop("PREFECT_API_URL", None)
+        refresh_global_settings_context()
+
+
+def _log_in() -> None:
+    """Whoever has set the guard of our own server in the environment is let in by it."""
+    from prefect.context import refresh_global_settings_context
+
+    if (guard := os.environ.get("PREFECT_SERVER_API_AUTH_STRING")) and "PREFECT_API_AUTH_STRING" not in os.environ:
+        os.environ["PREFECT_API_AUTH_STRING"] = guard
         refresh_global_settings_context()
 
 

@@ -211,6 +211,17 @@ def test_a_keeper_that_fails_says_why_in_a_line(
     os.close(lock)
 
 
+def test_whoever_guards_our_own_server_is_let_in_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`PREFECT_SERVER_API_AUTH_STRING` of a shell guards the server of a single `sluice run` too."""
+    from prefect.settings import get_current_settings
+
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "")
+    monkeypatch.delenv("PREFECT_API_AUTH_STRING")
+    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "team:word")
+    server._log_in()
+    found = get_current_settings().api.auth_string
+    assert found is not None and found.get_secret_value() == "team:word"
 
 
 def test_silence_is_three_heartbeats_and_news_need_a_webhook() -> None:
