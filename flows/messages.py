@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from flows import proxies
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -39,6 +41,7 @@ def messages() -> Iterator[tuple[Path, Console]]:
         root = find_root(Path.cwd())
         os.chdir(root)  # DVC names files as seen from the current directory
         environment.prepare(root)
+        proxies.leave_out_this_machine()
         yield root, console
         console.file.flush()  # where nobody reads any more (`| head`), this tells typer, which ends without a word
     except UserError as error:

@@ -1,15 +1,18 @@
 """The command `sluice`: fast help, one message for a mistake, and the views that change nothing."""
 
+import os
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
 import fake_repository as fake
+import httpx
 import pytest
 from rich.console import Console
 
-from flows import doctor, view
+from flows import doctor, messages, proxies, view, workspace
 from flows.board import Board, Row
 
 
@@ -86,6 +89,27 @@ def test_a_graph_that_is_none_is_one_message(root: Path, head: str, said: str) -
     done = sluice(root, "run")
     assert (done.returncode, fake.ran(root)) == (2, [])
     assert done.stderr.startswith(f"error: {said}") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("named", ["no_proxy", "NO_PROXY"])
+def test_a_proxy_is_not_asked_for_servers_of_this_machine(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    for name in ("no_proxy", "NO_PROXY", "http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    proxies.leave_out_this_machine()
+    assert "no_proxy" not in os.environ, "without a proxy there is nothing to leave out"
+    monkeypatch.setenv("http_proxy", "http://proxy.example.org:3128")
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1080")  # as a desktop sets it, which httpx takes for a mistake
+    monkeypatch.setenv(named, "intranet.example.org")
+    proxies.leave_out_this_machine()
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "intranet.example.org,localhost,127.0.0.1,::1"
+    for host, spared in (("127.0.0.1:4200", True), ("intranet.example.org", True), ("example.org", False)):
+        assert bool(urllib.request.proxy_bypass(host)) is spared
+    assert "ALL_PROXY" not in os.environ
+    httpx.Client().close()
+    monkeypatch.setenv("no_proxy", "*")
+    proxies.leave_out_this_machine()
+    assert os.environ["no_proxy"] == "*"
 
 
 def test_outside_a_repository(root: Path, tmp_path: Path) -> None:
