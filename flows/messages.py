@@ -34,6 +34,7 @@ def messages() -> Iterator[tuple[Path, Console]]:
     from pipelines.core import environment
     from pipelines.core.errors import UserError
 
+    _fill_in_streams()
     _write_anything()
     console = Console(emoji=False)  # `:key:` is what somebody wrote
     signal.signal(signal.SIGTERM, _terminate)
@@ -71,6 +72,13 @@ def find_root(here: Path) -> Path:
         if (folder / "dvc.yaml").exists() and (folder / "params.yaml").exists():
             return folder
     raise UserError(f"no dvc.yaml and params.yaml in {here} or above it: change into the repository")
+
+
+def _fill_in_streams() -> None:
+    """A stream that whoever started us has closed (`<&-`, `>&-`) is an empty one: Python has None in its place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _write_anything() -> None:

@@ -112,6 +112,16 @@ def test_a_proxy_is_not_asked_for_servers_of_this_machine(monkeypatch: pytest.Mo
     assert os.environ["no_proxy"] == "*"
 
 
+def test_a_stream_that_is_closed_is_an_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sluice chat <&-`, as a service has it: Python puts None there."""
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    messages._fill_in_streams()
+    assert sys.stdin.read() == "" and not sys.stdin.isatty()
+    print("nobody reads this")
+    print("nor that", file=sys.stderr)
+
+
 def test_outside_a_repository(root: Path, tmp_path: Path) -> None:
     done = sluice(root, "status", cwd=tmp_path)
     assert done.returncode == 2
