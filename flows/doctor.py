@@ -183,13 +183,17 @@ def _repository(root: Path) -> Iterator[Finding]:
         yield Finding("fail", "dvc", "not initialised here", "`make setup`")
     else:
         yield Finding("ok", "dvc", "initialised")
-    if (root / ".git").exists():
-        return
     try:
-        top = workspace.git(root, "rev-parse", "--show-toplevel")
-    except (UserError, OSError):
-        yield Finding("warn", "history", "no git repository", "`git init`: models then name the commit they are from")
-    else:
+        top = Path(workspace.git(root, "rev-parse", "--show-toplevel")).resolve()
+        workspace.resolve(root, "HEAD")
+    except UserError as error:
+        there = (root / ".git").exists()
+        found, remedy = " ".join(str(error).split()), "mend that: until then models name no commit they are from"
+        if not there:
+            found, remedy = "no git repository", "`git init`: models then name the commit they are from"
+        yield Finding("warn", "history", found, remedy)
+        return
+    if top != root.resolve():
         remedy = "deployments need a clone of their own: each of their runs has a git worktree"
         yield Finding("warn", "history", f"a folder of the git repository in {top}", remedy)
 

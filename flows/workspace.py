@@ -130,9 +130,9 @@ def opened(root: Path, name: str, revision: str = "HEAD") -> Iterator[Workspace]
     root = root.resolve()
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r} is no name of a run: small letters, digits and dashes")
-    base = resolve(root, revision)
     if (top := Path(git(root, "rev-parse", "--show-toplevel")).resolve()) != root:
         raise UserError(f"{root} is a folder of the git repository in {top}: a run of its own needs a clone of its own")
+    base = resolve(root, revision)
     with run_locks.present(root), run_locks.owned(root, name):
         try:
             yield _make(root, name, base)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from flows import doctor, messages, proxies, view, workspace
 from flows.board import Board, Row
+from pipelines.core.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,25 @@ def test_what_an_install_that_was_cut_off_left_is_no_package(tmp_path: Path, als
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=fake.ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("fail") and "(pinned: 0.0.1)" in done.stdout
+
+
+def test_doctor_says_why_models_will_name_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container runs as another user than the one whose clone it has mounted; a repository without a commit."""
+
+    def told() -> list[str]:
+        return [found.found for found in doctor._repository(tmp_path) if found.what == "history"]
+
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert told() == ["no git repository"]
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    assert told() == [f"'HEAD' names no commit of the git repository in {tmp_path}"]
+    who = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", *who, "commit", "-q", "--allow-empty", "-m", "start"], cwd=tmp_path, check=True)
+    assert told() == []
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert "dubious ownership" in told()[0] and "git config --global --add safe.directory" in told()[0]
+    with pytest.raises(UserError, match="dubious ownership"), workspace.opened(tmp_path, "nightly"):
+        pass
 
 
 def test_a_full_disk_is_no_reason_to_remove_what_champions_need(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
