@@ -184,7 +184,7 @@ def _revisions(root: Path, client: Any) -> Iterator[str]:
 
 
 def _versions(root: Path, client: Any | None) -> Iterator[Waste]:
-    from pipelines.core import lineage, references, release, store
+    from pipelines.core import lineage, promotion, references, release, store
     from pipelines.core.ledger import FileLedger
 
     if client is None or store.embedded(root) is None:  # a shared store is looked after by whoever owns it
@@ -192,7 +192,9 @@ def _versions(root: Path, client: Any | None) -> Iterator[Waste]:
     every = {model: references.every(client, model) for model in references.names(client)}
     held = {model: client.get_registered_model(model).aliases for model in every}
     moved = [move for one in release.standing(root, FileLedger(root)) for move in one.moves]
-    keep = needed(every, held, [(move.model, move.source) for move in moved if move.source is not None])
+    replaced = [(move.model, move.source) for move in moved if move.source is not None]
+    replaced += [(model, one) for model in every for one in promotion.trail(root, FileLedger(root), model) if one]
+    keep = needed(every, held, replaced)
     for model, entries in every.items():
         for entry in entries:
             if (model, str(entry.version)) not in keep and lineage.CONTENT in entry.tags:

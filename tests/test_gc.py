@@ -122,6 +122,19 @@ def test_a_version_that_became_champion_meanwhile_stays(repository) -> None:
     assert versions.alias(client, "sluice-base", "champion") == "1"
 
 
+def test_what_a_rollback_goes_back_to_stays_though_its_successor_came_back(repository) -> None:
+    """1, 2, 3, and 2 again: version 2 was promoted over 3 at last, and before that over 1."""
+    root = Path(repository[0])
+    client, _ = store.connect(root)
+    client.create_registered_model("sluice-base")
+    for number in range(4):
+        tags = {"gate": "passed", "sluice.content_hash": str(number)}
+        client.create_model_version("sluice-base", source=f"file://{root}/artifacts/data", tags=tags)
+    for version, before in ((1, None), (2, 1), (3, 2), (2, 3)):
+        promotion.promote(root, "sluice-base", version, why="better", expected_champion=before)
+    assert list(gc._versions(root, client)) == []
+
+
 # DVC's cache, worktrees and checkpoints
 
 

@@ -115,6 +115,31 @@ def test_rollback_goes_back_step_by_step(models):
     assert gone == [False, True, True], "and not the one that came back"
 
 
+def test_what_was_gone_back_from_is_not_gone_back_to(models):
+    """1, 2, and 1 again: from there it is back to 2, to 1, and no further; not to 2 for ever and ever."""
+    for version, before in ((1, None), (2, 1), (1, 2)):
+        promotion.promote(models, NAME, version, why="better", expected_champion=before)
+    for now, after in (("1", ("2", "1")), ("2", ("1", None))):
+        promotion.rollback(models, NAME, why="bad", expected_champion=now)
+        assert aliases(models) == after
+    with pytest.raises(GateError, match="no previous champion"):
+        promotion.rollback(models, NAME, why="more", expected_champion=1)
+    promotion.promote(models, NAME, 3, why="better", expected_champion=1)
+    promotion.rollback(models, NAME, why="bad", expected_champion=3)
+    assert aliases(models) == ("1", None)
+
+
+def test_where_the_journal_knows_nothing_the_versions_do(models):
+    """As on another machine than the one that promoted them."""
+    for version, before in ((1, None), (2, 1), (3, 2)):
+        promotion.promote(models, NAME, version, why="better", expected_champion=before)
+    FileLedger(models).journal.unlink()
+    promotion.rollback(models, NAME, why="bad", expected_champion="3")
+    assert aliases(models) == ("2", "1")
+
+
+
+
 def test_racers_leave_one_champion_and_clear_refusals(models):
     promotion.promote(models, NAME, 1, why="first", expected_champion=None)
     code = (

@@ -9,7 +9,6 @@ best of several follows: `pipelines.core.best`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pipelines.core import best, moves, policy, store, versions
 from pipelines.core.errors import GateError
@@ -65,7 +64,7 @@ def rollback(
     expected_champion: str | int | None,
     ledger: Ledger | None = None,
 ) -> Promotion:
-    """Make the version behind the alias `previous` the champion again; `previous` steps back one more.
+    """Make the version behind the alias `previous` the champion again; `previous` steps back one more (`behind`).
 
     Raises:
         GateError: there is nothing to go back to, or the champion is not the expected one.
@@ -78,15 +77,42 @@ def rollback(
         target = versions.alias(desk.client, model, PREVIOUS)
         if target is None:
             raise GateError(f"{model} has no previous champion to go back to (champion: {now or 'none'})")
-        move = Move(model, now, target, before(desk.client, model, target))
+        move = Move(model, now, target, behind(desk, model, now, target))
         step = Promotion.begin(root, "rollback", [move], who, why)
         desk.carry_out(step)
         return step
 
 
-def before(client: Any, model: str, version: str | None) -> str | None:
-    """The champion that a version replaced when it was promoted."""
-    return None if version is None else moves.fetch(client, model, version).tags.get(FROM) or None
+def behind(desk: moves.Desk, model: str, now: str | None, target: str | None) -> str | None:
+    """The champion that a second rollback would bring back, after one from `now` to `target`.
+
+    As the journal has it; where it knows nothing of the two, as on another machine than the one that promoted them, the
+    champion that `target` replaced when it was last promoted.
+    """
+    if target is None:
+        return None
+    way = trail(desk.root, desk.ledger, model)
+    if len(way) > 2 and way[-2:] == [target, now]:
+        return way[-3]
+    return moves.fetch(desk.client, model, target).tags.get(FROM) or None
+
+
+def trail(root: Path, ledger: Ledger, model: str) -> list[str | None]:
+    """Champions of a model, each behind the one it replaced; None: there was none. The last is in office.
+
+    A promotion adds one and a rollback takes one away: what somebody went back from is not gone back to. Where an
+    alias was moved by other means, or the journal begins in the middle, it begins with what was replaced there.
+    """
+    way: list[str | None] = []
+    for state, entry in ledger.entries():
+        for move in entry.moves if state == "done" and store.is_meant(root, entry.store) else ():
+            if move.model == model:
+                way = way if way[-1:] == [move.source] else [move.source]
+                if entry.action == "promote":
+                    way.append(move.target)
+                else:
+                    way = way[:-1] if way[-2:-1] == [move.target] else [move.target]
+    return way
 
 
 def was_promoted(root: Path, model: str, version: str) -> bool:

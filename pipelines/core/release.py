@@ -179,7 +179,7 @@ def rollback(root: Path, expected: Promotion, *, who: str = "", why: str, ledger
                     f"it is {now or 'nobody'}: it was moved since. Nothing was changed; `sluice history {move.model}` "
                     f"says by whom, `sluice rollback {move.model}` goes back one step."
                 )
-            steps.append(Move(move.model, now, move.source, promotion.before(desk.client, move.model, move.source)))
+            steps.append(Move(move.model, now, move.source, promotion.behind(desk, move.model, now, move.source)))
         step = Promotion.begin(root, "rollback", steps, who, why, found.release)
         desk.carry_out(step)
         return step
