@@ -138,6 +138,13 @@ def test_where_the_journal_knows_nothing_the_versions_do(models):
     assert aliases(models) == ("2", "1")
 
 
+def test_a_reason_without_end_holds_up_nobody(models):
+    """A report pasted into the form of an approval: more than the store takes in a tag."""
+    promotion.promote(models, NAME, 1, who="Ada", why="because " * 20_000, expected_champion=None)
+    promotion.promote(models, NAME, 2, why="better", expected_champion=1)
+    client, _ = store.connect(models)
+    assert aliases(models) == ("2", "1") and states(models) == ["intent", "done"] * 2
+    assert client.get_model_version(NAME, "1").tags["promotion.why"].startswith("because because")
 
 
 def test_racers_leave_one_champion_and_clear_refusals(models):

@@ -34,6 +34,7 @@ State = Literal["intent", "done", "aborted"]
 PATIENCE = 120.0  # seconds; a promotion holds the ledger for one or two on an idle machine
 QUIET = 3.0  # of them, before whoever waits is told what for
 POLL = 0.05
+LONGEST = 5000  # characters of a name or a reason: what every MLflow store takes in a tag
 
 
 class LedgerHeld(UserError):
@@ -71,9 +72,10 @@ class Promotion:
     ) -> Promotion:
         """One that is about to happen: now, by somebody (the logged-in user when empty), in the store in use.
 
-        What a terminal of another encoding makes of a reason is written so that the store can take it.
+        What a terminal of another encoding makes of a reason is written so that the store can take it, and no more of
+        it than that: refused when champions have moved, it would hold up every later promotion.
         """
-        who, why = faults.writable(who or _user()), faults.writable(why)
+        who, why = (faults.writable(text)[:LONGEST] for text in (who or _user(), why))
         return cls(uuid.uuid4().hex, action, tuple(moves), who, why, now(), store.place(root), release)
 
     @property
