@@ -44,6 +44,11 @@ class Answer(BaseHTTPRequestHandler):
         assert self.headers["Content-Type"] == "application/json"
         self.server.got.append((self.path, json.loads(body)))  # type: ignore[attr-defined]
         self.send_response(self.server.answer)  # type: ignore[attr-defined]
+        self.send_header("Location", "/login")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.send_response(200)
         self.end_headers()
 
     def log_message(self, *words: object) -> None:
@@ -102,11 +107,13 @@ def test_a_failure_is_a_warning_without_the_secret(done, monkeypatch, capsys, na
     assert said in err and "correct" not in out + err
 
 
-def test_an_answer_that_refuses_is_told(done, receiver, monkeypatch, capsys):
-    receiver.answer = 503
+@pytest.mark.parametrize("answer", [503, 302, 307])
+def test_an_answer_that_refuses_is_told(done, receiver, monkeypatch, capsys, answer):
+    """So is one that sends us elsewhere, as to a page to log in: nobody has read the JSON there."""
+    receiver.answer = answer
     monkeypatch.setenv(hooks.ADDRESS, receiver.url)
     hooks.tell(done)
-    assert "WEBHOOK (127.0.0.1) answered 503" in capsys.readouterr().err
+    assert f"WEBHOOK (127.0.0.1) answered {answer}" in capsys.readouterr().err
 
 
 def name_a_login(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from pipelines.core.ledger import Promotion
@@ -71,7 +72,7 @@ def _address(body: bytes) -> str | None:
         return f"{ADDRESS} is no URL of http or https"
     try:
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-        urllib.request.urlopen(request, timeout=SECONDS).close()
+        urllib.request.build_opener(_NoRedirect).open(request, timeout=SECONDS).close()
     except urllib.error.HTTPError as error:
         return f"the receiver of {ADDRESS} ({host}) answered {error.code}"
     except urllib.error.URLError as error:
@@ -80,3 +81,10 @@ def _address(body: bytes) -> str | None:
     except (OSError, ValueError, http.client.HTTPException) as error:  # too slow an answer; a blank in the URL
         return f"the receiver of {ADDRESS} ({host}) cannot be told: {type(error).__name__}"
     return None
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer that refuses: followed, it is a GET without the JSON, and a log-in page says OK."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Go nowhere."""
