@@ -16,7 +16,18 @@ from typer.testing import CliRunner
 
 from flows import cli, compare, messages
 from flows import promote as commands
-from pipelines.core import environment, policy, promotion, provenance, references, registry, rejudging, store, versions
+from pipelines.core import (
+    environment,
+    policy,
+    promotion,
+    provenance,
+    references,
+    registry,
+    rejudging,
+    store,
+    verdicts,
+    versions,
+)
 from pipelines.core.errors import GateError, UserError
 
 __all__ = ["repository"]
@@ -102,6 +113,24 @@ def test_different_examples_are_measured_again_or_not_compared(repository):
     assert len(measure.asked) == 2 and found.metrics == () and not found.same_data
     assert found.scores[0].a.estimate == pytest.approx(2.45, abs=1e-3)
     assert "scores are measured again" in compare.markdown(found)
+
+
+def test_rows_that_are_no_numbers_are_one_message(repository, monkeypatch):
+    root, model = repository
+    for bits in (2.5, 2.4):
+        run(root, model, bits)
+    original = verdicts.copied
+
+    def damaged(*given: object) -> Path:
+        place = original(*given)
+        rows = pd.read_parquet(place)
+        rows.loc[3, "bits"] = float("nan")
+        rows.to_parquet(place)
+        return place
+
+    monkeypatch.setattr(verdicts, "copied", damaged)
+    with pytest.raises(GateError, match="sluice-base 1 and sluice-base 2: their evaluation.parquet .*no finite value"):
+        compare.compare(root, f"{NAME}/1", f"{NAME}/2")
 
 
 def test_an_old_version_is_judged_by_what_the_store_keeps(repository):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipelines.core import policy, references, rejudging, release, store, versions
 from pipelines.core.errors import GateError, UserError
 from pipelines.core.statistics import Interval, bootstrap, paired_bootstrap
-from pipelines.core.verdicts import Measure
+from pipelines.core.verdicts import EVALUATION, Measure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,7 +90,11 @@ def compare(root: Path, client: Any, first: str, second: str, measure: Measure |
     if same or found.comparisons:
         with tempfile.TemporaryDirectory() as place:
             files = rejudging.rows(root, (a, b), found, measure, Path(place))
-            scores = tuple(_scores(found, *map(_table, files, (a, b))))
+            try:
+                scores = tuple(_scores(found, *map(_table, files, (a, b))))
+            except (ValueError, TypeError) as error:  # no finite number, no number at all, a weight below zero
+                pair = f"{references.shown(a)} and {references.shown(b)}"
+                raise GateError(f"{pair}: their {EVALUATION} cannot be compared: {error}") from None
     metrics = tuple(_metrics(client, a, b)) if same else ()
     said = [_samples(root, client, entry) for entry in (a, b)]
     both = [Sample(prompt, text, said[1][prompt]) for prompt, text in said[0].items() if prompt in said[1]]
@@ -117,7 +121,8 @@ def _scores(found: policy.ModelPolicy, a: pd.DataFrame, b: pd.DataFrame) -> list
         patterns = policy.declared_scores(found.stage)
         known = [name for name in a.columns if any(fnmatchcase(name, pattern) for pattern in patterns)]
         wanted = {(name, None): None for name in known if a[name].dtype.kind in "fiub"}
-    return [_score(a, b, name, per, lower) for (name, per), lower in wanted.items() if name in a and name in b]
+    there = {None, *a.columns} & {None, *b.columns}
+    return [_score(a, b, name, per, lower) for (name, per), lower in wanted.items() if {name, per} <= there]
 
 
 def _score(a: pd.DataFrame, b: pd.DataFrame, name: str, per: str | None, lower: bool | None) -> Score:
