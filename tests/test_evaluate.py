@@ -123,11 +123,33 @@ def test_held_out_tables_are_read_whole_and_small_ones_left_out(tmp_path: Path) 
         for name, count in (("demonstrations/test", 30), ("corpus/train", 30), ("tasks/a/test", 5)):
             place = tmp_path / side / f"{name}.parquet"
             place.parent.mkdir(parents=True)
-            table = {"id": [str(n) for n in range(count)], "source": ["s"] * count, "messages": [message] * count}
+            ids = [str(n) for n in range(count)]
+            table = {"id": ids, "group": ids, "source": ["s"] * count, "messages": [message] * count}
             parquet.write_table(pa.table(table), place)
     found = list(drift.tables(tmp_path / "before", tmp_path / "now"))
     assert [name for name, _, _ in found] == ["demonstrations"]
     assert found[0][1][0] == "user what is a list assistant a sequence"
+
+
+def test_other_groups_of_the_same_kind_are_no_other_data(tmp_path: Path) -> None:
+    """Rows of a group are alike in length and words: 1,500 rows of 60 groups say as much as 60."""
+    found = []
+    for seed in range(40):
+        random_ = random.Random(seed)
+        place = tmp_path / ("before", "now")[seed % 2] / "corpus" / "test.parquet"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        rows: dict[str, list[str]] = {"id": [], "group": [], "text": []}
+        for group in range(60):
+            length, own = random_.randint(5, 60), random_.choices(WORDS["docs"], k=3)
+            for number in range(25):
+                rows["id"].append(f"{group}-{number}")
+                rows["group"].append(f"{seed}-{group}")
+                rows["text"].append(" ".join(random_.choices(own, k=length)))
+        parquet.write_table(pa.table(rows), place)
+        if seed % 2:
+            for name, old, new in drift.tables(tmp_path / "before", tmp_path / "now"):
+                found += drift.judge([drift.lengths(name, old, new), drift.texts(name, old, new)])
+    assert len(found) == 40 and sum(found) <= 3
 
 
 def test_a_page_says_first_what_has_drifted_and_an_alarm_names_the_numbers() -> None:

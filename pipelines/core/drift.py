@@ -13,6 +13,9 @@ Rejective Multiple Test Procedure*, 1979), and a difference that is sure but sma
    section 3): where nothing has changed, no classifier tells the two apart better than a coin, and the share it gets
    right on rows it has not seen is binomial. The classifier is logistic regression over hashed words; the size is what
    exceeds 1/2.
+
+Rows of one group are alike, so that other groups of the same kind would look like other data: lengths and texts are
+those of one row a group.
 """
 
 from __future__ import annotations
@@ -133,9 +136,9 @@ def texts(about: str, before: Sequence[str], now: Sequence[str]) -> Change:
 
 
 def tables(before: Path, now: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Held-out tables that both data directories have: name, texts then, texts now; at most `ROWS` of either.
+    """Held-out tables that both data directories have: name, texts then, texts now; one a group, at most `ROWS`.
 
-    Tables with fewer than `FEWEST` rows on a side are left out: no test could say anything.
+    Tables with fewer than `FEWEST` groups on a side are left out: no test could say anything.
     """
     for place in sorted([*now.rglob("test.parquet"), *now.rglob("all.parquet")]):
         name = place.relative_to(now)
@@ -146,14 +149,22 @@ def tables(before: Path, now: Path) -> Iterator[tuple[str, list[str], list[str]]
 
 
 def _texts(place: Path) -> list[str]:
-    """The texts of a table's rows, each with all the words of its row."""
+    """The texts of a table's rows, one a group, each with all the words of its row."""
     import pyarrow.parquet as parquet
 
     table = parquet.read_table(place)
+    groups = table["group"].to_pylist()
     table = table.select([name for name in table.column_names if name not in (*COMMON, "url")])
-    # Drawn by content: the same rows on both sides stay the same rows
     rows = [" ".join(_words(list(row.values()))) for row in table.to_pylist()]
-    return sorted(rows, key=lambda text: zlib.crc32(text.encode(), 1))[:ROWS]
+    drawn: dict[str, str] = {}
+    # Drawn by content: the same rows on both sides stay the same rows
+    for text, group in sorted(zip(rows, groups, strict=True), key=lambda row: _mix(row[0])):
+        drawn.setdefault(group, text)
+    return [drawn[group] for group in sorted(drawn, key=_mix)[:ROWS]]
+
+
+def _mix(text: str) -> int:
+    return zlib.crc32(text.encode(), 1)
 
 
 def _words(value: Any) -> Iterator[str]:
