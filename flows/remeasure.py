@@ -132,7 +132,7 @@ def _accepted(root: Path, wanted: str | None, output: Path, place: Path) -> Path
     from flows.workspace import git, locked
 
     seen: set[str] = set()
-    for commit in git(root, "log", "--all", "--format=%H", "--", "dvc.lock").split():
+    for commit in git(root, "rev-list", "--all", "--", "dvc.lock").split():
         outs = [out for stage in locked(root, commit).values() for out in stage.get("outs", [])]
         known = next((str(out["md5"]) for out in outs if out["path"] == output.as_posix()), None)
         if known is None or known in seen:
