@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -56,11 +55,11 @@ def keep(root: Path) -> list[str]:
         others = {dial: model for dial, model in models.items() if dial not in made}
         named[stage] = [*made.values(), *language_models.local_paths(others, root)]
     wanted = {stage: sorted({_name(path, root) for path in paths}) for stage, paths in named.items()}
-    for stage, names in wanted.items():
-        _refuse_own(root, stage, names)
+    place = root / "dvc.yaml"
+    _refuse_own(_read(place), wanted)
     changes = []
     for stage, names in wanted.items():
-        changes += write(root / "dvc.yaml", stage, names)
+        changes += write(place, stage, names)
     return changes
 
 
@@ -70,48 +69,69 @@ def write(place: Path, stage: str, wanted: list[str]) -> list[str]:
     Raises:
         UserError: no `place`, or no marker in it although there is something to list.
     """
+    text, changes = _edited(_read(place), stage, wanted)
+    if changes:
+        artifacts.write_text(place, text)
+    return changes
+
+
+def _read(place: Path) -> str:
     if not place.exists():
         raise UserError(f"{place.name}: no such file in {place.parent}. Run from the repository's root.")
-    lines = place.read_text(encoding="utf-8").splitlines(keepends=True)
+    return place.read_text(encoding="utf-8")
+
+
+def _edited(text: str, stage: str, wanted: list[str]) -> tuple[str, list[str]]:
+    """Text of `dvc.yaml` with exactly these entries below a stage's marker, and what changed, a line each."""
+    lines = text.splitlines(keepends=True)
     start = next((n for n, line in enumerate(lines) if line.strip() == MARKERS[stage]), None)
     if start is None:
         if wanted:
             raise UserError(
-                f"{place.name}: the deps of stage {stage} need the line `{MARKERS[stage]}` below their last entry"
+                f"dvc.yaml: the deps of stage {stage} need the line `{MARKERS[stage]}` below their last entry"
             )
-        return []
+        return text, []
     indent = lines[start][: len(lines[start]) - len(lines[start].lstrip())]
     end = start + 1
     while end < len(lines) and lines[end].startswith(f"{indent}- "):
         end += 1
     there = [_unquote(line.strip().removeprefix("- ")) for line in lines[start + 1 : end]]
     if there == wanted:
-        return []
+        return text, []
     lines[start + 1 : end] = [f"{indent}- {_quote(path)}\n" for path in wanted]
-    artifacts.write_text(place, "".join(lines))
     added = [f"dvc.yaml: stage {stage} now depends on {path}" for path in wanted if path not in there]
     removed = [f"dvc.yaml: stage {stage} no longer depends on {path}" for path in there if path not in wanted]
-    return added + removed
+    return "".join(lines), added + removed
 
 
-def _refuse_own(root: Path, stage: str, names: Iterable[str]) -> None:
-    """Raises ParamsError where a stage is to read what it makes, or what is made of that: nothing could come first."""
-    try:
-        stages = graph.load(root)
-    except UserError:  # told by whoever needs the graph
-        return
-    after = {stage}
-    for name, spec in stages.items():  # parents before children
-        if after.intersection(spec.parents):
-            after.add(name)
-    for name in names:
-        maker = next((one for one in after & set(stages) if Path(name).is_relative_to(stages[one].output)), None)
-        if maker is not None:
-            what = "makes it itself" if maker == stage else f"comes before stage {maker}, which makes it"
-            raise ParamsError(
-                f"params.yaml: stage {stage} is to read {name}, and {what}. Copy it to a place of its own (for "
-                f"example `cp -rL {name} models/mine`) and name that in section {stage}."
-            )
+def _refuse_own(text: str, wanted: dict[str, list[str]]) -> None:
+    """Raises ParamsError where a stage is to read what it makes, or what is made of that: nothing could come first.
+
+    Held against the graph that is to be, one stage's entries after the other's: those that `text`, `dvc.yaml` as it is,
+    has below the markers were of other params.
+    """
+    for stage in wanted:
+        text, _ = _edited(text, stage, [])
+    for stage, names in wanted.items():
+        if not names:
+            continue
+        try:
+            stages = graph.parse(text)
+        except UserError:  # told by whoever needs the graph
+            return
+        after = {stage}
+        for name, spec in stages.items():  # parents before children
+            if after.intersection(spec.parents):
+                after.add(name)
+        for name in names:
+            maker = next((one for one in after & set(stages) if Path(name).is_relative_to(stages[one].output)), None)
+            if maker is not None:
+                what = "makes it itself" if maker == stage else f"comes before stage {maker}, which makes it"
+                raise ParamsError(
+                    f"params.yaml: stage {stage} is to read {name}, and {what}. Copy it to a place of its own (for "
+                    f"example `cp -rL {name} models/mine`) and name that in section {stage}."
+                )
+        text, _ = _edited(text, stage, names)
 
 
 def _name(path: Path, root: Path) -> str:

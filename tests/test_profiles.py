@@ -237,6 +237,24 @@ def test_a_model_of_another_stage_can_be_named_before_it_is_made(root: Path) -> 
         sources.keep(root)
 
 
+def test_what_a_stage_may_read_is_asked_of_the_graph_that_is_to_be(root: Path) -> None:
+    """Not of `dvc.yaml` as other params have left it; nor of one stage at a time, or two could wait for each other."""
+    shutil.copy(ROOT / "dvc.yaml", root)
+    edit(root, "  reranker: null", "  reranker: artifacts/distill/model")
+    assert sources.keep(root) == ["dvc.yaml: stage rag now depends on artifacts/distill/model"]
+    before = (root / "dvc.yaml").read_text()
+    edit(root, "  teacher: null ", "  teacher: artifacts/rag/index/embedder ")
+    with pytest.raises(ParamsError, match=r"stage rag is to read artifacts/distill/model, and comes before .* distill"):
+        sources.keep(root)
+    assert (root / "dvc.yaml").read_text() == before
+    edit(root, "  reranker: artifacts/distill/model", "  reranker: null")
+    assert sources.keep(root) == [
+        "dvc.yaml: stage distill now depends on artifacts/rag/index/embedder",
+        "dvc.yaml: stage rag no longer depends on artifacts/distill/model",
+    ]
+    assert "rag" in graph.stage(root, "distill").parents
+
+
 def test_a_base_model_in_a_directory_is_a_dep_of_both_its_stages(root: Path) -> None:
     """Or another model in the same place would change neither, and a checkpoint of the one go on as the other."""
     shutil.copy(ROOT / "dvc.yaml", root)
