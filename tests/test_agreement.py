@@ -146,6 +146,8 @@ def test_set_up_knows_an_archive_a_clone_and_a_folder_of_a_larger_repository(tmp
     assert set_up() == "true"
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
     assert set_up() == ""
+    (root / ".dvc/config.local").write_text("# no_scm: what `make setup` writes\n")
+    assert set_up() == "", "a word in a comment is no setting"
     shutil.rmtree(root / ".git")
     shutil.rmtree(root / ".dvc")
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
