@@ -30,12 +30,13 @@ from pydantic import Field
 from flows import gc, news, workspace
 from flows.isolated import run_name
 from pipelines.core import policy
-from pipelines.core.errors import GateError, StoreUnavailable
+from pipelines.core.errors import GateError, StoreUnavailable, UserError
 
 if TYPE_CHECKING:
     from pipelines.core.release import Release
 
 Offer = dict[str, Any]  # see `offer`: JSON, since it is stored between the page and the answer
+LONGEST_HOURS = 366 * 24
 GRACE = 1.0  # hours; the time-out begins a little after the page is made
 
 
@@ -62,10 +63,12 @@ def promote(
         approval_hours: after which the run fails and the champion stays.
 
     Raises:
-        UserError: no such model or version.
+        UserError: no such model or version, or a time-out that is none.
         GateError: the gate did not pass, or something has changed since the page was made.
         StoreUnavailable: the store is away.
     """
+    if not 0 < approval_hours <= LONGEST_HOURS:
+        raise UserError(f"approval_hours: {approval_hours:g} is not in (0, {LONGEST_HOURS}]: nobody could answer")
     clone = Path(root).resolve()
     shown = _shown(clone, model, version, release, approval_hours)
     form = Approval.with_initial_data(description=shown["page"])

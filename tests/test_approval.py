@@ -14,7 +14,7 @@ from stores import repository, run_stage
 from flows import approve
 from flows.approve import Approval
 from pipelines.core import policy, promotion, references, registry, release, store, versions
-from pipelines.core.errors import GateError
+from pipelines.core.errors import GateError, UserError
 
 __all__ = ["repository"]
 Put = Callable[[float], None]
@@ -155,3 +155,12 @@ def test_an_offer_that_can_no_more_be_taken_is_let_go(root: Path, monkeypatch: p
     with pytest.raises(GateError, match="another one"):
         approve.promote.fn(str(root))
     assert len(gone) == 1
+
+
+@pytest.mark.parametrize("hours", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_time_out_that_is_none_is_refused_before_anything_is_measured(
+    root: Path, monkeypatch: pytest.MonkeyPatch, hours: float
+) -> None:
+    monkeypatch.setattr(approve, "_shown", pytest.fail)
+    with pytest.raises(UserError, match="approval_hours: .* is not in"):
+        approve.promote.fn(str(root), approval_hours=hours)
