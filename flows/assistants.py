@@ -227,12 +227,12 @@ def _fetched(root: Path, client: Any, entry: Any) -> Path:
     import mlflow
     import yaml
 
-    from pipelines.core import artifacts, store, verdicts
+    from pipelines.core import artifacts, store, store_files, verdicts
     from pipelines.core.environment import STATE
 
     uri = client.get_model_version_download_uri(entry.name, entry.version)
-    place = Path(uri.removeprefix("file://"))
-    if not (uri.startswith("file://") and place.is_dir()):
+    place = store_files.local(uri)
+    if place is None or not place.is_dir():
         place = root / STATE / CACHE / verdicts.file_name(entry)
         if not place.is_dir():
             with artifacts.published(place) as draft:

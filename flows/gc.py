@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows import run_locks, workspace
+from pipelines.core import store_files
 from pipelines.core.environment import STATE
 from pipelines.core.errors import UserError
 
@@ -226,8 +227,9 @@ def _files(root: Path, client: Any, entry: Any) -> Path | None:
     logged = _logged(entry)
     if logged is None:
         return None
-    place = Path(str(client.get_logged_model(logged).artifact_location).removeprefix("file://"))
-    return place if place.is_relative_to((root / STATE / "mlflow").resolve()) and place.exists() else None
+    place = store_files.local(str(client.get_logged_model(logged).artifact_location))
+    ours = place is not None and place.is_relative_to((root / STATE / "mlflow").resolve()) and place.exists()
+    return place if ours else None
 
 
 def _logged(entry: Any) -> str | None:

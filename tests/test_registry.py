@@ -454,3 +454,25 @@ def test_rules_of_an_entry_with_a_star_speak_of_each_model():
     assert isinstance(comparison, policy.Comparison) and isinstance(budget, policy.Budget)
     assert (comparison.per, comparison.score, comparison.better_than) == ("examples_kind", "score", "score_majority")
     assert (budget.metric, budget.at_least) == ("kind/score", 0.5)
+
+
+@pytest.mark.parametrize("name", ["moved", "mine [50 %]; ü"])
+def test_a_folder_that_was_moved_has_its_files_with_it(repository, tmp_path, name):
+    """MLflow keeps whole paths: what was registered is found at the new place, and nothing goes to the old one."""
+    root, model = repository
+    run_stage(root, model, 2.5)
+    registry.settle(root, "pretrain")
+    moved = root.rename(root.with_name(name))
+    code = f"""
+from pipelines.core import registry, store, verdicts
+for bits in (2.5, 2.4):
+    stores.run_stage(root, Path({str(model)!r}), bits)
+    (made,) = registry.settle(root, "pretrain")
+    entry = store.connect(root)[0].get_model_version({NAME!r}, made.version)
+    kept = [verdicts.copied(root, entry, part, root / made.version) for part in (verdicts.EVALUATION, "model")]
+    print(made.version, made.verdict.passed, *(place.exists() for place in kept))
+"""
+    child = python(moved, code, MLFLOW_TRACKING_URI=f"sqlite:///{moved}/.sluice/mlflow/mlflow.db")
+    out, err = child.communicate()
+    assert out.splitlines() == ["1 True True True", "2 True True True"], err
+    assert not root.exists()

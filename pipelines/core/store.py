@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from pipelines.core import store_files
 from pipelines.core.environment import STATE
 from pipelines.core.errors import StoreUnavailable
 
@@ -95,7 +96,8 @@ def connect(root: Path) -> tuple[Any, str]:
     for noisy in ("mlflow", "alembic"):  # every table of a new database is a line otherwise
         logging.getLogger(noisy).setLevel(logging.WARNING)
     mlflow.set_tracking_uri(address(root))
-    artifacts = f"file://{(root / STATE / 'mlflow').resolve()}/artifacts" if embedded(root) else None
+    home = (root / STATE / "mlflow").resolve()
+    artifacts = store_files.uri(home) if embedded(root) else None
     with answering(root), locked(root, "store"):
         client = mlflow.MlflowClient()
         found = client.get_experiment_by_name(EXPERIMENT)
@@ -106,6 +108,8 @@ def connect(root: Path) -> tuple[Any, str]:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
                 found = client.get_experiment_by_name(EXPERIMENT)
+        if embedded(root) == home / store_files.DATABASE:
+            store_files.follow(home, found.artifact_location)
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
         return client, str(found.experiment_id)

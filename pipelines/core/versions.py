@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import artifacts, contents, serving, store
+from pipelines.core import artifacts, contents, serving, store, store_files
 from pipelines.core.environment import STATE
 from pipelines.core.lineage import CONTENT
 
@@ -108,8 +108,8 @@ def _logged(root: Path, client: Any, experiment: str, intent: Intent) -> str | N
             whole = str(logged.model_id)
             continue
         client.delete_logged_model(logged.model_id)
-        place = Path(logged.artifact_location.removeprefix("file://"))
-        if store.embedded(root) and place.is_relative_to((root / STATE / "mlflow").resolve()):
+        place = store_files.local(str(logged.artifact_location))
+        if place is not None and store.embedded(root) and place.is_relative_to((root / STATE / "mlflow").resolve()):
             shutil.rmtree(place, ignore_errors=True)
     return whole
 
