@@ -476,3 +476,13 @@ for bits in (2.5, 2.4):
     out, err = child.communicate()
     assert out.splitlines() == ["1 True True True", "2 True True True"], err
     assert not root.exists()
+
+
+@pytest.mark.parametrize("name", ["why?", "try #1", "a%20b"])
+def test_a_folder_whose_name_no_address_can_have_is_told(tmp_path, monkeypatch, name):
+    """Or MLflow would write its files beside the folder: into one whose name ends before the `#`."""
+    root = tmp_path / name
+    root.mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/.sluice/mlflow/mlflow.db")
+    with pytest.raises(StoreUnavailable, match="MLflow takes no .* in the path of a folder: rename that"):
+        store.probe(root)

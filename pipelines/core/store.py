@@ -30,6 +30,7 @@ EXPERIMENT = "sluice"
 SQLITE = b"SQLite format 3\0"  # how every database file begins that is not empty
 AWAY = (429, 502, 503, 504)  # answers of a proxy or server that is there and cannot work now
 REFUSED = {401: "does not know this log-in", 403: "does not let this log-in do that"}
+UNADDRESSED = re.compile(r"[?#]|%[0-9A-Fa-f]{2}")  # of a path, what ends an address, or is a code in one
 LOGIN_VARIABLES = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 # What stands before the host: `user:password@`, or, with a slash in the password, what cannot be a host and a port.
 LOGIN = re.compile(r"(?<=://)(?:[^/\s]*@|[^/\s:]*:(?!\d+(?:/|\s|$))\S*@)")
@@ -124,6 +125,8 @@ def probe(root: Path) -> None:
     uri = address(root)
     database = embedded(root)
     if database is not None:
+        if database.is_relative_to(root.resolve()) and (found := UNADDRESSED.search(str(root.resolve()))):
+            raise unavailable(root, f"MLflow takes no {found[0]!r} in the path of a folder: rename that")
         home = next(parent for parent in [database, *database.parents] if parent.exists())
         if not os.access(home, os.W_OK):
             raise unavailable(root, f"{home} cannot be written")
