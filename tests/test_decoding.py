@@ -47,6 +47,16 @@ def test_int8_layers_are_joined_and_stay_the_model_s_own() -> None:
     assert (got - before[0]).norm() / before.norm() < 0.02
 
 
+def test_int8_layers_that_no_kernel_multiplies_with_are_joined_too() -> None:
+    """Rows of 40 weights are no multiple of what the packed kernel reads at a time."""
+    model = int8.quantize(tiny(hidden_size=40))
+    before = logits(model)[0]
+    decoder = decoding.Decoder(model, 16)
+    ids = IDS[0].tolist()
+    got = torch.stack([decoder.prefill(ids[:1])] + [decoder.step(token) for token in ids[1:]])
+    assert (got - before).norm() / before.norm() < 0.02
+
+
 def test_no_room_and_other_architectures_are_refused() -> None:
     model = tiny()
     decoder = decoding.Decoder(model, 4)

@@ -182,6 +182,7 @@ def joined(layers: Sequence[Any]) -> Product:
         for part, view in zip(parts, torch.split(together, [len(part) for part in parts]), strict=True):
             part.data = view
         whole._parameters[name] = torch.nn.Parameter(together, requires_grad=False)
+    whole.out_features = sum(layer.out_features for layer in layers)
     return product(whole)
 
 
