@@ -15,7 +15,7 @@ from gguf_files import directory, field, same_tokenizer
 from torch.nn.functional import kl_div
 from typer.testing import CliRunner
 
-from pipelines.core import gguf_export, gguf_vocabulary, language_models
+from pipelines.core import gguf_export, gguf_vocabulary, language_models, variants
 from pipelines.core.errors import ArtifactError, ParamsError
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -134,6 +134,27 @@ def test_stretched_positions(tmp_path: Path) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
     with pytest.raises(ArtifactError, match="yarn.*supported: default, linear, llama3"):
         gguf_export.export(directory(tmp_path / "c", rope_parameters=yarn), tmp_path / "c.gguf", "f16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("qwen3", {"head_dim": 32}),
+        ("mistral", {"head_dim": 64}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+    ],
+)
+def test_a_file_is_measured_as_what_it_was_made_from(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
+    """transformers reads neither a head's width nor biases nor stretched positions out of a file, as llama.cpp does:
+    one could not be loaded, the others seemed to have lost most of their bits."""
+    place = directory(tmp_path / "m", kind, **{"num_key_value_heads": 2, **more})
+    gguf_export.export(place, tmp_path / "made" / "model.gguf", "f16")
+    ids = torch.randint(0, 300, (4, 60), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        made = variants.load(tmp_path / "made", "gguf-f16", original=place)  # in bf16
+        same, divergence = compare(logs(place, ids), made(ids).logits.float().log_softmax(-1))
+    assert same > 0.9 and divergence < 0.01
 
 
 def test_refused_and_nothing_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ def language_model(
         context.stop_if_asked()
 
         def measured(variant: str = variant, place: Path = place) -> dict[str, Any]:
-            model = variants.load(place, variant)
+            model = variants.load(place, variant, original=subject.place)
             errors = compression.layer_errors(original, model, rows, variants.weight_of)
             model = variants.dense(model, variant)
             lost = compression.compare(known, model)
@@ -97,7 +97,8 @@ def language_model(
         } | _sizes(name, variant, place, parameters))  # fmt: skip
 
         def load(variant: str = variant, place: Path = place) -> Any:
-            return variants.dense(variants.load(place, variant), variant).to(context.device)
+            whole = variants.load(place, variant, original=subject.place)
+            return variants.dense(whole, variant).to(context.device)
 
         said = ask(params, prompts, subject.place, name, context, keep=name, load=load)
         _answered(told, name, said, params, prompts)

@@ -12,19 +12,21 @@ from typing import Any, Literal
 PLAIN = "plain"  # a model as it is, in bf16
 DYNAMIC = "dynamic-int8"  # made when it is loaded, from the original's directory
 GGUF: dict[str, Literal["f16", "q8_0", "q4_0"]] = {"gguf-f16": "f16", "gguf-q8_0": "q8_0", "gguf-q4_0": "q4_0"}
+UNREAD = ("head_dim", "rope_parameters", "attention_bias", "mlp_bias")  # of a GGUF file, by transformers
 PACKED = ("int8", "int4")  # layers of ours: modules of that name
 BNB = ("nf4", "llm-int8")
 
 
-def load(place: Path, kind: str, classifier: bool = False) -> Any:
+def load(place: Path, kind: str, classifier: bool = False, original: Path | None = None) -> Any:
     """A model ready to answer on the CPU, its floating-point part in bf16.
 
     Args:
         kind: `PLAIN` or the name of a variant.
         classifier: whether it scores texts rather than continues them (a reward model).
+        original: directory that it was made from; what transformers does not read out of a GGUF file is taken from it.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if kind in PACKED:
         return _packed(kind).load(place, classifier)
@@ -39,7 +41,12 @@ def load(place: Path, kind: str, classifier: bool = False) -> Any:
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     if kind in GGUF:  # as transformers reads it: made dense
         (file,) = place.glob("*.gguf")
-        return auto.from_pretrained(place, gguf_file=file.name, dtype=torch.bfloat16).eval()
+        config = AutoConfig.from_pretrained(place, gguf_file=file.name)
+        known = config if original is None else AutoConfig.from_pretrained(original)
+        for key in UNREAD:
+            if hasattr(known, key):
+                setattr(config, key, getattr(known, key))
+        return auto.from_pretrained(place, gguf_file=file.name, config=config, dtype=torch.bfloat16).eval()
     return auto.from_pretrained(place, dtype=torch.bfloat16).eval()
 
 
