@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,15 @@ def test_what_is_saved_ends_with_the_tokenizers_eos(
         known.eos_token_id, *others
     }  # fmt: skip
     assert GenerationConfig.from_pretrained(tmp_path / "other").repetition_penalty == 1.3
+
+
+def test_a_published_generation_config_that_contradicts_itself_is_kept(context: StageContext, tmp_path: Path) -> None:
+    """A temperature without `do_sample`: transformers saves it as it was read, but not once its EOS is another."""
+    known, whole = tokenizer(), Tuning(method="full", lora_rank=4)
+    model(known).save_pretrained(tmp_path / "base")
+    published = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 7}
+    (tmp_path / "base/generation_config.json").write_text(json.dumps(published))
+    lm = language_models.load(str(tmp_path / "base"), torch.float32, "sdpa")
+    fine_tuning.save(lm, tmp_path / "base", whole, known, tmp_path / "out", context)
+    saved = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert saved["eos_token_id"] == [known.eos_token_id, 7] and (saved["temperature"], saved["top_p"]) == (0.6, 0.9)

@@ -90,7 +90,11 @@ def end_with_eos(model: Any, tokenizer: Any) -> None:
     known = told if isinstance(told, list) else [told] * (told is not None)
     if tokenizer.eos_token_id not in (None, *known):
         model.config.eos_token_id = [tokenizer.eos_token_id, *known]
-        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *known]
+        settings = model.generation_config
+        settings.eos_token_id = [tokenizer.eos_token_id, *known]
+        # transformers saves a published config whose dials contradict one another (a temperature without `do_sample`),
+        # but refuses one that was changed since: it stays as published, but for its EOS.
+        settings._original_object_hash = hash(settings)
 
 
 def rate_factor(method: Method) -> float:
