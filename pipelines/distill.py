@@ -53,7 +53,8 @@ def run(params: DistillParams, inputs: dict[str, Path], outputs: Path, context: 
 
     Raises:
         ParamsError: a dial that does not fit the teacher.
-        ArtifactError: tokenizers that differ, a student larger than the teacher, weights that are not finite.
+        ArtifactError: tokenizers that differ, a student larger than the teacher, weights that are not finite, an
+            architecture that cannot be asked.
         DataError: data that cannot be learned from or measured on.
         Stopped: a signal came; the checkpoint is written.
     """
@@ -65,6 +66,7 @@ def run(params: DistillParams, inputs: dict[str, Path], outputs: Path, context: 
         distill_evaluation,
         distilling,
         policy_answers,
+        sampling,
         student_checks,
     )
 
@@ -75,6 +77,7 @@ def run(params: DistillParams, inputs: dict[str, Path], outputs: Path, context: 
     prompts = policy_answers.held_out(params, inputs["data"], tokenizer, context)
     people = distill_data.of_people(params, inputs["data"], tokenizer)
     teacher = _load(params, str(place), context.dtype, context).eval()
+    sampling.check(teacher)
     student_checks.check_finite(teacher, place)
     student_checks.check_top_k(params.top_k, teacher)
     before, kept = _student(params, teacher, place, tokenizer, context)
@@ -152,7 +155,7 @@ def _student(
     """
     import torch
 
-    from pipelines.core import student_checks, students
+    from pipelines.core import sampling, student_checks, students
 
     kept: list[int] = []
     if params.student == "layers":
@@ -172,6 +175,7 @@ def _student(
     student_checks.check_same_rows(teacher, model)
     student_checks.check_context(params, teacher, model)
     language_models.body_and_head(model)
+    sampling.check(model)
     model.get_input_embeddings().weight.requires_grad_(params.train_embedding)
     return model, kept
 

@@ -57,7 +57,7 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
         ArtifactError: a model that cannot be made smaller, or does not fit into memory.
         Stopped: a signal came; the variants that are finished are kept.
     """
-    from pipelines.core import policy_answers, quantization, quantize_evaluation, variants
+    from pipelines.core import policy_answers, quantization, quantization_checks, quantize_evaluation, variants
     from pipelines.core.held_out import HeldOut
 
     # 1. What is made smaller, checked before anything is written.
@@ -77,9 +77,9 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
     prompts = policy_answers.held_out(params, inputs["data"], tokenizer, context)
     held_out = HeldOut.of(inputs["data"], params.eval_bytes)
     aware = any(kind not in skipped for kind in params.aware.variants)
-    quantization.check_memory(subjects, hardware.available_memory_bytes(), aware)
+    quantization_checks.check_memory(subjects, hardware.available_memory_bytes(), aware)
     for subject in subjects:
-        quantization.check(subject, quantization.load(subject, context), params)
+        quantization_checks.check(subject, quantization.load(subject, context), params)
 
     # 2. Make and measure, one model after another: one of them is in memory at a time.
     metrics: dict[str, float] = {"prompts_test": float(len(prompts))}

@@ -259,6 +259,10 @@ def test_bad_input_is_told_before_training(inputs: dict[str, Path], tmp_path: Pa
     tokenizer_of.save_pretrained(tmp_path / "bad")
     with pytest.raises(ArtifactError, match="NaN"):
         run(inputs, tmp_path, teacher=str(tmp_path / "bad"))
+    tiny("stablelm").save_pretrained(tmp_path / "stablelm")
+    tokenizer_of.save_pretrained(tmp_path / "stablelm")
+    with pytest.raises(ArtifactError, match="architecture stablelm cannot be sampled from"):
+        run(inputs, tmp_path, teacher=str(tmp_path / "stablelm"))
     tokenizer_of.chat_template = tokenizer_of.pad_token = None
     tokenizer_of.save_pretrained(tmp_path / "bare")
     bad.save_pretrained(tmp_path / "bare")

@@ -36,6 +36,7 @@ from pipelines.core import (
     speed,
     variants,
 )
+from pipelines.core import quantization_checks as checks
 from pipelines.core.context import StageContext, Stopped
 from pipelines.core.errors import ArtifactError, DataError, ParamsError
 from pipelines.core.params.quantize import QuantizeParams
@@ -352,7 +353,29 @@ def test_a_format_that_cannot_hold_the_model_is_told_before_any_is_made(
     capped = tiny("llama")
     capped.config.final_logit_softcapping = 30.0
     with pytest.raises(ArtifactError, match="its logits are not hidden states x output embedding"):
-        quantization.check(quantization.Subject("", tmp_path, ["int8"], False), capped, QuantizeParams(**TINY | ONE))
+        checks.check(quantization.Subject("", tmp_path, ["int8"], False), capped, QuantizeParams(**TINY | ONE))
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("stablelm", "architecture stablelm cannot be sampled from: its attention makes masks of its own"),
+        ("mixtral", r"architecture mixtral: model\.layers\.0\.mlp\.experts\.\w+ holds 4 matrices in one \(a mixture"),
+    ],
+)
+def test_an_architecture_of_another_kind_is_told_before_anything_is_made(kind: str, told: str) -> None:
+    """What cannot be sampled from was told after minutes of calibration; experts stayed as they were, unsaid."""
+    model = tiny(kind, **({"num_local_experts": 4} if kind == "mixtral" else {}))
+    with pytest.raises(ArtifactError, match=told):
+        checks.check(quantization.Subject("", Path("m"), ["int8"], False), model, QuantizeParams(**TINY | ONE))
+
+
+@pytest.mark.parametrize("variant", ["int8", "int4", "nf4", "llm-int8"])
+def test_keeping_every_layer_is_refused(variant: str) -> None:
+    """NF4 failed after all variants were made, for want of a layer to count the bits of; the others changed nothing."""
+    params = QuantizeParams(**TINY | {"variants": [variant], "keep_in_high_precision": ["layers.*"]})
+    with pytest.raises(ParamsError, match=r"keep_in_high_precision: layers\.\* leaves none of the blocks' layers of m"):
+        checks.check(quantization.Subject("", Path("m"), [variant], False), tiny(), params)
 
 
 def test_a_card_says_what_was_done_to_its_own_variant_and_how_to_load_it() -> None:
@@ -407,9 +430,9 @@ def test_a_mistake_of_ours_is_no_machine_that_cannot(monkeypatch: pytest.MonkeyP
 def test_a_variant_that_would_change_nothing_is_refused() -> None:
     params = QuantizeParams(**TINY | ONE)
     subject = quantization.Subject("", Path("m"), ["dynamic-int8"], classifier=False)
-    quantization.check(subject, tiny("llama"), params)
+    checks.check(subject, tiny("llama"), params)
     with pytest.raises(ParamsError, match=r"dynamic-int8: torch's .* none of the layers of architecture gpt2"):
-        quantization.check(subject, tiny("gpt2"), params)
+        checks.check(subject, tiny("gpt2"), params)
 
 
 def test_a_quantized_model_is_not_made_smaller_again(inputs: dict[str, Path], tmp_path: Path) -> None:
@@ -421,13 +444,13 @@ def test_a_quantized_model_is_not_made_smaller_again(inputs: dict[str, Path], tm
 def test_too_little_memory_is_told_with_the_numbers(inputs: dict[str, Path]) -> None:
     subject = quantization.Subject("", inputs["ppo"] / "model", ["int8"], False)
     size = variants.size(subject.place)
-    quantization.check_memory([subject], 5 * size)
+    checks.check_memory([subject], 5 * size)
     with pytest.raises(ArtifactError, match=r"takes about 0\.0 GiB of memory, 0\.0 GiB are available"):
-        quantization.check_memory([subject], 5 * size - 1)
-    quantization.check_memory([subject], 10 * size, aware=True)
+        checks.check_memory([subject], 5 * size - 1)
+    checks.check_memory([subject], 10 * size, aware=True)
     with pytest.raises(ArtifactError, match=r"smaller with quantize\.aware takes about .* or set aware: \{\}"):
-        quantization.check_memory([subject], 10 * size - 1, aware=True)
-    quantization.check_memory([subject._replace(name="student")], 5 * size, aware=True)  # which is not fine-tuned
+        checks.check_memory([subject], 10 * size - 1, aware=True)
+    checks.check_memory([subject._replace(name="student")], 5 * size, aware=True)  # which is not fine-tuned
 
 
 def test_weights_that_are_no_safetensors_have_a_size_too(tmp_path: Path) -> None:

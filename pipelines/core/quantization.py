@@ -1,4 +1,4 @@
-"""One model in, a directory a variant out: what each is made by, checked before anything is written."""
+"""One model in, a directory a variant out: what each is made by."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pipelines.core import (
     artifacts,
     attention,
     bnb_variants,
-    context_window,
     demonstrations,
     gguf_export,
     gptq,
@@ -28,7 +27,7 @@ from pipelines.core import (
     variants,
 )
 from pipelines.core.context import StageContext
-from pipelines.core.errors import ArtifactError, ParamsError
+from pipelines.core.errors import ArtifactError
 from pipelines.core.params.quantize import CALIBRATED, QuantizeParams
 
 
@@ -93,88 +92,6 @@ def timed(subjects: Sequence[Subject], made: Mapping[str, tuple[Subject, str, Pa
         for name, (subject, variant, place) in made.items()
         if not subject.classifier and variant not in variants.GGUF
     }
-
-
-def check(subject: Subject, model: Any, params: QuantizeParams) -> None:
-    """Refuse what cannot be made smaller, or read as it is asked: weights that are packed already or not finite,
-    patterns that name no layer, rows beyond the context.
-
-    Patterns are held against the model itself: a student has fewer blocks, and a reward model another head.
-
-    Raises:
-        ArtifactError: a quantized model; NaN or infinity in a weight, the tensor is named; a format that cannot hold
-            the model.
-        ParamsError: an entry of `keep_in_high_precision` names no layer; a variant that knows none of the layers; what
-            is to be read does not fit the context.
-    """
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ArtifactError(f"{subject.place}: the model is quantized; name the one it was made from")
-    answered = params.max_prompt_tokens + params.max_new_tokens
-    asked = {
-        "quantize.calibration_length": params.calibration_length,
-        "quantize.max_prompt_tokens + quantize.max_new_tokens": answered,
-    }
-    context_window.check(asked, f"the context of {subject.place}", model.config)
-    for name, value in model.named_parameters():
-        if not bool(torch.isfinite(value).all()):
-            count = int((~torch.isfinite(value)).sum())
-            raise ArtifactError(f"{subject.place}: {name}: {count} of {value.numel()} weights are NaN or infinite")
-    names = [name for name, _ in int8.convertible(model)]
-    for pattern in () if subject.name else params.keep_in_high_precision:
-        if not any(int8.kept(name, [pattern]) for name in names):
-            raise ParamsError(
-                f"quantize.keep_in_high_precision: {pattern!r} is none of the {len(names)} layers of {subject.place}, "
-                f"for example {names[0]}, {names[-1]}; patterns such as *.down_proj are accepted"
-            )
-    if variants.DYNAMIC in subject.variants and not bnb_variants.dynamic_names(model):
-        raise ParamsError(
-            f"quantize.variants: {variants.DYNAMIC}: torch's dynamic quantization knows none of the layers of "
-            f"architecture {model.config.model_type}, so it would change nothing; leave it out"
-        )
-    _check_formats(subject, model, params)
-
-
-def _check_formats(subject: Subject, model: Any, params: QuantizeParams) -> None:
-    """Refuse what a format cannot hold now, not after minutes of making and measuring others.
-
-    Raises:
-        ArtifactError: logits that are more than states x output embedding; layers of a shape that a format does not
-            accept; an architecture or a tokenizer that llama.cpp would compute otherwise.
-    """
-    keep = params.keep_in_high_precision
-    if not subject.classifier:
-        language_models.body_and_head(model)
-    if "int4" in subject.variants:
-        try:
-            int4.check(model, params.group_size, keep)
-        except ValueError as error:
-            raise ArtifactError(f"{subject.place}: int4: {error}") from None
-    if "nf4" in subject.variants:
-        bnb_variants.check(model, keep)
-    if variants.GGUF.keys() & set(subject.variants):
-        gguf_export.check(subject.place, model)
-
-
-def check_memory(subjects: Sequence[Subject], available: int, aware: bool = False) -> None:
-    """Refuse a model that does not fit: the original in fp32 and in bf16, and one variant in bf16, are held at a time;
-    where weights are fine-tuned, twice in bf16, and in fp32 once as they are, once as gradients, twice as moments.
-
-    Args:
-        available: bytes.
-        aware: whether a variant of the model itself is fine-tuned.
-
-    Raises:
-        ArtifactError: the estimate is more than there is; both numbers are told.
-    """
-    for subject in subjects:
-        tuned = aware and not subject.name
-        need = (10 if tuned else 5) * variants.size(subject.place)  # saved in bf16: fp32 is twice that
-        if need > available:
-            raise ArtifactError(
-                f"{subject.place}: making it smaller{' with quantize.aware' * tuned} takes about "
-                f"{need / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are available; free some, or take a "
-                f"smaller model{', or set aware: {}' * tuned}"
-            )
 
 
 def make(

@@ -257,12 +257,13 @@ def _quick_attention(model: Any) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-def _refuse(model: Any, lengths: list[int], tokens: int) -> None:
-    """Say what cannot be sampled, before anything is computed."""
+def check(model: Any) -> None:
+    """Refuse an architecture that `sample` cannot use, before the work on a model that is sampled from at its end.
+
+    Raises:
+        ArtifactError: its layers keep something else than keys and values, or make masks of their own.
+    """
     config = model.config
-    empty = [number for number, length in enumerate(lengths) if not length]
-    if empty:
-        raise DataError(f"prompt {empty[0]} of {len(lengths)} has no token: there is nothing to continue")
     kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if kinds or not model._supports_attention_backend:
         raise ArtifactError(
@@ -270,7 +271,15 @@ def _refuse(model: Any, lengths: list[int], tokens: int) -> None:
             + (f"it has layers of {', '.join(sorted(kinds))}" if kinds else "its attention makes masks of its own")
             + "; choose another, for example llama, gpt2, qwen3, gpt_neox, mistral"
         )
-    need, room = max(lengths, default=0) + tokens, context_window.length(config)
+
+
+def _refuse(model: Any, lengths: list[int], tokens: int) -> None:
+    """Say what cannot be sampled, before anything is computed."""
+    empty = [number for number, length in enumerate(lengths) if not length]
+    if empty:
+        raise DataError(f"prompt {empty[0]} of {len(lengths)} has no token: there is nothing to continue")
+    check(model)
+    need, room = max(lengths, default=0) + tokens, context_window.length(model.config)
     if room and need > room:
         raise ArtifactError(
             f"the longest prompt has {max(lengths)} tokens; with {tokens} new ones that is {need}, but the model's "
