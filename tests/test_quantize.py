@@ -441,16 +441,20 @@ def test_a_quantized_model_is_not_made_smaller_again(inputs: dict[str, Path], tm
         run(inputs, tmp_path / "again", **ONE | {"model": str(out / "models/nf4")})
 
 
-def test_too_little_memory_is_told_with_the_numbers(inputs: dict[str, Path]) -> None:
+def test_too_little_memory_is_told_with_the_numbers(inputs: dict[str, Path], tmp_path: Path) -> None:
     subject = quantization.Subject("", inputs["ppo"] / "model", ["int8"], False)
-    size = variants.size(subject.place)
-    checks.check_memory([subject], 5 * size)
+    count = sum(value.numel() for value in AutoModelForCausalLM.from_pretrained(subject.place).parameters())
+    checks.check_memory([subject], 16 * count)
     with pytest.raises(ArtifactError, match=r"takes about 0\.0 GiB of memory, 0\.0 GiB are available"):
-        checks.check_memory([subject], 5 * size - 1)
-    checks.check_memory([subject], 10 * size, aware=True)
+        checks.check_memory([subject], 16 * count - 1)
+    checks.check_memory([subject], 20 * count, aware=True)
     with pytest.raises(ArtifactError, match=r"smaller with quantize\.aware takes about .* or set aware: \{\}"):
-        checks.check_memory([subject], 10 * size - 1, aware=True)
-    checks.check_memory([subject._replace(name="student")], 5 * size, aware=True)  # which is not fine-tuned
+        checks.check_memory([subject], 20 * count - 1, aware=True)
+    checks.check_memory([subject._replace(name="student")], 16 * count, aware=True)  # which is not fine-tuned
+    half = AutoModelForCausalLM.from_pretrained(subject.place).bfloat16()
+    half.save_pretrained(tmp_path)  # in half the bytes, and takes as much
+    with pytest.raises(ArtifactError, match="takes about"):
+        checks.check_memory([subject._replace(place=tmp_path)], 16 * count - 1)
 
 
 def test_weights_that_are_no_safetensors_have_a_size_too(tmp_path: Path) -> None:

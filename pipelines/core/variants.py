@@ -5,6 +5,7 @@ Each form's own code is imported where it is needed: bitsandbytes takes seconds.
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -128,6 +129,18 @@ def size(place: Path) -> int:
     """Bytes of a directory's weights: its safetensors, or its GGUF file; where there is none, torch's own files."""
     files = [*place.glob("*.safetensors"), *place.glob("*.gguf")] or place.glob("pytorch_model*.bin")
     return sum(file.stat().st_size for file in files)
+
+
+def parameters(place: Path) -> int:
+    """How many numbers a directory's weights are; torch's own files are taken for bf16."""
+    from safetensors import safe_open
+
+    files = list(place.glob("*.safetensors"))
+    count = 0 if files else size(place) // 2
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return count
 
 
 def _packed(kind: str) -> Any:
