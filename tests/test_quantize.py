@@ -24,6 +24,7 @@ from pipelines.core import (
     artifacts,
     completions,
     compression,
+    gptq,
     int4,
     int8,
     policy_answers,
@@ -227,6 +228,19 @@ def test_fine_tuning_with_rounded_weights_brings_the_rounded_model_nearer(
     assert quantization_aware.fine_tuned(place, "int4", rows, params, context) == tuned  # kept, not made again
 
 
+def test_what_was_fine_tuned_is_rounded_as_it_was_trained(
+    inputs: dict[str, Path], context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPTQ chose codes for the outputs of the weights before rounding, which nothing was trained for."""
+    monkeypatch.setattr(gptq, "calibrate", lambda *_: pytest.fail("calibrated"))
+    params = QuantizeParams(**TINY | {"aware": {"variants": ["int4"], "steps": 2, "batch_size": 1, "lr": 1e-3}})
+    subject = quantization.Subject("", inputs["ppo"] / "model", ["int4"], classifier=False)
+    made = int4.load(quantization.make(subject, "int4", [[1, 5, 9, 2, 7, 3]], params, context))
+    tuned = int4.quantize(AutoModelForCausalLM.from_pretrained(context.work / "aware/int4"), 32)
+    for name, value in tuned.state_dict().items():
+        assert torch.equal(made.state_dict()[name], value), name
+
+
 @pytest.mark.parametrize("variant", ["int8", "int4", "nf4"])
 def test_layers_that_lie_the_other_way_round_are_fine_tuned_but_for_those_kept(
     variant: str, context: StageContext, tmp_path: Path
@@ -393,7 +407,7 @@ def test_a_card_says_what_was_done_to_its_own_variant_and_how_to_load_it() -> No
         reward = card("reward", variant)
         assert f"{variant}.load(path, classifier=True)" in reward and "text-classification" in reward
     assert "GPTQ on" in card("student", "int4") and "Rounded to the nearest" in card("reward", "int4")
-    assert "GPTQ on" not in card("", "int8")
+    assert "GPTQ on" not in card("", "int8") + card("", "int4") and "Rounded to the nearest" in card("", "int4")
     assert "down_proj" in card("", "int8") and "down_proj" not in card("", "gguf-q8_0")  # which keeps nothing
 
 

@@ -133,9 +133,11 @@ def _write(
 ) -> None:
     """Make a Hugging Face directory of a variant."""
     keep = params.keep_in_high_precision
-    if variant in params.aware.variants and not subject.name:
+    tuned = variant in params.aware.variants and not subject.name
+    if tuned:
         subject = subject._replace(place=quantization_aware.fine_tuned(subject.place, variant, rows, params, context))
-    calibrated = variant in CALIBRATED and params.calibrate and not subject.classifier
+    # Fine-tuned is what rounding to the nearest gives; GPTQ would keep the outputs of the weights before it.
+    calibrated = variant in CALIBRATED and params.calibrate and not subject.classifier and not tuned
     if variant == "llm-int8":
         bnb_variants.llm_int8(subject.place, draft, keep)
         return

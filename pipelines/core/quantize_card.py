@@ -84,10 +84,11 @@ def _fitted(subject: Subject, variant: str, params: QuantizeParams) -> str:
         "demonstrations and pieces of the corpus in turns"
     )
     told = []
-    if variant in params.aware.variants and not subject.name:
+    tuned = variant in params.aware.variants and not subject.name
+    if tuned:
         told.append(f"Fine-tuned for {params.aware.steps} steps with rounded weights on {data}.")
     if variant in CALIBRATED:
-        calibrated = params.calibrate and not subject.classifier
+        calibrated = params.calibrate and not subject.classifier and not tuned
         told.append(f"Its codes were chosen by GPTQ on {data}." if calibrated else "Rounded to the nearest.")
     return " ".join(told)
 
