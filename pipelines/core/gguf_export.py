@@ -70,7 +70,7 @@ def export(place: Path, file: Path, kind: Kind) -> Report:
     """Write the model directory `place` as `file`, whole or not at all; an older file is replaced.
 
     Raises:
-        ParamsError: `kind` is none of f16, q8_0, q4_0, or `file` does not end in .gguf.
+        ParamsError: `kind` is none of f16, q8_0, q4_0, or `file` does not end in .gguf, or cannot be a file.
         ArtifactError: no such directory; an architecture, a position encoding or a tokenizer that llama.cpp would
             compute otherwise; weights that are missing, not finite, or too large for f16.
     """
@@ -78,6 +78,10 @@ def export(place: Path, file: Path, kind: Kind) -> Report:
         raise ParamsError(f"gguf: unknown type {kind!r}; known: {', '.join(get_args(Kind))}")
     if file.suffix != ".gguf":
         raise ParamsError(f"gguf: the file must end in .gguf, found {file.name!r}")
+    if file.is_dir():
+        raise ParamsError(f"gguf: {file} is a directory; a file is written")
+    if file.parent.exists() and not file.parent.is_dir():
+        raise ParamsError(f"gguf: {file.parent} is no directory, so nothing can be written in it")
 
     # 1. Read the model and its tokenizer; refuse what the file could not say.
     architecture = _architecture(place)
