@@ -86,6 +86,14 @@ def test_a_memo_that_is_not_ours_is_written_anew(tmp_path: Path, text: str) -> N
     assert list(json.loads((tmp_path / MEMO).read_text())) == ["artifacts/sft/weights"]
 
 
+def test_a_name_may_be_as_long_as_the_file_system_lets_it(tmp_path: Path, read: list[str]) -> None:
+    """That of the memo would be longer: 80 Chinese characters are 240 bytes of the 255 that there are."""
+    files = [written(tmp_path / "texts" / f"{'长' * 80}{n}.txt", f"text {n}") for n in range(2)]
+    for file in files * 2:
+        assert contents.content_hash(tmp_path, file) == PLAIN(file)
+    assert read == [file.name for file in files]
+
+
 def test_files_that_lie_elsewhere_are_hashed_as_they_are(tmp_path: Path) -> None:
     file = written(tmp_path / "elsewhere" / "chats.jsonl", "{}")
     root = tmp_path / "project"

@@ -16,6 +16,7 @@ from pipelines.core.environment import STATE
 
 GRAIN = 2_000_000_000  # nanoseconds: the coarsest clock of a file system in use
 DEPTH = 2  # parts of a path, as in `artifacts/sft`, below which hashes share a file
+LONGEST = 50  # characters of that file's name: what begins alike shares it, too
 
 
 def content_hash(root: Path, place: Path) -> str:
@@ -26,7 +27,7 @@ def content_hash(root: Path, place: Path) -> str:
     """
     if not place.is_relative_to(root):
         return artifacts.content_hash(place)
-    memo = root / STATE / "hashes" / f"{'--'.join(place.relative_to(root).parts[:DEPTH])}.json"
+    memo = root / STATE / "hashes" / f"{'--'.join(place.relative_to(root).parts[:DEPTH])[:LONGEST]}.json"
     known, found = _read(memo), {}
 
     def digest(file: Path) -> str:
