@@ -66,6 +66,25 @@ def test_a_file_that_was_just_written_is_read_every_time(tmp_path: Path, read: l
     assert read == ["weights", "weights"]
 
 
+def test_a_file_that_changes_while_it_is_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large one that takes longer than the clock's grain, within which a time of change stays the same."""
+    file = written(tmp_path / "artifacts/sft/weights", "one", age=0)
+    stat, now = file.stat(), [time.time_ns()]
+    monkeypatch.setattr(time, "time_ns", lambda: now[0])
+
+    def slow(path: Path) -> str:
+        found = PLAIN(path)
+        file.write_text("two")
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        now[0] += 2 * contents.GRAIN
+        return found
+
+    monkeypatch.setattr(artifacts, "content_hash", lambda place, of_file=slow: of_file(place))
+    contents.content_hash(tmp_path, file)
+    monkeypatch.undo()
+    assert contents.content_hash(tmp_path, file) == PLAIN(file)
+
+
 def test_files_that_are_gone_are_forgotten(tmp_path: Path) -> None:
     place = tmp_path / "artifacts" / "sft"
     gone = written(place / "old", "one")
@@ -76,7 +95,9 @@ def test_files_that_are_gone_are_forgotten(tmp_path: Path) -> None:
     assert list(json.loads((tmp_path / MEMO).read_text())) == ["artifacts/sft/new"]
 
 
-@pytest.mark.parametrize("text", ["half a fi", "[]", '{"files": {}, "content": "of another version"}'])
+@pytest.mark.parametrize(
+    "text", ["half a fi", "[]", '{"artifacts/sft/weights": []}', '{"files": {}, "content": "of another version"}']
+)
 def test_a_memo_that_is_not_ours_is_written_anew(tmp_path: Path, text: str) -> None:
     place = tmp_path / "artifacts" / "sft"
     written(place / "weights", "one")

@@ -31,12 +31,13 @@ def content_hash(root: Path, place: Path) -> str:
     known, found = _read(memo), {}
 
     def digest(file: Path) -> str:
+        asked = time.time_ns()  # before it is read, which of a large file takes longer than the clock's grain
         stat, name = file.stat(), file.relative_to(root).as_posix()
         facts = [stat.st_ino, stat.st_size, stat.st_mtime_ns]
-        *before, content = known.get(name, [None])
+        *before, content = known.get(name) or [None]
         if before != facts:
             content = artifacts.content_hash(file)
-            if stat.st_mtime_ns < time.time_ns() - GRAIN:
+            if stat.st_mtime_ns < asked - GRAIN:
                 found[name] = [*facts, content]
         return str(content)
 
