@@ -272,6 +272,12 @@ def test_csv_with_other_marks_between_and_around_its_cells(tmp_path: Path) -> No
     (tmp_path / "rows.csv").write_text('prompt;completion\n"a;b";"c\nd"\n')
     found = [entry.record for entry in sources.read(source("rows.csv", delimiter=";"), tmp_path)]
     assert found == [{"prompt": "a;b", "completion": "c\nd"}]
+    (tmp_path / "one.csv").write_text("prompt|completion\na\n")
+    with pytest.raises(DataError, match="if there is one column, delimiter: ','"):
+        list(sources.read(source("one.csv"), tmp_path))
+    assert [entry.record for entry in sources.read(source("one.csv", delimiter=","), tmp_path)] == [
+        {"prompt|completion": "a"}
+    ]
     (tmp_path / "glue.tsv").write_text('prompt\tcompletion\n"Yes" he said\t"a\n"b\t"c"\n')
     found = [entry.record for entry in sources.read(source("glue.tsv", quotes=False), tmp_path)]
     assert found == [{"prompt": '"Yes" he said', "completion": '"a'}, {"prompt": '"b', "completion": '"c"'}]

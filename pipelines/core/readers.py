@@ -69,7 +69,7 @@ def read(path: Path, source: FileSource) -> Iterator[Raw]:
             elif kind == "json":
                 yield from _json(file, path)
             elif kind in ("csv", "tsv"):
-                yield from _csv(file, path, source.delimiter or ("," if kind == "csv" else "\t"), source.quotes)
+                yield from _csv(file, path, source.delimiter, source.quotes, "," if kind == "csv" else "\t")
             elif kind == "parquet":
                 yield from _parquet(file, path)
             else:
@@ -150,8 +150,9 @@ def _json(file: IO[bytes], path: Path) -> Iterator[Raw]:
         raise stream.broken("more after the end", told)
 
 
-def _csv(file: IO[bytes], path: Path, delimiter: str, quotes: bool) -> Iterator[Raw]:
+def _csv(file: IO[bytes], path: Path, given: str | None, quotes: bool, usual: str) -> Iterator[Raw]:
     """Rows under a header line. Quoted cells may hold line ends; blank lines are skipped."""
+    delimiter = given or usual
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     faults: list[BadRow] = []
 
@@ -172,10 +173,11 @@ def _csv(file: IO[bytes], path: Path, delimiter: str, quotes: bool) -> Iterator[
             raise DataError(f"{path}, row 1: found a header that is broken CSV: {error}; accepted: {QUOTED}") from None
         if len(set(header)) < len(header) or faults:
             raise DataError(f"{path}, row 1: the header {shown(header)} must be UTF-8 with distinct column names")
-        if delimiter == "," and len(header) == 1 and (other := re.search("[;\t|]", header[0])):
+        if given is None and delimiter == "," and len(header) == 1 and (other := re.search("[;\t|]", header[0])):
             raise DataError(
                 f"{path}, row 1: the header is one cell, {shown(header[0])}; accepted: cells with commas between them. "
-                f"If these have another mark between them, say so in data.sources: delimiter: {shown(other[0])[5:]}"
+                f"If these have another mark between them, say so in data.sources: delimiter: {shown(other[0])[5:]}; "
+                "if there is one column, delimiter: ','"
             )
         while True:
             row = reader.line_num + 1
