@@ -63,11 +63,11 @@ def _renamed(staged: Staged, marks: Marks, keep: NDArray[np.bool_]) -> dict[str,
     import numpy as np
 
     hashes = np.concatenate([block["text"] for _, block in marks.hashes.blocks()])
-    shared = keep & np.isin(hashes, hashes[~keep])
+    repeated = np.isin(hashes, hashes[~keep])
     stays: dict[int, str] = {}
     goes: dict[str, int] = {}
     for first, batch in staged.batches():
-        for place in np.flatnonzero((shared | ~keep)[first : first + batch.num_rows]).tolist():
+        for place in np.flatnonzero(repeated[first : first + batch.num_rows]).tolist():
             name, text = batch["id"][place].as_py(), int(hashes[first + place])
             if keep[first + place]:
                 stays[text] = name
