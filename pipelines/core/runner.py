@@ -108,11 +108,8 @@ def execute(name: str, root: Path) -> dict[str, float]:
             metrics: dict[str, float] = module.run(section, inputs, outputs, run)
             run.stop_if_asked()  # a signal that came after the stage's last look: what exits with 0 was not stopped
             _check_metrics(name, metrics, module.METRICS, getattr(module, "OPTIONAL", frozenset()))
-    except context.Stopped:
-        recorder.finish("KILLED", None)
-        raise
-    except BaseException:
-        recorder.finish("FAILED", None)
+    except BaseException as error:
+        recorder.finish("KILLED" if isinstance(error, context.Stopped) else "FAILED", None)
         raise
     run.measure(seconds=round(time.perf_counter() - start, 3))
     distributed.leave(world)
