@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,9 @@ def test_a_terminal_that_cannot_write_a_sample_does_not_end_the_stage(
         context.say("⟦안녕⟧")
         raise ParamsError("so far")
 
+    def ctrl_c(_: float) -> None:
+        raise KeyboardInterrupt
+
     (workspace / "artifacts/data").mkdir(parents=True)
     shown = io.BytesIO()
     monkeypatch.setattr(tokenizer, "run", say)
@@ -259,6 +263,9 @@ def test_a_stage_that_is_being_made_is_not_made_beside_it(
         began.append(True)
         raise ParamsError("so far")
 
+    def ctrl_c(_: float) -> None:
+        raise KeyboardInterrupt
+
     (workspace / "artifacts/data").mkdir(parents=True)
     monkeypatch.setattr(tokenizer, "run", run)
     monkeypatch.setattr(single_writer, "PATIENCE_SECONDS", 0.2)
@@ -267,6 +274,12 @@ def test_a_stage_that_is_being_made_is_not_made_beside_it(
         assert runner.main("tokenizer", workspace) == 2
         assert f"tokenizer is being made here by process {os.getpid()}" in capsys.readouterr().err
         assert not began and [path.name for path in (workspace / "artifacts").iterdir()] == ["data"]
+        with monkeypatch.context() as impatient:
+            impatient.setattr(time, "sleep", ctrl_c)
+            assert runner.main("tokenizer", workspace) == 130
+        told = capsys.readouterr().err.splitlines()
+        assert told[0] == f"tokenizer: waiting for process {os.getpid()}, which is making it here"
+        assert told[1].startswith("error: tokenizer: stopped by SIGINT") and not began
     assert runner.main("tokenizer", workspace) == 2 and began, "it ends with its holder"
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipelines.core.context import Stopped
 from pipelines.core.environment import STATE
 from pipelines.core.errors import UserError
 
@@ -25,6 +28,7 @@ def of_stage(root: Path, stage: str) -> Iterator[None]:
 
     Raises:
         UserError: another process has been at it for longer than `PATIENCE_SECONDS`.
+        Stopped: Ctrl-C, in that time.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -34,7 +38,21 @@ def of_stage(root: Path, stage: str) -> Iterator[None]:
     # A child must not inherit the lock: it would hold it on.
     descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        if not _taken(descriptor):
+            _wait(descriptor, stage)
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _wait(descriptor: int, stage: str) -> None:
+    """Take the lock when its holder leaves it, see `of_stage`."""
+    holder = os.pread(descriptor, 32, 0).decode()
+    print(f"{stage}: waiting for process {holder}, which is making it here", file=sys.stderr, flush=True)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    try:
         while not _taken(descriptor):
             if time.monotonic() > deadline:
                 holder = os.pread(descriptor, 32, 0).decode()
@@ -43,11 +61,8 @@ def of_stage(root: Path, stage: str) -> Iterator[None]:
                     f"Wait for it, or stop it (kill {holder}), and run again."
                 )
             time.sleep(0.1)
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
+    except KeyboardInterrupt:
+        raise Stopped(signal.SIGINT) from None
 
 
 def _taken(descriptor: int) -> bool:
