@@ -423,6 +423,22 @@ def test_columns_inside_of_objects() -> None:
             canonical("corpus", record, {"text": column})
 
 
+def test_comparisons_out_of_columns_inside_of_objects() -> None:
+    about = {"prompt": "p", "responses": ["a", "b"], "ranks": None, "scores": [0.1, 0.9], "votes": [1, 4]}
+    columns: dict[str, str | None] = {name: f"of.{name}" for name in ("prompt", "responses", "ranks", "scores")}
+    row = comparison({"of": about}, columns)
+    assert (row["prompt"], row["responses"], row["ranks"]) == ("p", ["a", "b"], [2, 1])
+    pair = {"chosen": "a", "rejected": "b", "of": about}
+    row = comparison(pair, {"prompt": "of.prompt", "votes": "of.votes"})
+    assert (row["prompt"], row["votes"]) == ("p", [1, 4])
+    chat = {name: [MESSAGES[0], {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    with pytest.raises(BadRow, match="what the messages before"):
+        comparison(chat | {"of": about}, {"prompt": "of.prompt"})
+    for missing in (pair, chat):  # a mapped column that is not there is a slip of the pen
+        with pytest.raises(BadRow, match="no such column"):
+            comparison(missing, {"prompt": "of.text"})
+
+
 def test_a_column_of_one_of_our_names_can_be_something_else() -> None:
     """Where null is the field's column: a field need not be there for it."""
     record = {"prompt": "a", "completion": "b", "kind": ["x"], "id": 1.5}

@@ -38,10 +38,12 @@ def _prompt_of_comparison(fields: Fields) -> str:
     if "prompt" in fields.columns and fields.columns["prompt"] is None:
         return ""
     column = fields.column("prompt")
-    if column not in fields.record:
+    try:
+        value = fields.value("prompt")
+    except BadRow:
         accepted = "a prompt, columns: {prompt: COLUMN}, or columns: {prompt: null} if there are none"
-        raise BadRow(column, f"no such column (there are: {', '.join(map(str, fields.record))})", accepted)
-    return prompt_of(fields.value("prompt"), column)
+        raise BadRow(column, f"no such column (there are: {', '.join(map(str, fields.record))})", accepted) from None
+    return prompt_of(value, column)
 
 
 def _order(fields: Fields, responses: list[str]) -> list[int]:
@@ -49,7 +51,7 @@ def _order(fields: Fields, responses: list[str]) -> list[int]:
     that is not null; else they must say the same.
     """
     named = [name for name in ("ranks", "scores") if fields.columns.get(name)] or ["ranks", "scores"]
-    given = [name for name in named if fields.record.get(fields.column(name)) not in (None, "")] or named[:1]
+    given = [name for name in named if fields.known(name) not in (None, "")] or named[:1]
     found = [(_ranks if name == "ranks" else _scores)(fields, responses) for name in given]
     if found[0] != found[-1]:
         column, scores = fields.column("scores"), fields.value("scores")
@@ -145,8 +147,7 @@ def _pair(fields: Fields) -> tuple[str, str, str]:
 
 def _prompt_of_turns(fields: Fields, turns: list[dict[str, str]]) -> str:
     """The messages before the answers as text; those of the column `prompt` are before them, or among them."""
-    mapped = fields.columns.get("prompt", "prompt")
-    given = None if mapped is None else fields.record.get(mapped)
+    given = fields.known("prompt")
     if given is None or not turns:
         return transcript(turns, fields.column("chosen")) if turns else _prompt_of_comparison(fields)
     column = fields.column("prompt")
@@ -165,7 +166,7 @@ def _prompt_of_turns(fields: Fields, turns: list[dict[str, str]]) -> str:
 
 def _votes(fields: Fields) -> list[int] | None:
     """Votes for the chosen and for the rejected one; a single number counts for the chosen one."""
-    value = fields.value("votes") if fields.has("votes") else None
+    value = fields.known("votes")
     if value is None or (value == "" and isinstance(fields.record, Cells)):
         return None
     if isinstance(fields.record, Cells) and value.isdecimal() and len(value) < 11:

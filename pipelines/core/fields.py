@@ -50,13 +50,17 @@ class Fields:
             found = found[part]
         return found
 
+    def known(self, field: str) -> Any:
+        """The value, None where the record has no such column; a mapped one must be there."""
+        return self.value(field) if self.has(field) else None
+
     def text(self, field: str) -> str:
         """Text that is not blank."""
         return filled(self.value(field), self.column(field))
 
     def optional(self, field: str) -> str | None:
         """Text, or None where the column is missing, null or (CSV) empty."""
-        value = self.value(field) if self.has(field) else None
+        value = self.known(field)
         if value is None or (value == "" and isinstance(self.record, Cells)):
             return None
         return self.key(field)
@@ -70,7 +74,7 @@ class Fields:
 
     def texts(self, field: str) -> list[str] | None:
         """One text or a list of them (in a CSV file as JSON), or None as in `optional`; an empty list is refused."""
-        value = self.value(field) if self.has(field) else None
+        value = self.known(field)
         if value is None or (value == "" and isinstance(self.record, Cells)):
             return None
         if isinstance(value, list) or (isinstance(self.record, Cells) and value.startswith("[")):
