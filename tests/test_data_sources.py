@@ -518,6 +518,8 @@ START = "\n\nSystem: s\n\nHuman: q\n\nAssistant: hello\n\nHuman: more\n\nAssista
         (CHAT, CHAT),
         (CHAT[1:2], CHAT),
         (CHAT[:2], CHAT[2:]),  # TRL: the messages of chosen go on where the prompt ends
+        (START, CHAT),
+        ("\n\nSystem: s\n\nHuman: q\n\nAssistant:", CHAT[2:]),
         (None, CHAT),
     ],
 )

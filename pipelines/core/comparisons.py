@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 from pipelines.core.faults import BadRow, shown
-from pipelines.core.fields import ANSWER, SPEAKER, Fields, conversation, filled, prompt_of, transcript, whole
+from pipelines.core.fields import ANSWER, SPEAKER, Fields, conversation, filled, prompt_of, transcript, turns_of, whole
 from pipelines.core.readers import Cells
 
 
@@ -151,13 +151,11 @@ def _prompt_of_turns(fields: Fields, turns: list[dict[str, str]]) -> str:
     if given is None or not turns:
         return transcript(turns, fields.column("chosen")) if turns else _prompt_of_comparison(fields)
     column = fields.column("prompt")
-    if isinstance(given, list):
-        before = conversation(given, column)
-        if turns[0]["role"] == "assistant":
-            return transcript(before + turns, column)
-        among = any(turns[start : start + len(before)] == before for start in range(len(turns)))
-    else:
-        among = prompt_of(given, column).strip() in {message["content"].strip() for message in turns}
+    before = conversation(given, column) if isinstance(given, list) else turns_of(prompt_of(given, column))
+    if turns[0]["role"] == "assistant":
+        return transcript(before + turns, column)
+    asked, said = ([message["content"].strip() for message in messages] for messages in (before, turns))
+    among = any(said[start : start + len(asked)] == asked for start in range(len(said)))
     if not among:
         accepted = "what the messages before the answer say, or columns: {prompt: null}: they are the prompt"
         raise BadRow(column, shown(given), accepted)
