@@ -62,6 +62,11 @@ def sets_torch(prompts, responses):
     torch.set_default_dtype(torch.float64)
     return long(prompts, responses)
 
+def fitted(prompts, responses):
+    scale = torch.nn.Parameter(torch.ones(()))
+    (3 * scale).backward()
+    return [len(response) * scale.grad.item() / 3 for response in responses]
+
 def one_argument(prompts):
     return []
 '''
@@ -113,6 +118,11 @@ def test_what_it_sets_for_all_of_torch_is_set_back(file: Path, load: Callable[..
     assert torch.is_grad_enabled()
     assert reward_functions.score(rewards, PROMPTS, RESPONSES, call=1).values == LENGTHS
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+
+
+def test_a_file_may_fit_what_it_scores_by(file: Path, load: Callable[..., list[Reward]]) -> None:
+    file.write_text(FUNCTIONS + "fitted([], [])\n")
+    assert reward_functions.score(load("fitted"), PROMPTS, RESPONSES, call=1).values == LENGTHS
 
 
 def test_the_file_is_read_anew_and_leaves_nothing_behind(file: Path, load: Callable[..., list[Reward]]) -> None:

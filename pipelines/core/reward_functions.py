@@ -6,10 +6,10 @@ text, both of one length, and returns one number for each response:
     def score(prompts: list[str], responses: list[str]) -> list[float]:
         return [-float(len(response)) for response in responses]
 
-Gradients are off in it, and what it sets for all of torch (no gradients, a default type) is set back. Three things are
-the user's duty. The same prompts and responses must get the same numbers in every call, or a run that was killed does
-not resume to the same bytes. The file must stand alone: DVC watches it, but not what it imports. And members of an
-ensemble must measure on one scale, since their plain mean is what is trained on.
+What it sets for all of torch (no gradients, a default type) is set back. Three things are the user's duty. The same
+prompts and responses must get the same numbers in every call, or a run that was killed does not resume to the same
+bytes. The file must stand alone: DVC watches it, but not what it imports. And members of an ensemble must measure on
+one scale, since their plain mean is what is trained on.
 """
 
 from __future__ import annotations
@@ -157,12 +157,12 @@ def _answer(reward: Reward, prompts: Sequence[str], responses: Sequence[str], ca
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Inside, gradients are off; afterwards they are as before, and so is torch's default type."""
+    """Whether gradients are on, and torch's default type, are afterwards as before."""
     import torch
 
     kind = torch.get_default_dtype()
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
             yield
     finally:
         torch.set_default_dtype(kind)
