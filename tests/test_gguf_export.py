@@ -228,7 +228,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = CliRunner().invoke(app, ["export", "model", "out.gguf", "--type", "q2"])
     assert refused.exit_code == 2 and "known: f16, q8_0, q4_0" in refused.output
     (tmp_path / "sub/folder.gguf").mkdir()
-    for name, told in (("folder.gguf", "is a directory"), ("out.gguf/m.gguf", "is no directory")):
+    for name, told in (("folder.gguf", "is a directory"), ("out.gguf/a/m.gguf", "out.gguf is no directory")):
         monkeypatch.chdir(tmp_path / "sub")
         refused = CliRunner().invoke(app, ["export", "model", name])
         assert refused.exit_code == 2 and told in " ".join(refused.output.split()), refused.output

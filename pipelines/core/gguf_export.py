@@ -80,8 +80,9 @@ def export(place: Path, file: Path, kind: Kind) -> Report:
         raise ParamsError(f"gguf: the file must end in .gguf, found {file.name!r}")
     if file.is_dir():
         raise ParamsError(f"gguf: {file} is a directory; a file is written")
-    if file.parent.exists() and not file.parent.is_dir():
-        raise ParamsError(f"gguf: {file.parent} is no directory, so nothing can be written in it")
+    above = next(place for place in file.parents if place.exists())
+    if not above.is_dir():
+        raise ParamsError(f"gguf: {above} is no directory, so nothing can be written in it")
 
     # 1. Read the model and its tokenizer; refuse what the file could not say.
     architecture = _architecture(place)
