@@ -73,6 +73,7 @@ def test_terms_are_names_as_a_whole_and_in_parts_without_accents_and_plurals() -
     assert lexical.terms("Arrays, queries; class this") == ["array", "query", "class", "this"]
     assert lexical.terms("café naïve") == ["cafe", "naive"]
     assert lexical.terms("서울은 東京タワー 🎉") == ["서울", "울은", "東京", "京タ", "タワ", "ワー", "🎉"]
+    assert "".join(filter(lexical._VOWELED.match, map(chr, range(0x20000)))) == "".join(map(chr, lexical.VOWELS))
     assert lexical.terms("हिन्दी, भाषा_की।") == ["हिन्दी", "भाषा_की", "भाषा", "की"]
     assert lexical.terms("தமிழ் numpy.ภาษา") == ["தமிழ்", "numpy.", "ภา", "าษ", "ษา", "numpy", "ภา", "าษ", "ษา"]
     assert lexical.terms("مُحَمَّد مـحمد אָרוֹן") == ["محمد", "محمد", "ארון"]

@@ -54,6 +54,7 @@ _ACCENTS = re.compile(
     r"\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed]"
 )
 VOWELS = (*range(0x0900, 0x1D00), *range(0xA800, 0xAC00), *range(0x11000, 0x12000))  # where marks are parts of words
+_VOWELED = re.compile(r"[\u0900-\u1cff\ua800-\uabff\U00011000-\U00011fff]")  # the same
 _SIGNS = re.compile(rf"[^\w\s]{{{MARKS + 1},}}")
 
 
@@ -73,7 +74,8 @@ def _words(text: str) -> list[str]:
         # Decomposed, accents are characters of their own; composed again, Hangul is what it was
         text = unicodedata.normalize("NFKD", _SIGNS.sub(_few_marks, text))
         text = unicodedata.normalize("NFC", _ACCENTS.sub("", text))
-        return _with_vowels()[0].findall(text)
+        if _VOWELED.search(text):  # seldom: dashes and quotation marks are beyond ASCII, too
+            return _with_vowels()[0].findall(text)
     return _WORD.findall(text)
 
 
