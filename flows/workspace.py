@@ -149,10 +149,22 @@ def remove(root: Path, name: str) -> None:
     # Not `prune`, which would forget a person's on a disk that is not mounted now
     with contextlib.suppress(UserError):  # where git knows of none
         git(root, "worktree", "remove", "--force", "--force", str(place))
+    _forget_moved(root, name)
     tip = git(root, "branch", "--list", "--format=%(objectname)", f"{BRANCH}{name}")
     if tip and started.exists() and tip == started.read_text(encoding="utf-8"):
         git(root, "branch", "--quiet", "-D", f"{BRANCH}{name}")
     started.unlink(missing_ok=True)
+
+
+def _forget_moved(root: Path, name: str) -> None:
+    """Let git forget a run's worktree where the clone was before it was moved, or of the clone that it is a copy of."""
+    ours = (*run_locks.folder(root).parts[-2:], name, ".git")
+    for known in (root / git(root, "rev-parse", "--git-common-dir") / "worktrees").glob("*/gitdir"):
+        with contextlib.suppress(FileNotFoundError):  # another run's, which has just ended
+            link = Path(known.read_text(encoding="utf-8").strip())
+            back = link.read_text(encoding="utf-8").strip() if link.is_file() else ""
+            if link.parts[-4:] == ours and back != f"gitdir: {known.parent.resolve()}":
+                shutil.rmtree(known.parent)
 
 
 def git(place: Path, *words: str) -> str:

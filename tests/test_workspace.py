@@ -282,6 +282,25 @@ def test_a_worktree_of_a_person_is_kept_though_its_disk_is_not_mounted_now(root:
     assert "nightly" not in workspace.git(root, "worktree", "list")
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_killed_run_is_forgotten_where_the_clone_was_moved_or_copied(root: Path, copied: bool) -> None:
+    """Git names worktrees by whole paths, and lets nobody delete or take up a branch that is checked out in one."""
+    left = root / ".sluice" / "worktrees" / "victim"
+    workspace.git(root, "worktree", "add", "-q", "-B", "runs/victim", str(left))
+    left.with_name("victim.base").write_text(workspace.resolve(root, "HEAD"))
+    other = root.with_name("other")
+    if copied:
+        shutil.copytree(root, other, symlinks=True)
+    else:
+        root.rename(other)
+    for _ in range(2):
+        with workspace.opened(other, "victim") as run:
+            assert (run.place / "dvc.yaml").exists()
+    assert "victim" not in workspace.git(other, "worktree", "list") + workspace.git(other, "branch")
+    if copied:
+        assert workspace.git(left, "branch", "--show-current") == "runs/victim"
+
+
 def test_line_ends_are_as_committed_whatever_git_is_told(root: Path) -> None:
     """Or every file that DVC has hashed would be another one in a worktree, and all stages run again."""
     shutil.copy(fake.ROOT / ".gitattributes", root)
