@@ -106,7 +106,8 @@ def dvc_at_work(root: Path) -> list[int]:
     """Processes that DVC's own lock file says are at work; what it says of processes that are no more is removed.
 
     DVC asks whether there is a process of that number. After a reboot, or in a container, there is: another one, which
-    did not run yet when the file was last written. A file that a crash tore says nothing; DVC would stumble over it.
+    did not run yet when the file was last written, and is no DVC (clocks may have been set, that of a file server is
+    another one). A file that a crash tore says nothing; DVC would stumble over it.
 
     Raises:
         LockTrouble: the file is held by another process.
@@ -119,12 +120,13 @@ def dvc_at_work(root: Path) -> list[int]:
         place = Path(repo.tmp_dir) / "rwlock"
         if not place.exists():
             return []
-        written, hardlink = place.stat().st_mtime, bool(repo.config["core"].get("hardlink_lock", False))
+        hardlink = bool(repo.config["core"].get("hardlink_lock", False))
         alive: set[int] = set()
         try:
             with _edit_rwlock(repo.tmp_dir, repo.fs, hardlink) as locks:
+                written = place.stat().st_mtime if place.exists() else 0.0  # now that nobody else writes it
                 holders = [*locks["write"].values(), *(one for readers in locks["read"].values() for one in readers)]
-                alive |= {int(one["pid"]) for one in holders if _begun_before(int(one["pid"]), written)}
+                alive |= {int(one["pid"]) for one in holders if _lives(int(one["pid"]), written)}
                 locks["write"] = {path: one for path, one in locks["write"].items() if int(one["pid"]) in alive}
                 left = {path: [o for o in ones if int(o["pid"]) in alive] for path, ones in locks["read"].items()}
                 locks["read"] = {path: readers for path, readers in left.items() if readers}
@@ -135,12 +137,16 @@ def dvc_at_work(root: Path) -> list[int]:
     return sorted(alive)
 
 
-def _begun_before(number: int, moment: float) -> bool:
-    """Whether a process lives that was there at a moment; a second more, for clocks that count otherwise."""
+def _lives(number: int, moment: float) -> bool:
+    """Whether a process lives that was there at a moment (a second more, for clocks that count otherwise) or is DVC."""
     try:
-        return float(psutil.Process(number).create_time()) <= moment + 1.0
+        process = psutil.Process(number)
+        begun_before = float(process.create_time()) <= moment + 1.0
+        if process.status() == psutil.STATUS_ZOMBIE:  # killed, in a container where nobody asks for what has ended
+            return False
+        return begun_before or "dvc" in (Path(word).name for word in process.cmdline())
     except psutil.Error:
-        return False
+        return bool(psutil.pid_exists(number))  # another user's, where /proc hides those
 
 
 def _free(lock: Path) -> bool:

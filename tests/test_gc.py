@@ -243,6 +243,33 @@ def test_a_lock_of_before_a_reboot_holds_up_nobody(clone: Path) -> None:
     assert run_locks.dvc_at_work(clone) == [1, os.getpid()], "both were there when it was written"
 
 
+def test_a_dvc_that_lives_keeps_its_lock_whatever_the_clocks_say(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the lock while we wait for the file; or the file is older than it by the clock of a file server."""
+    import dvc.rwlock
+
+    place, edit = clone / ".dvc" / "tmp" / "rwlock", dvc.rwlock._edit_rwlock
+    held = json.dumps({"write": {"artifacts/data": {"pid": os.getpid(), "cmd": "dvc repro"}}, "read": {}})
+
+    def taken_meanwhile(*words):
+        place.write_text(held)
+        return edit(*words)
+
+    place.write_text("{}")
+    os.utime(place, (0, 0))
+    with monkeypatch.context() as patched:
+        patched.setattr(dvc.rwlock, "_edit_rwlock", taken_meanwhile)
+        assert run_locks.dvc_at_work(clone) == [os.getpid()]
+    assert json.loads(place.read_text()) == json.loads(held)
+    command = [sys.executable, "-c", "import sys; sys.stdin.read()", "-m", "dvc", "repro"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as other:
+        place.write_text(json.dumps({"write": {}, "read": {"artifacts/data": [{"pid": other.pid, "cmd": "dvc"}]}}))
+        os.utime(place, (0, 0))
+        assert run_locks.dvc_at_work(clone) == [other.pid]
+        other.stdin.close()
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        assert run_locks.dvc_at_work(clone) == [], "it has ended, though its parent has not asked yet"
+
+
 def test_a_cache_that_others_may_use_is_left_alone(clone: Path, tmp_path: Path) -> None:
     """`dvc cache dir` of a team names one for all their clones: what this clone does not need, another does."""
     shared = tmp_path / "shared"
