@@ -25,8 +25,8 @@ def leave_out_this_machine() -> None:
             del os.environ[name]
     if not any(os.environ.get(name) for name in os.environ if name.lower() in PROXIES):
         return
-    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    hosts = [host for each in named.split(",") if (host := each.strip())]
-    if "*" not in hosts:
-        whole = ",".join(dict.fromkeys([*hosts, *NEAR]))
-        os.environ.update(no_proxy=whole, NO_PROXY=whole)
+    names = ("no_proxy", "NO_PROXY")
+    said = [os.environ.get(name, "") for name in names]
+    for name, own, other in zip(names, said, reversed(said), strict=True):  # which of two counts, programs disagree
+        hosts = [host for each in (own or other).split(",") if (host := each.strip())]
+        os.environ[name] = ",".join(hosts if "*" in hosts else dict.fromkeys([*hosts, *NEAR]))

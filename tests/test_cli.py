@@ -111,6 +111,11 @@ def test_a_proxy_is_not_asked_for_servers_of_this_machine(monkeypatch: pytest.Mo
     monkeypatch.setenv("no_proxy", "*")
     proxies.leave_out_this_machine()
     assert os.environ["no_proxy"] == "*"
+    monkeypatch.setenv("no_proxy", "a.example.org")
+    monkeypatch.setenv("NO_PROXY", "b.example.org")
+    proxies.leave_out_this_machine()
+    for name, kept in (("no_proxy", "a.example.org"), ("NO_PROXY", "b.example.org")):
+        assert os.environ[name] == f"{kept},localhost,127.0.0.1,::1", "whoever reads it goes on reading what was set"
 
 
 def test_a_stream_that_is_closed_is_an_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
