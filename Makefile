@@ -32,7 +32,7 @@ WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS)
 # DVC refuses a folder without git, as an archive is unpacked to, unless it is told, and then knows of no git later.
 IN_GIT := { [ -e .git ] || git rev-parse --git-dir > /dev/null 2>&1; }
-NO_SCM := '^ *no_scm *= *true'
+NO_SCM := '^[[:blank:]]*no_scm *= *true'
 MLFLOW_PORT ?= 5000
 PREFECT_PORT ?= 4200
 
@@ -46,9 +46,9 @@ run: setup                      ## run every stage that something changed for
 setup: $(STAMP)                 ## .venv as constraints.txt says, DVC initialised
 	@if [ ! -d .dvc ]; then dvc init -q $$([ -e .git ] || { $(IN_GIT) && echo --subdir; } || echo --no-scm) \
 	  && echo "dvc: initialised"; fi
-	@if ! $(IN_GIT); then grep -qsE $(NO_SCM) .dvc/config .dvc/config.local || { \
+	@if ! $(IN_GIT); then grep -qsiE $(NO_SCM) .dvc/config .dvc/config.local || { \
 	    dvc config --local core.no_scm true && echo "dvc: no git repository here, so core.no_scm = true in .dvc/config.local"; }; \
-	  elif grep -qsE $(NO_SCM) .dvc/config.local; then \
+	  elif grep -qsiE $(NO_SCM) .dvc/config.local; then \
 	    dvc config --local --unset core.no_scm && echo "dvc: a git repository now, so core.no_scm is gone from .dvc/config.local"; fi
 
 $(STAMP): pyproject.toml constraints.txt flows/environment.pth

@@ -148,7 +148,11 @@ def test_set_up_knows_an_archive_a_clone_and_a_folder_of_a_larger_repository(tmp
     assert set_up() == ""
     (root / ".dvc/config.local").write_text("# no_scm: what `make setup` writes\n")
     assert set_up() == "", "a word in a comment is no setting"
+    (root / ".dvc/config.local").write_text("[core]\n\tno_scm = True\n")
+    assert set_up() == "", "as Python and people write it"
     shutil.rmtree(root / ".git")
+    shutil.rmtree(root / ".dvc")
+    assert set_up() == "True" and not (root / ".dvc/config.local").exists(), "which `dvc init` has written"
     shutil.rmtree(root / ".dvc")
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     assert set_up() == "", "a folder of a repository"
