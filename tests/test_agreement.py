@@ -120,6 +120,16 @@ def test_tools_work_on_the_state_of_the_project_that_they_are_called_in(tmp_path
         command = [sys.executable, "-S", "-c", code]
         run = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, check=True)
         assert run.stdout.strip() == f"{root}/.sluice/dvc/site", place
+    closed = (
+        "import os; look = os.stat\n"
+        "def stat(path, **how):\n"
+        "    if str(path).startswith('pipelines'): raise PermissionError(13, 'Permission denied', path)\n"
+        "    return look(path, **how)\n"
+        "os.stat = stat\n"
+    )
+    command = [sys.executable, "-S", "-c", closed + code]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.stdout.strip() == f"{ROOT}/.sluice/dvc/site", "called in a folder that nobody lets us search"
 
 
 def test_set_up_knows_an_archive_a_clone_and_a_folder_of_a_larger_repository(tmp_path: Path) -> None:
