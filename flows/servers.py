@@ -102,7 +102,8 @@ def stop(root: Path) -> bool:
         ran = True
         holder = lock.read_text(encoding="utf-8")  # it writes its number just after it has the lock
         if holder and (clone := server_processes.kept_by(int(holder), lock)) is not None:
-            clones.add(clone)
+            if not clone.exists():  # or its runs are those of a clone that has taken the place of this one
+                clones.add(clone)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(holder), signal.SIGTERM)
         time.sleep(TICK)

@@ -174,8 +174,12 @@ def test_a_number_that_a_keeper_left_and_another_process_has_now_is_not_stopped(
         stranger.wait()
 
 
-def test_a_clone_that_was_moved_under_its_servers_can_stop_them(tmp_path: Path) -> None:
-    """The lock moves with the folder, and its keeper is known by it; runs of its worker have the old path."""
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_clone_that_was_moved_under_its_servers_can_stop_them(tmp_path: Path, taken: bool) -> None:
+    """The lock moves with the folder, and its keeper is known by it; runs of its worker have the old path.
+
+    Where another clone has taken that place, runs with it may be its own.
+    """
     old, new = tmp_path / "old", tmp_path / "new"
     code = (
         "import pathlib, sys, time; from flows import servers; lock = servers._lock(pathlib.Path(sys.argv[2]));"
@@ -190,11 +194,13 @@ def test_a_clone_that_was_moved_under_its_servers_can_stop_them(tmp_path: Path) 
         for process in (keeper, worked):
             assert process.stdout is not None and process.stdout.readline() == b"\n"
         old.rename(new)
+        if taken:
+            old.mkdir()
         stopping = threading.Thread(target=servers.stop, args=(new,), daemon=True)
         stopping.start()
         stopping.join(timeout=MINUTES)
         assert not stopping.is_alive()
-        assert keeper.poll() is not None and worked.poll() is not None
+        assert keeper.poll() is not None and (worked.poll() is None) is taken
     finally:
         for process in (keeper, worked):
             process.kill()
