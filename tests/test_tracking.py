@@ -165,6 +165,15 @@ def test_a_full_disk_leaves_no_half_line_between_events(tmp_path):
     assert kinds == ["start", *["metrics"] * 4, "finish"] and spool.last_step() == 3
 
 
+def test_a_draft_of_the_courier_that_vanishes_ends_no_run(repository):
+    """It writes its state beside the events, and the draft may be gone between a look into the folder and the flush."""
+    root, _ = repository
+    recorder = Recorder(root, "pretrain", "f" * 16, courier=False)
+    (recorder.spool.place / ".state.json.1.partial").symlink_to("gone")
+    recorder.finish("FINISHED", Record())
+    assert '"event": "finish"' in (recorder.spool.place / "events.jsonl").read_text()
+
+
 def test_a_damaged_line_is_left_out_and_holds_nothing_up(repository):
     root, _ = repository
     killed_stage(root, range(3))

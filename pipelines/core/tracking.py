@@ -160,7 +160,10 @@ class Recorder:
         body["files"] = sorted({*(path.name for path in record.files), *body.pop("texts")})
         self._append("finish", status=status, record=body)
         self._flush()
-        artifacts.sync_tree(self.spool.place)
+        artifacts.sync_tree(folder)
+        # Not the drafts of the courier, which writes its state beside them: they come and go.
+        artifacts.sync(self.spool.place / "events.jsonl")
+        artifacts.sync(self.spool.place)
 
     def _append(self, event: str, **body: Any) -> None:
         self._buffer.append(json.dumps({"event": event, "time": int(time.time() * 1000), **body}) + "\n")
