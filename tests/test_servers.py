@@ -335,8 +335,9 @@ def test_without_the_password_nothing_is_told(clone: Path, api: Api) -> None:
 def test_a_killed_engine_is_marked_crashed_somebody_hears_and_the_next_run_goes_ahead(
     clone: Path, api: Api, receiver: Receiver
 ) -> None:
-    def commit(message: str) -> None:  # with other code, or DVC brings the stages back from its cache
-        (clone / "stage.py").write_text((clone / "stage.py").read_text() + f"# {message}\n")
+    def commit(message: str) -> None:  # with other outputs, or DVC brings the stages back from its cache
+        code, writes = (clone / "stage.py").read_text(), '"made.txt").write_text('
+        (clone / "stage.py").write_text(code.replace(writes, f"{writes}{message!r} + "))
         station.commit(clone, message)
 
     (clone / "behaviour" / "left").write_text("sleep 600")
