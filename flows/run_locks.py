@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from flows.failures import LockTrouble
+from pipelines.core import file_locks
 from pipelines.core.environment import STATE
 from pipelines.core.errors import UserError
 
@@ -48,8 +49,8 @@ def alone(root: Path) -> Iterator[None]:
     Raises:
         LockTrouble: another flow is running here.
     """
-    with _file(root / STATE / "flow.lock") as file:
-        if not _taken(file):
+    with file_locks.opened(root / STATE / "flow.lock") as file:
+        if not file_locks.taken(file):
             holder = os.pread(file, 32, 0).decode()
             raise LockTrouble(f"another flow is running in {root} (process {holder})")
         os.truncate(file, 0)
@@ -67,8 +68,8 @@ def owned(root: Path, name: str) -> Iterator[None]:
     place = folder(root) / f"{name}.lock"
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
-        with _file(place) as file:
-            if _taken(file):
+        with file_locks.opened(place) as file:
+            if file_locks.taken(file):
                 # One that was removed between opening and locking guards nothing any more
                 if place.exists() and os.fstat(file).st_ino == place.stat().st_ino:
                     try:
@@ -84,7 +85,7 @@ def owned(root: Path, name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def present(root: Path) -> Iterator[None]:
     """Count as a run that is going on; waits while somebody has asked for quiet."""
-    with _file(folder(root) / "present") as file:
+    with file_locks.opened(folder(root) / "present") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
 
@@ -96,8 +97,8 @@ def quiet(root: Path) -> Iterator[None]:
     Raises:
         UserError: a run is going on.
     """
-    with _file(folder(root) / "present") as file:
-        if not _taken(file):
+    with file_locks.opened(folder(root) / "present") as file:
+        if not file_locks.taken(file):
             raise UserError(f"runs are going on ({', '.join(living(root))}): wait for them, or stop them")
         yield
 
@@ -150,24 +151,5 @@ def _lives(number: int, moment: float) -> bool:
 
 
 def _free(lock: Path) -> bool:
-    with _file(lock) as file:
-        return _taken(file)
-
-
-def _taken(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _file(place: Path) -> Iterator[int]:
-    """A descriptor that no child inherits: a lock must end with this very process."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+    with file_locks.opened(lock) as file:
+        return file_locks.taken(file)

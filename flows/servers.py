@@ -13,7 +13,6 @@ besides.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -33,7 +32,7 @@ from flows.automations import HEARTBEAT_SECONDS, POOL
 from flows.server import PAGES, START_SECONDS, answers, require
 from flows.server_processes import CLONE, GRACE_SECONDS, KEEPER
 from flows.supervise import Crew, child_environment
-from pipelines.core import artifacts, store
+from pipelines.core import artifacts, file_locks, store
 from pipelines.core.environment import STATE
 from pipelines.core.errors import StoreUnavailable, UserError
 
@@ -257,15 +256,11 @@ def _kept(root: Path) -> bool:
 
 def _lock(root: Path) -> int | None:
     """The keeper's lock as a descriptor; None while a keeper has it."""
-    place = _folder(root) / "lock"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    descriptor = file_locks.descriptor(_folder(root) / "lock")
+    if file_locks.taken(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _folder(root: Path) -> Path:

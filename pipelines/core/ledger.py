@@ -10,7 +10,6 @@ its place by the same three methods.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import json
 import os
@@ -25,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
-from pipelines.core import faults, store
+from pipelines.core import faults, file_locks, store
 from pipelines.core.environment import STATE
 from pipelines.core.errors import UserError
 
@@ -132,7 +131,7 @@ class FileLedger:
         self.lock.parent.mkdir(parents=True, exist_ok=True)
         with self.lock.open("a+", encoding="utf-8") as file:
             began, told = time.monotonic(), False
-            while not _locked(file.fileno()):
+            while not file_locks.taken(file.fileno()):
                 waited = time.monotonic() - began
                 if waited > self.patience:
                     raise LedgerHeld(
@@ -181,11 +180,3 @@ def _user() -> str:
 def _holder(file: IO[str]) -> str:
     file.seek(0)
     return file.read().strip() or "holder unknown"
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

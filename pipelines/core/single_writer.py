@@ -1,12 +1,11 @@
 """One process at a time makes a stage of a folder. A `dvc repro` that is killed leaves its trainer running, and DVC
 starts another beside it: the two would fill one directory, and the older params could be published last.
 
-The lock, `.sluice/live/NAME.lock`, ends with the process that holds it, so that nothing a kill leaves behind can lie.
+The lock is `.sluice/live/NAME.lock`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipelines.core import file_locks
 from pipelines.core.context import Stopped
 from pipelines.core.environment import STATE
 from pipelines.core.errors import UserError
@@ -33,29 +33,23 @@ def of_stage(root: Path, stage: str) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    place = root / STATE / "live" / f"{stage}.lock"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    # A child must not inherit the lock: it would hold it on.
-    descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        if not _taken(descriptor):
-            _wait(descriptor, stage)
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    with file_locks.opened(root / STATE / "live" / f"{stage}.lock") as file:
+        if not file_locks.taken(file):
+            _wait(file, stage)
+        os.truncate(file, 0)
+        os.pwrite(file, str(os.getpid()).encode(), 0)
         yield
-    finally:
-        os.close(descriptor)
 
 
-def _wait(descriptor: int, stage: str) -> None:
+def _wait(file: int, stage: str) -> None:
     """Take the lock when its holder leaves it, see `of_stage`."""
-    holder = os.pread(descriptor, 32, 0).decode()
+    holder = os.pread(file, 32, 0).decode()
     print(f"{stage}: waiting for process {holder}, which is making it here", file=sys.stderr, flush=True)
     deadline = time.monotonic() + PATIENCE_SECONDS
     try:
-        while not _taken(descriptor):
+        while not file_locks.taken(file):
             if time.monotonic() > deadline:
-                holder = os.pread(descriptor, 32, 0).decode()
+                holder = os.pread(file, 32, 0).decode()
                 raise UserError(
                     f"{stage} is being made here by process {holder}, perhaps of a `dvc repro` that was killed. "
                     f"Wait for it, or stop it (kill {holder}), and run again."
@@ -63,11 +57,3 @@ def _wait(descriptor: int, stage: str) -> None:
             time.sleep(0.1)
     except KeyboardInterrupt:
         raise Stopped(signal.SIGINT) from None
-
-
-def _taken(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
