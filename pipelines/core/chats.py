@@ -17,13 +17,10 @@ from typing import Any, NamedTuple
 
 from pipelines.core import packing
 from pipelines.core.errors import ArtifactError, DataError
+from pipelines.core.transcripts import ROLES
+from pipelines.core.transcripts import Message as Message
+from pipelines.core.transcripts import messages_of as messages_of
 
-Message = dict[str, str]
-
-ROLES = ("system", "user", "assistant")
-ROLE_OF = {"System": "system", "Human": "user", "Assistant": "assistant"}
-SPEAKER = re.compile(r"(?:^|\n\n)(System|Human|Assistant):")  # of a transcript in hh-rlhf's form
-ANSWER = "\n\nAssistant:"
 PRIVATE = range(0xF0000, 0xFFFFE)  # code points without a meaning: they stand for special tokens' spellings
 PROBE: list[Message] = [
     {"role": "user", "content": "One?"},
@@ -64,22 +61,6 @@ def check_tokenizer(tokenizer: Any) -> None:
             "the tokenizer splits the pieces of a chat otherwise than the whole chat, so an answer would not be "
             "written in the tokens it was learned in: a byte-level tokenizer (as of GPT-2, Llama 3, Qwen) is needed"
         )
-
-
-def messages_of(prompt: str) -> list[Message]:
-    """A stored prompt as messages: one user message, or the turns of an hh-rlhf transcript.
-
-    A transcript begins with a speaker (`Human:`) and ends with `\\n\\nAssistant:`, which waits for the answer; files
-    often have a blank behind it.
-    """
-    said = prompt.rstrip()
-    if not (SPEAKER.match(said) and said.endswith(ANSWER)):
-        return [{"role": "user", "content": prompt}]
-    pieces = SPEAKER.split(said.removesuffix(ANSWER))[1:]  # speaker, text, speaker, text, ...
-    return [
-        {"role": ROLE_OF[speaker], "content": text.strip()}
-        for speaker, text in zip(pieces[::2], pieces[1::2], strict=True)
-    ]
 
 
 def encode(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Chat:

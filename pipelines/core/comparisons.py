@@ -10,8 +10,9 @@ import os
 from typing import Any
 
 from pipelines.core.faults import BadRow, shown
-from pipelines.core.fields import ANSWER, SPEAKER, Fields, conversation, filled, prompt_of, transcript, turns_of, whole
+from pipelines.core.fields import Fields, conversation, filled, prompt_of, transcript, whole
 from pipelines.core.readers import Cells
+from pipelines.core.transcripts import ANSWER, SPEAKER, messages_of
 
 
 def comparison(fields: Fields) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def _prompt_of_turns(fields: Fields, turns: list[dict[str, str]]) -> str:
     if given is None or not turns:
         return transcript(turns, fields.column("chosen")) if turns else _prompt_of_comparison(fields)
     column = fields.column("prompt")
-    before = conversation(given, column) if isinstance(given, list) else turns_of(prompt_of(given, column))
+    before = conversation(given, column) if isinstance(given, list) else messages_of(prompt_of(given, column))
     if turns[0]["role"] == "assistant":
         return transcript(before + turns, column)
     asked, said = ([message["content"].strip() for message in messages] for messages in (before, turns))

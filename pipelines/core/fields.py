@@ -12,11 +12,8 @@ from typing import Any
 
 from pipelines.core.faults import BadRow, shown
 from pipelines.core.readers import Cells
+from pipelines.core.transcripts import ANSWER, ROLES, SPEAKERS
 
-ROLES = ("system", "user", "assistant")
-SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
-SPEAKER = re.compile(r"(?:^|\n\n)(System|Human|Assistant):")  # of a transcript in hh-rlhf's form
-ANSWER = "\n\nAssistant:"
 SPELLED = re.compile(r"(?<=\n\n)(?=(?:System|Human|Assistant):)")  # in a message, where it names no speaker
 
 
@@ -144,16 +141,6 @@ def transcript(messages: list[dict[str, str]], column: str) -> str:
     if len(messages) == 1:
         return messages[0]["content"]
     return "".join(f"\n\n{SPEAKERS[m['role']]}: {SPELLED.sub(' ', m['content'])}" for m in messages) + ANSWER
-
-
-def turns_of(prompt: str) -> list[dict[str, str]]:
-    """The reverse of `transcript`: the messages of a stored prompt, as `chats.messages_of` reads them."""
-    said = prompt.rstrip()
-    if not (SPEAKER.match(said) and said.endswith(ANSWER)):
-        return [{"role": "user", "content": prompt}]
-    role = {name: role for role, name in SPEAKERS.items()}
-    pieces = iter(SPEAKER.split(said.removesuffix(ANSWER))[1:])  # speaker, text, speaker, text, ...
-    return [{"role": role[speaker], "content": next(pieces).strip()} for speaker in pieces]
 
 
 def whole(item: Any, low: int) -> bool:

@@ -13,8 +13,9 @@ from typing import Any
 
 from pipelines.core.comparisons import comparison
 from pipelines.core.faults import BadRow, shown
-from pipelines.core.fields import Fields, conversation, filled, prompt_of, turns_of, whole
+from pipelines.core.fields import Fields, conversation, filled, prompt_of, whole
 from pipelines.core.readers import Cells
+from pipelines.core.transcripts import messages_of
 
 Row = dict[str, Any]
 SCORED = ("first", "second")  # the columns of a task whose labels may be real numbers
@@ -87,7 +88,7 @@ def _demonstration(fields: Fields) -> list[dict[str, str]]:
         return messages
     prompt, completion = fields.value("prompt"), fields.value("completion")
     column = fields.column("prompt")
-    turns = conversation(prompt if isinstance(prompt, list) else turns_of(fields.text("prompt")), column)
+    turns = conversation(prompt if isinstance(prompt, list) else messages_of(fields.text("prompt")), column)
     if not _user_begins(turns):
         raise BadRow(column, _roles(turns), "a user's message first (but for system)")
     if isinstance(completion, list):
