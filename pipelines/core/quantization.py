@@ -45,6 +45,19 @@ def full_name(subject: Subject, variant: str) -> str:
     return f"{subject.name}-{variant}" if subject.name else variant
 
 
+def is_tuned(subject: Subject, variant: str, params: QuantizeParams) -> bool:
+    """Whether a variant's weights are fine-tuned while they are rounded, before it is made."""
+    return variant in params.aware.variants and not subject.name
+
+
+def by_gptq(subject: Subject, variant: str, params: QuantizeParams) -> bool:
+    """Whether GPTQ chooses a variant's codes. Not those of fine-tuned weights, which are what rounding to the nearest
+    gives: it would keep the outputs of the weights before it.
+    """
+    fitted = variant in CALIBRATED and params.calibrate and not subject.classifier
+    return fitted and not is_tuned(subject, variant, params)
+
+
 def whole_name(subject: Subject) -> str:
     """What the model itself is called among its variants."""
     return subject.name or "original"
@@ -133,23 +146,21 @@ def _write(
 ) -> None:
     """Make a Hugging Face directory of a variant."""
     keep = params.keep_in_high_precision
-    tuned = variant in params.aware.variants and not subject.name
-    if tuned:
+    chooses = by_gptq(subject, variant, params)
+    if is_tuned(subject, variant, params):
         subject = subject._replace(place=quantization_aware.fine_tuned(subject.place, variant, rows, params, context))
-    # Fine-tuned is what rounding to the nearest gives; GPTQ would keep the outputs of the weights before it.
-    calibrated = variant in CALIBRATED and params.calibrate and not subject.classifier and not tuned
     if variant == "llm-int8":
         bnb_variants.llm_int8(subject.place, draft, keep)
         return
     if variant == "nf4":
-        chosen = _nf4_codes(load(subject, context), rows, params, context) if calibrated else None
+        chosen = _nf4_codes(load(subject, context), rows, params, context) if chooses else None
         bnb_variants.nf4(subject.place, draft, keep, chosen)
         return
     model = load(subject, context)
     if variant == "int8":
         int8.quantize(model, keep)
     else:
-        found = _int4_codes(model, rows, params, context) if calibrated else None
+        found = _int4_codes(model, rows, params, context) if chooses else None
         int4.quantize(model, params.group_size, keep, found)
     model.save_pretrained(draft)
     language_models.load_tokenizer(str(subject.place)).save_pretrained(draft)

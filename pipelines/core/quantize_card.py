@@ -10,7 +10,7 @@ from pipelines.core import cards, variants
 from pipelines.core.completions import Prompt
 from pipelines.core.params.quantize import CALIBRATED, QuantizeParams
 from pipelines.core.policy_answers import Said
-from pipelines.core.quantization import Subject, whole_name
+from pipelines.core.quantization import Subject, by_gptq, is_tuned, whole_name
 
 HOW = {
     "int8": "Weight-only int8, symmetric per output channel; activations in bf16.",
@@ -84,12 +84,11 @@ def _fitted(subject: Subject, variant: str, params: QuantizeParams) -> str:
         "demonstrations and pieces of the corpus in turns"
     )
     told = []
-    tuned = variant in params.aware.variants and not subject.name
-    if tuned:
+    if is_tuned(subject, variant, params):
         told.append(f"Fine-tuned for {params.aware.steps} steps with rounded weights on {data}.")
     if variant in CALIBRATED:
-        calibrated = params.calibrate and not subject.classifier and not tuned
-        told.append(f"Its codes were chosen by GPTQ on {data}." if calibrated else "Rounded to the nearest.")
+        chosen = f"Its codes were chosen by GPTQ on {data}."
+        told.append(chosen if by_gptq(subject, variant, params) else "Rounded to the nearest.")
     return " ".join(told)
 
 
