@@ -36,6 +36,13 @@ def test_samples_take_a_tenth_of_the_work_at_the_most(products: list[float], ste
     assert rates.mean() == 1000.0 + (samples + 1) / 2
 
 
+def test_the_rate_is_that_of_all_processes(products: list[float]) -> None:
+    """Their work is counted together, so what one of them measures on its share of the cores is not all there is."""
+    rates = hardware.Rates("cpu", "fp32", steps=1, processes=2)
+    rates.sample(0, 0.0)
+    assert rates.mean() == 2 * 1001.0
+
+
 @pytest.mark.parametrize(
     ("files", "quota"),
     [

@@ -93,8 +93,10 @@ class Rates:
     SAMPLES = 8  # in a run
     SHARE = 0.1  # of the work's own time that sampling may take: less of a run of seconds
 
-    def __init__(self, device: str, precision: str, steps: int) -> None:
+    def __init__(self, device: str, precision: str, steps: int, processes: int = 1) -> None:
+        """`processes`: how many share the work, each with threads, or a device, as this one has."""
         self.device, self.precision, self.every = device, precision, max(1, steps // self.SAMPLES)
+        self.processes = processes
         self.found: list[float] = []  # FLOP/s
         self._worked, self._took = 0.0, 0.0  # seconds, at the last sample
 
@@ -107,8 +109,8 @@ class Rates:
             self._worked, self._took = worked, time.perf_counter() - start
 
     def mean(self) -> float | None:
-        """FLOP/s over the samples; None without one, as of a run that was resumed behind its last step."""
-        return sum(self.found) / len(self.found) if self.found else None
+        """FLOP/s of all processes over the samples; None without one, as of a run resumed behind its last step."""
+        return self.processes * sum(self.found) / len(self.found) if self.found else None
 
 
 def processor() -> str:

@@ -42,7 +42,7 @@ class Phases:
         self.params, self.context, self.prefix = params, context, prefix
         self.spent = {name: list(spent.get(name, (0.0, 0.0))) for name in NAMES}
         self.last = dict.fromkeys(NAMES, 0.0)
-        self.rates = hardware.Rates(context.device, context.precision, params.iterations)
+        self.rates = hardware.Rates(context.device, context.precision, params.iterations, context.world.size)
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:

@@ -225,7 +225,7 @@ class Pace:
 
     def __init__(self, context: StageContext, steps: int, seconds: float) -> None:
         self.context, self.seconds = context, seconds
-        self.rates = hardware.Rates(context.device, context.precision, steps)
+        self.rates = hardware.Rates(context.device, context.precision, steps, context.world.size)
         self.started = 0.0
 
     def start(self, step: int) -> None:
