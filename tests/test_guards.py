@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -9,8 +10,10 @@ import pytest
 from pipelines.core.guards import Guards, check
 from pipelines.core.params.ppo import PpoParams
 
-LIMITS = Guards(kl_ceiling=10.0, entropy_floor=0.5, cap_share=0.4)
-HEALTHY = {"kl": 2.0, "entropy": 2.0, "capped_share": 0.1, "clip_fraction": 0.1, "explained_variance": 0.3}
+LIMITS = Guards(kl_ceiling=10.0, entropy_floor=0.5, cap_share=0.4, episodes=64)
+HEALTHY = {
+    "kl": 2.0, "kl_k3": 0.1, "entropy": 2.0, "capped_share": 0.1, "clip_fraction": 0.1, "explained_variance": 0.3,
+}  # fmt: skip
 
 
 def history(key: str, values: list[float]) -> list[dict[str, float]]:
@@ -30,7 +33,7 @@ def first_to_fire(rows: list[dict[str, float]], limits: Guards = LIMITS) -> int 
         ("kl", [12.25], 1, ["12.25", "ppo.kl_coefficient"]),
         ("entropy", [3.0, 2.0, 1.5, 1.25, 3.0], 4, ["1.250", "below 1.500", "ppo.entropy_floor"]),
         ("capped_share", [0.1, 0.3, 0.4, 0.5], 4, ["50%", "40%", "ppo.cap_share", "ppo.max_new_tokens"]),
-        ("capped_share", [0.7, 0.5, 0.7, 0.75], 4, ["75%", "at the start"]),
+        ("capped_share", [0.7, 0.5, 0.9, 0.95], 4, ["95%", "at the start"]),
         ("clip_fraction", [0.1, 0.9, 0.9, 0.9, 0.9, 0.31], 6, ["30%", "5 iterations", "ppo.lr", "ppo.epochs"]),
         ("clip_fraction", [0.31, 0.9, 0.9, 0.9, 0.9], 5, ["30%"]),
         ("clip_fraction", [0.9, 0.9, 0.9, 0.9, 0.3, 0.9, 0.9, 0.9, 0.9, 0.9], 10, ["30%"]),
@@ -69,12 +72,23 @@ def test_a_healthy_run_passes(key: str, values: list[float]) -> None:
     assert first_to_fire(history(key, values)) is None
 
 
+def test_what_chance_makes_of_few_responses_is_no_alarm() -> None:
+    """Of a model that ends four answers in ten within the limit every other batch has more without an end."""
+    few = dataclasses.replace(LIMITS, episodes=4)
+    rows = history("capped_share", [0.6, 0.67, 0.55, 0.72, 0.64, 0.7, 0.66, 0.61])
+    assert first_to_fire(rows) is None
+    assert first_to_fire(history("capped_share", [0.25, 0.75, 0.0, 0.5, 0.75, 0.25, 0.75]), few) is None
+    assert first_to_fire(history("capped_share", [0.0, 1.0, 1.0, 1.0]), few) == 3, "a hack is no chance"
+    near = history("kl", [-0.2, -0.1, -0.3, -0.15, -0.2, -0.2])
+    assert first_to_fire(near) == 5 and first_to_fire(near, few) is None
+
+
 def test_nothing_is_wrong_before_the_first_iteration() -> None:
     assert check(LIMITS, []) is None
 
 
 def test_the_limits_are_those_given() -> None:
-    wide = Guards(kl_ceiling=50.0, entropy_floor=0.0, cap_share=1.0)
+    wide = Guards(kl_ceiling=50.0, entropy_floor=0.0, cap_share=1.0, episodes=64)
     for key, values in (("kl", [12.0]), ("entropy", [2.0, 1e-6]), ("capped_share", [0.0, 1.0])):
         rows = history(key, values)
         assert check(LIMITS, rows) is not None and check(wide, rows) is None

@@ -5,8 +5,10 @@ A run that has gone wrong goes on to produce numbers, and its proxy reward often
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from pipelines.core.errors import ArtifactError
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 CLIPPED = 0.3  # share of tokens beyond the clip from which the steps are no longer small: the usual rule of thumb
 NOISE = -0.5  # explained variance: a value model that adds half the variance of the returns; chance makes a tenth
 PATIENCE = 5  # iterations in a row, for what a single batch may show by chance
+CHANCE = 3.0  # standard errors: how far a mean over the episodes of an iteration may come by chance
 BELOW_ZERO = -0.05  # nats a response: a mean KL of samples is never negative but by chance, or by a mistake
 Row = Mapping[str, float]
 
@@ -28,6 +31,7 @@ class Guards:
     kl_ceiling: float  # nats a response
     entropy_floor: float  # share of the first iteration's entropy
     cap_share: float  # largest share of responses that reach the limit of tokens without EOS
+    episodes: int  # of an iteration
 
 
 class Fired(ArtifactError):
@@ -45,7 +49,7 @@ def watch(params: PpoParams, history: Sequence[Row], prefix: str) -> None:
         Fired: a guard has something to say of the latest iteration.
     """
     rows = [{key.removeprefix(prefix): value for key, value in row.items()} for row in history if f"{prefix}kl" in row]
-    limits = Guards(params.kl_ceiling, params.entropy_floor, params.cap_share)
+    limits = Guards(params.kl_ceiling, params.entropy_floor, params.cap_share, params.episodes)
     if (problem := check(limits, rows)) is not None:
         which = " without the pre-training gradient" if prefix else ""
         raise Fired(f"ppo{which} stopped after iteration {len(rows)}: {problem}")
@@ -55,7 +59,7 @@ def check(guards: Guards, history: Sequence[Row]) -> str | None:
     """What is wrong after the latest iteration, with the params to change; None while all is well.
 
     Args:
-        history: one row an iteration, in order, with the keys kl, entropy, capped_share, clip_fraction,
+        history: one row an iteration, in order, with the keys kl, kl_k3, entropy, capped_share, clip_fraction,
             explained_variance.
     """
     if not history:
@@ -72,7 +76,7 @@ def check(guards: Guards, history: Sequence[Row]) -> str | None:
             f"entropy is {last['entropy']:.3f} nats a token, below {floor:.3f} (ppo.entropy_floor x that of the first "
             "iteration): the policy says one and the same. Lower ppo.lr or raise ppo.kl_coefficient."
         )
-    if last["capped_share"] > max(guards.cap_share, first["capped_share"]):
+    if last["capped_share"] > guards.cap_share and _risen([row["capped_share"] for row in history], guards.episodes):
         return (
             f"{last['capped_share']:.0%} of the responses reach ppo.max_new_tokens without an end, more than "
             f"{guards.cap_share:.0%} (ppo.cap_share) and than at the start: the reward pays for length. Mend the "
@@ -93,9 +97,25 @@ def check(guards: Guards, history: Sequence[Row]) -> str | None:
             f"(explained variance {explained[-1]:.2f}): advantages are noise. Lower ppo.value_lr or "
             "raise ppo.batch_prompts."
         )
-    if all(row["kl"] < BELOW_ZERO for row in recent):
+    # The sum of log-ratios over a response varies by twice its KL: of few episodes the mean is often below zero.
+    error = math.sqrt(2 * fmean(row["kl_k3"] for row in recent) / (PATIENCE * guards.episodes))
+    if all(row["kl"] < BELOW_ZERO for row in recent) and fmean(row["kl"] for row in recent) < -CHANCE * error:
         return (
             f"KL has been negative for {PATIENCE} iterations ({last['kl']:.2f} nats a response): what is sampled is "
             "not what is trained. This is a defect, not a setting: please report it."
         )
     return None
+
+
+def _risen(shares: Sequence[float], episodes: int) -> bool:
+    """Whether the last share, or the last few together, is above the first iteration's by more than chance.
+
+    Of a model that seldom ends within the limit every other iteration has more such responses than the first.
+    """
+    first, *later = shares
+    for now in filter(None, (later[-1:], later[-PATIENCE:])):
+        among = (first + sum(now)) / (1 + len(now))
+        error = math.sqrt(among * (1 - among) * (1 + 1 / len(now)) / episodes)
+        if fmean(now) - first > CHANCE * error:
+            return True
+    return False
