@@ -17,8 +17,9 @@ HEALTHY = {
 
 
 def history(key: str, values: list[float]) -> list[dict[str, float]]:
-    """Healthy but for one key."""
-    return [HEALTHY | {key: value} for value in values]
+    """Healthy but for one key; what a value model does not explain, it errs by."""
+    rows = [HEALTHY | {key: value} for value in values]
+    return [row | {"value_loss": 1.0 - row["explained_variance"]} for row in rows]
 
 
 def first_to_fire(rows: list[dict[str, float]], limits: Guards = LIMITS) -> int | None:
@@ -81,6 +82,13 @@ def test_what_chance_makes_of_few_responses_is_no_alarm() -> None:
     assert first_to_fire(history("capped_share", [0.0, 1.0, 1.0, 1.0]), few) == 3, "a hack is no chance"
     near = history("kl", [-0.2, -0.1, -0.3, -0.15, -0.2, -0.2])
     assert first_to_fire(near) == 5 and first_to_fire(near, few) is None
+
+
+def test_a_task_that_is_solved_is_no_alarm() -> None:
+    """When all episodes earn the same, the small error of the values is many times what is left to explain."""
+    rows = history("explained_variance", [0.0, -2.0, -9.0, -20.0, -60.0, -70.0, -80.0])
+    assert first_to_fire(rows) == 6
+    assert first_to_fire([row | {"value_loss": 1.0 / number} for number, row in enumerate(rows, 1)]) is None
 
 
 def test_nothing_is_wrong_before_the_first_iteration() -> None:

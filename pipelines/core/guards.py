@@ -60,7 +60,7 @@ def check(guards: Guards, history: Sequence[Row]) -> str | None:
 
     Args:
         history: one row an iteration, in order, with the keys kl, kl_k3, entropy, capped_share, clip_fraction,
-            explained_variance.
+            explained_variance, value_loss.
     """
     if not history:
         return None
@@ -91,7 +91,9 @@ def check(guards: Guards, history: Sequence[Row]) -> str | None:
             "large. Lower ppo.lr, or ppo.epochs."
         )
     explained = [row["explained_variance"] for row in recent]
-    if max(explained) < NOISE and explained[-1] <= explained[0]:
+    # Where all episodes have come to earn the same, a small error is large beside what is left to explain.
+    worse = last["value_loss"] > first["value_loss"]
+    if max(explained) < NOISE and explained[-1] <= explained[0] and worse:
         return (
             f"the value model has been far worse than a constant for {PATIENCE} iterations and does not learn "
             f"(explained variance {explained[-1]:.2f}): advantages are noise. Lower ppo.value_lr or "
