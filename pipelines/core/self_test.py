@@ -23,6 +23,7 @@ ROUNDING = {"fp32": 1e-3, "bf16": 0.1}
 # Rounding errs to both sides, so of it the mean with its sign keeps less than a fifth. What is left out in sampling
 # (top-p) errs to one side: each token that is drawn is more likely than the trainer thinks.
 ONE_SIDED = 0.2
+CHANCE = 3.0  # standard errors: how far the mean of few tokens is from 0 by rounding alone
 PADDING = 5  # columns
 
 
@@ -57,7 +58,8 @@ def check(actors: Actors, found: Episodes, params: PpoParams, eos: int, context:
         law, measured["sampled and computed log-probabilities"], rounding,
         "another temperature, tokens left out when sampling, positions, or padding that is seen",
     )  # fmt: skip
-    _law(law, abs(measured["the same with its sign"]), ONE_SIDED * rounding, "tokens left out when sampling (top-p)")
+    sided = ONE_SIDED * rounding + CHANCE * float(apart.std(correction=0)) / len(apart) ** 0.5
+    _law(law, abs(measured["the same with its sign"]), sided, "tokens left out when sampling (top-p)")
 
     # Rewards stand at the token that ended the response.
     wrong = _misread(found, eos)
