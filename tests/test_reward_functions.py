@@ -155,6 +155,14 @@ def test_one_that_raises_is_told_with_file_and_line(load: Callable[..., list[Rew
     )
 
 
+def test_the_line_is_the_files_own_not_of_a_namesake(tmp_path: Path, known: Any, context: StageContext) -> None:
+    """json has a decoder.py, too."""
+    (tmp_path / "decoder.py").write_text("import json\n\ndef read(prompts, responses):\n    return json.loads('{')\n")
+    rewards = reward_functions.load(["decoder.py:read"], tmp_path, known, context)
+    with pytest.raises(DataError, match=r"JSONDecodeError: .* \(decoder\.py, line 4\)"):
+        reward_functions.score(rewards, PROMPTS, RESPONSES, 1)
+
+
 @pytest.mark.parametrize("passing", [KeyboardInterrupt(), Stopped(15)])
 def test_a_signal_passes(passing: BaseException) -> None:
     def interrupted(prompts: list[str], responses: list[str]) -> list[float]:

@@ -6,10 +6,10 @@ text, both of one length, and returns one number for each response:
     def score(prompts: list[str], responses: list[str]) -> list[float]:
         return [-float(len(response)) for response in responses]
 
-What it sets for all of torch (no gradients, a default type) is set back. Three things are the user's duty. The same
-prompts and responses must get the same numbers in every call, or a run that was killed does not resume to the same
-bytes. The file must stand alone: DVC watches it, but not what it imports. And members of an ensemble must measure on
-one scale, since their plain mean is what is trained on.
+What it sets for all of torch (no gradients, a default type) is set back. Three things are the user's duty.
+The same prompts and responses must get the same numbers in every call, or a run that was killed does not resume to the
+same bytes. The file must stand alone: DVC watches it, but not what it imports. And members of an ensemble must measure
+on one scale, since their plain mean is what is trained on.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from pipelines.core.params.ppo import reward_source
 Score = Callable[[list[str], list[str]], Sequence[float]]
 LARGEST = 1e15  # the squares of a million of them, which the value loss adds up, are what fp32 can hold
 ACCEPTED = "accepted in ppo.rewards: a reward model's directory, or path/to/file.py:function"
+MODULE = "reward_function_"  # and a number: what a file is called while it is used
 
 
 class Reward(NamedTuple):
@@ -87,7 +88,7 @@ def load(names: Sequence[str], root: Path, tokenizer: Any, context: StageContext
         if source.function is None:
             rewards.append(Reward(name, _model(name, place, tokenizer, context)))
         else:
-            rewards.append(Reward(name, _function(source.path, place, source.function, f"reward_function_{number}")))
+            rewards.append(Reward(name, _function(source.path, place, source.function, f"{MODULE}{number}")))
     return rewards
 
 
@@ -205,13 +206,12 @@ def _shape(answer: Any) -> str:
 
 def _place(error: BaseException, path: str) -> str:
     """File and line where something was raised: the last one in the user's file, else the last one."""
-    name = Path(path).name
-    if isinstance(error, SyntaxError) and Path(error.filename or "").name == name:
+    if isinstance(error, SyntaxError) and Path(error.filename or "").name == Path(path).name:
         return f"{path}, line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).name == name]
-    frame = (own or frames)[-1]
-    return f"{path if own else Path(frame.filename).name}, line {frame.lineno}"
+    frames = list(traceback.walk_tb(error.__traceback__))
+    own = [one for one in frames if one[0].f_globals.get("__name__", "").startswith(MODULE)]  # not of a namesake
+    frame, line = (own or frames)[-1]
+    return f"{path if own else Path(frame.f_code.co_filename).name}, line {line}"
 
 
 def _function(path: str, place: Path, name: str, module_name: str) -> Score:
