@@ -60,6 +60,7 @@ def meddles(prompts, responses):
 def sets_torch(prompts, responses):
     torch.set_grad_enabled(False)
     torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(torch.get_num_threads() + 1)
     return long(prompts, responses)
 
 def fitted(prompts, responses):
@@ -113,11 +114,13 @@ def test_a_function_may_answer_in_any_array(name: str, load: Callable[..., list[
 
 def test_what_it_sets_for_all_of_torch_is_set_back(file: Path, load: Callable[..., list[Reward]]) -> None:
     """As code for inference does: the policy's update, which comes after it, could not learn."""
-    file.write_text(FUNCTIONS + "torch.set_grad_enabled(False)\n")
+    threads = torch.get_num_threads()
+    file.write_text(FUNCTIONS + f"torch.set_grad_enabled(False)\ntorch.set_num_threads({threads + 2})\n")
     rewards = load("sets_torch")
     assert torch.is_grad_enabled()
     assert reward_functions.score(rewards, PROMPTS, RESPONSES, call=1).values == LENGTHS
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    assert torch.get_num_threads() == threads
 
 
 def test_a_file_may_fit_what_it_scores_by(file: Path, load: Callable[..., list[Reward]]) -> None:

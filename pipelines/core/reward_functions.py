@@ -6,7 +6,7 @@ text, both of one length, and returns one number for each response:
     def score(prompts: list[str], responses: list[str]) -> list[float]:
         return [-float(len(response)) for response in responses]
 
-What it sets for all of torch (no gradients, a default type) is set back. Three things are the user's duty.
+What it sets for all of torch (no gradients, a default type, threads) is set back. Three things are the user's duty.
 The same prompts and responses must get the same numbers in every call, or a run that was killed does not resume to the
 same bytes. The file must stand alone: DVC watches it, but not what it imports. And members of an ensemble must measure
 on one scale, since their plain mean is what is trained on.
@@ -158,15 +158,16 @@ def _answer(reward: Reward, prompts: Sequence[str], responses: Sequence[str], ca
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Whether gradients are on, and torch's default type, are afterwards as before."""
+    """Whether gradients are on, torch's default type and its threads are afterwards as before."""
     import torch
 
-    kind = torch.get_default_dtype()
+    kind, threads = torch.get_default_dtype(), torch.get_num_threads()
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):
             yield
     finally:
         torch.set_default_dtype(kind)
+        torch.set_num_threads(threads)
 
 
 def _listed(answer: Any) -> list[Any] | None:
