@@ -103,7 +103,7 @@ def run(params: PpoParams, inputs: dict[str, Path], outputs: Path, context: Stag
             used, a guard that has fired on the policy; the last good checkpoint is kept.
         Stopped: a signal came; the checkpoint is written.
     """
-    from pipelines.core import alignment_tax, policy_answers, policy_card, policy_evaluation, reward_functions, training
+    from pipelines.core import alignment_tax, policy_answers, policy_card, policy_evaluation, training
 
     # 1. Prompts, reward, the four roles, and how long and how fast.
     sft = inputs["sft"] / "model"
@@ -111,7 +111,7 @@ def run(params: PpoParams, inputs: dict[str, Path], outputs: Path, context: Stag
     prompts = ppo_setup.prompts(params, inputs["data"], tokenizer, context)
     held_out = policy_answers.held_out(params, inputs["data"], tokenizer, context)
     rewards = params.rewards or (str(inputs["reward"] / "model"),)
-    load_rewards = partial(reward_functions.load, rewards, context.root, tokenizer, context)
+    load_rewards = partial(ppo_setup.rewards, rewards, context.root, tokenizer, context)
     actors = ppo_setup.roles(params, inputs, context)
     score = None if actors.reward_head is not None else partial(ppo_setup.score, load_rewards())
     task = Task(tokenizer, prompts, score, inputs["data"], {})

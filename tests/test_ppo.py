@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,21 @@ def test_a_reward_that_cannot_be_used(inputs: dict[str, Path], tmp_path: Path, b
     assert ("the checkpoint after iteration 2 stays in .work/ppo" if kept else "Nothing was published.") in str(
         raised.value
     )
+
+
+def test_a_file_that_the_reward_imports_is_told(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage finds modules of the folder it runs in, and DVC knows the named file alone."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "lexicon_of_a_test.py").write_text("LETTER = 'e'\n")
+    body = "import json, lexicon_of_a_test\nreturn [text.count(lexicon_of_a_test.LETTER) for text in responses]"
+    named = function(tmp_path, body)
+    (tmp_path / "own.py").write_text("import lexicon_of_a_test\n" + (tmp_path / "own.py").read_text())
+    *_, context = run(inputs, tmp_path, rewards=[named], **SHORT)
+    told = [line for line in context.samples if "imports" in line]
+    assert len(told) == 1 and "own.py:reward imports lexicon_of_a_test.py: after a change" in told[0]
+    sys.modules.pop("lexicon_of_a_test")
 
 
 def test_calls_of_a_reward_are_counted_over_both_runs(inputs: dict[str, Path], tmp_path: Path) -> None:

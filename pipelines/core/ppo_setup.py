@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -93,6 +94,25 @@ def plan(params: PpoParams, actors: Actors) -> Plan:
         lr=params.lr or PAPER_LR * PAPER_WIDTH / width * factor,
         value_lr=params.value_lr or PAPER_VALUE_LR * PAPER_VALUE_WIDTH / width * factor,
     )
+
+
+def rewards(names: Sequence[str], root: Path, tokenizer: Any, context: StageContext) -> list[Reward]:
+    """What scores responses. Files of the user's that it imports are told: DVC watches those that are named alone."""
+    from pipelines.core import reward_functions
+
+    before = set(sys.modules)
+    found = reward_functions.load(names, root, tokenizer, context)
+    ours = ("pipelines", reward_functions.MODULE)  # the second: the files that are named
+    new = [module for name, module in list(sys.modules.items()) if name not in before and not name.startswith(ours)]
+    files = {Path(file) for module in new if (file := getattr(module, "__file__", None))}
+    own = [file for file in files if file.is_relative_to(root)]
+    installed = [file for file in own if file.is_relative_to(sys.prefix) or file.is_relative_to(sys.base_prefix)]
+    if strange := sorted(file.relative_to(root).as_posix() for file in set(own) - set(installed)):
+        context.say(
+            f"ppo.rewards: {', '.join(names)} imports {', '.join(strange)}: after a change of that DVC runs stage ppo "
+            "again only if you have named it among the stage's deps in dvc.yaml"
+        )
+    return found
 
 
 def score(rewards: list[Reward], rollout: Rollout, call: int) -> list[float]:
