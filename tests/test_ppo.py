@@ -329,6 +329,9 @@ def test_steps_that_were_not_made_are_noticed(
 def test_what_does_not_fit_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match="model's context is 128"):
         run(inputs, tmp_path, max_new_tokens=100, max_prompt_tokens=64)
+    with pytest.raises(ParamsError, match="ppo.ptx_length is 129"):
+        run(inputs, tmp_path, ptx_length=129)
+    run(inputs, tmp_path, ptx_length=129, iterations=1, **SHORT)  # which reads no such rows
     with pytest.raises(DataError, match="ppo.max_prompt_tokens"):
         run(inputs, tmp_path, max_prompt_tokens=4)
     empty = {**inputs, "data": tmp_path / "data"}

@@ -73,7 +73,9 @@ def roles(params: PpoParams, inputs: dict[str, Path], context: StageContext) -> 
         raise ParamsError("compute.sharding: ppo cannot split its model, which samples while it learns; set none")
     sft, reward = inputs["sft"] / "model", inputs["reward"]
     need = params.max_prompt_tokens + params.max_new_tokens
-    asked = {"ppo.max_prompt_tokens + ppo.max_new_tokens": need, "ppo.ptx_length": params.ptx_length}
+    asked = {"ppo.max_prompt_tokens + ppo.max_new_tokens": need}
+    if params.ptx_coefficient:
+        asked["ppo.ptx_length"] = params.ptx_length
     context_window.check(asked, "the SFT model's context", AutoConfig.from_pretrained(sft))
     longest = max(k_way.ROW_TOKENS, need * params.samples_per_prompt, params.ptx_length, scoring.WINDOW)
     own = not params.rewards
