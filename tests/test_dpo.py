@@ -262,7 +262,7 @@ def watch(context: StageContext, hear: Callable[[dict[str, Any]], None]) -> None
 def test_refused_before_training(inputs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match=r"dpo.max_length is 512, .* 70 tokens; the SFT model's context is 256"):
         run(inputs, tmp_path / "context", max_length=512)
-    with pytest.raises(DataError, match=r"dpo.max_length accepts 16 .* set dpo.too_long: drop"):
+    with pytest.raises(DataError, match=r"dpo.max_length accepts 16 .* Raise dpo.max_length, or shorten them\.$"):
         run(inputs, tmp_path / "long", max_length=16)
     with pytest.raises(DataError, match=r"dpo.max_prompt_tokens accepts 8"):
         run(inputs, tmp_path / "prompts", max_prompt_tokens=8)

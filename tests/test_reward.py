@@ -361,7 +361,7 @@ def test_too_long(inputs: dict[str, Path], tmp_path: Path) -> None:
     metrics, _, context = run(ours, tmp_path / "drop", held_out_labelers=0, too_long="drop")
     assert metrics["dropped_too_long"] == 1 and metrics["comparisons_train"] == 11
     assert any("1 of 12 dropped" in line and "train-3" in line for line in context.samples)
-    with pytest.raises(DataError, match=r"12 of 12 are too long"):
+    with pytest.raises(DataError, match=r"12 of 12 are too long\). Raise reward.max_length, or shorten them\.$"):
         run(ours, tmp_path / "all", held_out_labelers=0, too_long="drop", max_length=16)
 
 

@@ -168,9 +168,10 @@ def _encoded(
     section = context.stage
     accepted = f"{section}.max_length accepts {params.max_length}"
     if long and (params.too_long == "refuse" or not kept):
+        shorter = f"shorten them, or set {section}.too_long: drop" if kept else "or shorten them"
         raise DataError(
             f"comparisons: {long[0]}, {accepted} ({len(long)} of {len(chosen)} are too long). "
-            f"Raise {section}.max_length, shorten them, or set {section}.too_long: drop."
+            f"Raise {section}.max_length, {shorter}."
         )
     if long:
         context.say(f"{len(long)} of {len(chosen)} dropped: {long[0]}, {accepted}")
