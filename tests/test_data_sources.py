@@ -268,6 +268,25 @@ def test_bad_csv_rows(tmp_path: Path) -> None:
     ]
 
 
+def test_lines_that_an_open_quotation_mark_takes_along_are_bad_rows_too(tmp_path: Path) -> None:
+    """Counted as one, they were all gone while the budget of the quarantine was kept."""
+    head = "prompt,completion\na,b\n"
+    for end, told in (("", "unexpected end of data"), ('i,"j"\nk,l\n', "expected after"), ('i"\nk,l\n', "1 cells")):
+        (tmp_path / "rows.csv").write_text(f'{head}"c,d\ne,f\n{end}')
+        found = [(entry.row, entry.record) for entry in sources.read(source("rows.csv"), tmp_path)]
+        lost = [(row, record) for row, record in found if isinstance(record, BadRow)]
+        assert [row for row, _ in lost] == [3, 4, 5][: 3 if end else 2]
+        assert told in str(lost[0][1]) and "took this line along, in row 3" in str(lost[1][1])
+        assert [record.raw for _, record in lost][:2] == ['"c,d', "e,f"]
+        assert [row for row, record in found if not isinstance(record, BadRow)] == ([2, 6] if end else [2])
+
+
+def test_a_csv_row_with_two_faults_is_one_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b'prompt,completion\na,"\xff"b\nc,d\n')
+    first, second = sources.read(source("rows.csv"), tmp_path)
+    assert isinstance(first.record, BadRow) and second.record == {"prompt": "c", "completion": "d"}
+
+
 def test_csv_with_other_marks_between_and_around_its_cells(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('prompt;completion\n"a;b";"c\nd"\n')
     found = [entry.record for entry in sources.read(source("rows.csv", delimiter=";"), tmp_path)]

@@ -155,6 +155,7 @@ def _csv(file: IO[bytes], path: Path, given: str | None, quotes: bool, usual: st
     delimiter = given or usual
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     faults: list[BadRow] = []
+    held: list[str] = []  # lines of the row that is being read
 
     def lines() -> Iterator[str]:
         for number, line in enumerate(file, 1):
@@ -162,7 +163,14 @@ def _csv(file: IO[bytes], path: Path, given: str | None, quotes: bool, usual: st
             if isinstance(text, BadRow):
                 faults.append(text)
                 text = line.decode("utf-8", "replace")
+            held.append(text)
             yield text
+
+    def lost(row: int, found: str, accepted: str) -> Iterator[Raw]:
+        # An open quotation mark takes the lines behind it along, which may have been rows of their own.
+        for place, line in enumerate(held):
+            told = f"{found}, which took this line along, in row {row}" if place else found
+            yield row + place, BadRow("(row)", told, accepted, line.rstrip("\r\n"))
 
     limit = csv.field_size_limit(LARGEST_CELL)
     try:
@@ -181,21 +189,21 @@ def _csv(file: IO[bytes], path: Path, given: str | None, quotes: bool, usual: st
             )
         while True:
             row = reader.line_num + 1
+            held.clear()
+            faults.clear()
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                yield row, BadRow("(row)", f"broken CSV: {error}", QUOTED)
+                yield from lost(row, f"broken CSV: {error}", QUOTED)
                 continue
             if cells is None:
                 return
             if faults:
                 yield row, faults[0]
-                faults.clear()
             elif not cells:
                 continue
             elif len(cells) != len(header):
-                raw = delimiter.join(cells)
-                yield row, BadRow("(row)", f"{len(cells)} cells", f"{len(header)} cells, as in the header", raw)
+                yield from lost(row, f"{len(cells)} cells", f"{len(header)} cells, as in the header")
             else:
                 yield row, Cells(zip(header, cells, strict=True))
     finally:
