@@ -458,6 +458,25 @@ def test_comparisons_out_of_columns_inside_of_objects() -> None:
             comparison(missing, {"prompt": "of.text"})
 
 
+def test_columns_that_are_mapped_are_meant_whatever_else_a_file_has() -> None:
+    """A file's own column text, messages or responses was read instead, without a word."""
+    record = {"text": "t", "s1": "a", "s2": "b", "label": 1}
+    found = canonical("tasks", record, {"premise": "s1", "hypothesis": "s2"})[0]
+    assert (found["premise"], found["hypothesis"], "text" in found) == ("a", "b", False)
+    own = {"text": "t", "premise": "a", "hypothesis": "b", "label": 1}
+    assert canonical("tasks", own, {"text": "text"})[0]["text"] == "t"
+    with pytest.raises(BadRow, match=r"several kinds of task: text; premise \+ hypothesis; accepted: one; map"):
+        canonical("tasks", own, {})
+    chat = {"messages": MESSAGES, "ask": "x", "say": "y", "prompt": "q"}
+    asked = canonical("demonstrations", chat, {"prompt": "ask", "completion": "say"})[0]["messages"]
+    assert [message["content"] for message in asked] == ["x", "y"]
+    for columns in ({}, {"messages": "messages", "prompt": "ask"}):
+        assert canonical("demonstrations", chat, columns)[0]["messages"] == MESSAGES
+    ranked = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "good": "c", "bad": "d"}
+    pair = canonical("comparisons", ranked, {"chosen": "good", "rejected": "bad"})[0]
+    assert pair["responses"] == ["c", "d"] and canonical("comparisons", ranked, {})[0]["responses"] == ["a", "b"]
+
+
 def test_a_column_of_one_of_our_names_can_be_something_else() -> None:
     """Where null is the field's column: a field need not be there for it."""
     record = {"prompt": "a", "completion": "b", "kind": ["x"], "id": 1.5}

@@ -17,7 +17,8 @@ from pipelines.core.transcripts import ANSWER, SPEAKER, messages_of
 
 def comparison(fields: Fields) -> dict[str, Any]:
     """K ranked responses; a pair is K = 2. Ranks are stored dense: 1 is best, ties share a rank."""
-    if fields.has("responses"):
+    ranked, paired = ("responses", "ranks", "scores"), ("chosen", "rejected")
+    if fields.has("responses") and (fields.maps(*ranked) or not fields.maps(*paired)):
         responses = [filled(item, fields.column("responses")) for item in fields.items("responses")]
         prompt = _prompt_of_comparison(fields)
         ranks = _order(fields, responses)

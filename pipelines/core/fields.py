@@ -31,6 +31,10 @@ class Fields:
         """Whether the record has the field's column, or must have it because it is mapped; to null: it has none."""
         return self.columns[field] is not None if field in self.columns else field in self.record
 
+    def maps(self, *fields: str) -> bool:
+        """Whether the source names a column for one of the fields."""
+        return any(self.columns.get(field) is not None for field in fields)
+
     def value(self, field: str) -> Any:
         """The value as it is; a missing column is refused. `answers.text` is a field of the object in `answers`."""
         column = self.column(field)

@@ -80,7 +80,7 @@ def cut(text: str, limit: int = PART_CHARACTERS) -> list[str]:
 
 
 def _demonstration(fields: Fields) -> list[dict[str, str]]:
-    if fields.has("messages"):
+    if fields.has("messages") and (fields.maps("messages") or not fields.maps("prompt", "completion")):
         column = fields.column("messages")
         messages = conversation(fields.items("messages"), column)
         if messages[-1]["role"] != "assistant" or not _user_begins(messages):
@@ -120,11 +120,17 @@ def _query(fields: Fields) -> Row:
 
 def _example(fields: Fields) -> Row:
     """One labelled example of a task: its text columns, `label` (a class, or the right choice from 0)."""
-    shape = next((shape for shape in TASK_SHAPES if all(fields.has(name) for name in shape)), None)
-    if shape is None:
+    shapes = [shape for shape in TASK_SHAPES if all(fields.has(name) for name in shape)]
+    if not shapes:
         there = ", ".join(map(str, fields.record)) or "none"
         accepted = "; ".join(" + ".join(shape) for shape in TASK_SHAPES) + "; map them under columns:"
         raise BadRow("text", f"none of the tasks' columns (there are: {there})", accepted)
+    # What is mapped is meant; the file may have more, such as a column text beside two sentences.
+    shapes = [shape for shape in shapes if fields.maps(*shape)] or shapes
+    if len(shapes) > 1:
+        told = f"the columns of several kinds of task: {'; '.join(' + '.join(shape) for shape in shapes)}"
+        raise BadRow("(row)", told, "one; map the columns of it, and no others, under columns:")
+    shape = shapes[0]
     row: Row = {name: fields.text(name) for name in shape if name != "choices"}
     label, column = fields.value("label"), fields.column("label")
     if "choices" in shape:
