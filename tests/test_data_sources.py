@@ -406,6 +406,8 @@ HALF = r"half a character \(a lone surrogate\) at position 5 of text .bad \\ud83
         ("tasks", {"text": "a", "label": 1.5}, "label", "as text or as a whole number"),
         ("tasks", {"text": "a", "label": True}, "label", "found a boolean"),
         ("tasks", {"context": "a", "choices": ["b", "c"], "label": 2}, "label", "0 to 1"),
+        ("tasks", {"context": "a", "choices": ["b"], "label": 0}, "choices", "at least two choices"),
+        ("tasks", {"context": "a", "choices": [], "label": 0}, "choices", "at least two choices"),
         ("tasks", {"body": "a", "label": 1}, "text", r"premise \+ hypothesis"),
     ],
 )

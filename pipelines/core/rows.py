@@ -135,6 +135,8 @@ def _example(fields: Fields) -> Row:
     label, column = fields.value("label"), fields.column("label")
     if "choices" in shape:
         row["choices"] = [filled(item, fields.column("choices")) for item in fields.items("choices")]
+        if len(row["choices"]) < 2:
+            raise BadRow(fields.column("choices"), shown(row["choices"]), "a list of at least two choices")
         if isinstance(fields.record, Cells) and label.isdecimal():
             label = int(label)
         if not whole(label, 0) or label >= len(row["choices"]):
