@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from data_help import jsonl, params, run, sentence
+from pydantic import ValidationError
 
 from pipelines import data
 from pipelines.core import scratch, tables
@@ -274,6 +275,18 @@ def test_faults_between_parts_of_a_table_are_found(tmp_path: Path, monkeypatch: 
     given = [{"path": f"{name}.jsonl", "table": "corpus", "split": name} for name in ("train", "test")]
     with pytest.raises(DataError, match="10 held-out rows have the same example as a training row"):
         run(tmp_path, params(*given), "leak")
+
+
+def test_a_column_named_group_may_mean_something_else(tmp_path: Path) -> None:
+    """Of two groups, such as those of a trial, one is all of a side."""
+    rows = [{"text": sentence(n), "group": ["control", "treated"][n % 2]} for n in range(60)]
+    jsonl(tmp_path / "corpus.jsonl", rows)
+    with pytest.raises(DataError, match=r"has 0 rows; .* or else a column named group: .* columns: \{group: null\}"):
+        run(tmp_path, params(CORPUS, seed=0))
+    outputs, _ = run(tmp_path, params(CORPUS | {"columns": {"group": None}}, seed=0), "none")
+    assert all(table(outputs, "corpus").values())
+    with pytest.raises(ValidationError, match="named by the source itself: group: doc"):
+        params(CORPUS | {"columns": {"group": "doc"}})
 
 
 def test_labels_of_a_task_are_of_one_kind(tmp_path: Path) -> None:

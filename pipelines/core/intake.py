@@ -61,6 +61,7 @@ class Taken:
     marks: dict[str, Marks] = field(default_factory=dict)
     labels: dict[str, Labels] = field(default_factory=dict)
     skipped_files: int = 0
+    grouped: int = 0  # rows of the source at hand whose group is a column of this name, which the source does not name
 
 
 def take_in(params: DataParams, work: Path, ledger: Ledger, context: StageContext) -> Taken:
@@ -77,6 +78,10 @@ def take_in(params: DataParams, work: Path, ledger: Ledger, context: StageContex
                 context.progress(ledger.good + ledger.bad, None, bad_rows=ledger.bad)
                 context.stop_if_asked()
         ledger.end_of_source()
+        if taken.grouped:
+            told = "rows stay together by their column group; if it means something else, columns: {group: null}"
+            context.say(f"{getattr(source, 'path', None) or getattr(source, 'hub', None)}: {taken.grouped:,} {told}")
+            taken.grouped = 0
     for key, staged in taken.staged.items():
         staged.close()
         taken.marks[key].close()
@@ -116,6 +121,7 @@ def _take(
         ledger.refuse(entry.source, entry.where, entry.row, fault, _raw(entry.record))
         return
     ledger.good += 1
+    taken.grouped += group is not None and not isinstance(source, PydocsSource) and source.group is None
     if key not in taken.staged:
         own = (taken.labels[key].shape, taken.labels[key].scores) if table == "tasks" else ()
         taken.staged[key] = Staged(work / f"{key.replace('/', '.')}.arrow", schema(key, *own))

@@ -25,6 +25,10 @@ WHOLE_FILES = (
     "A text file is one document, and all of it on one side, unless its source says sample_by: paragraph (or line), or "
     "separator: a regular expression of a document's first line."
 )
+GROUPS = (
+    "Rows of one group are on one side. Groups are what a source's group: names, or else a column named group: where "
+    "that means something else, columns: {group: null}."
+)
 COUNTED = ("element_count", "unexpected_count", "missing_count")
 RESULT_FORMAT = {
     "result_format": "SUMMARY",
@@ -201,7 +205,9 @@ def _told(suite: str, verdict: Verdict, min_rows: int) -> str:
             f"{suite}: {verdict.column} has {rows} rows; data.min_rows accepts at least {min_rows}. "
             "Give more data, a larger share, or lower data.min_rows."
         )
-        return f"{told} {WHOLE_FILES}" if not rows and suite.split()[0] == "corpus" else told
+        if rows:
+            return told
+        return f"{told} {GROUPS} {WHOLE_FILES}" if suite.split()[0] == "corpus" else f"{told} {GROUPS}"
     if "absent_from_train" in verdict.kind:
         count = verdict.observed["observed_value"]
         what = "prompt" if verdict.column == "prompt" else "example"

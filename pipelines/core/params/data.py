@@ -60,7 +60,9 @@ class RowsSource(Section):
         {}, description="our field: the file's column; same name if left out; a.b: b of the object in a; null: none"
     )
     group: str | None = Field(
-        None, description="column whose rows stay on one side of the split; a column named group if left out"
+        None,
+        description="column whose rows stay on one side of the split; a column named group if left out, but for "
+        "columns: {group: null}",
     )
     split: Literal["train", "validation", "test"] | None = Field(
         None, description="put every row on this side instead of splitting by hash of the group"
@@ -80,6 +82,10 @@ class RowsSource(Section):
             raise ValueError("table: knowledge is an index and is not split: leave out split")
         fields = FIELDS[self.table] if self.label_type == "class" else SCORE_FIELDS
         for field, column in self.columns.items():
+            if field == "group":
+                if column is not None:
+                    raise ValueError(f"columns: the column of groups is named by the source itself: group: {column}")
+                continue  # a column of this name that means something else
             if field not in fields:
                 table = self.table if self.label_type == "class" else "tasks with label_type: score"
                 raise ValueError(f"columns: {table} has no field {field!r}; it has {', '.join(fields)}")
