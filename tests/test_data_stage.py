@@ -249,8 +249,13 @@ def test_verdicts_that_fail_name_source_row_and_value(tmp_path: Path) -> None:
     assert len({row["id"] for row in pq.read_table(outputs / "knowledge/all.parquet").to_pylist()}) == 60
     broken = [{"text": sentence(n) + ("\ufffd" * 9 if n == 30 else "")} for n in range(60)]
     jsonl(tmp_path / "corpus.jsonl", broken)
-    with pytest.raises(DataError, match=r"column unreadable.*\n  corpus.jsonl, row 31: unreadable a number 0\.\d+"):
+    told = r"column unreadable: more than 2% of a text is control .*\n  corpus.jsonl, row 31: .* number 0\.\d+\n  Mend"
+    with pytest.raises(DataError, match=told):
         run(tmp_path, params(CORPUS), "unreadable")
+    texts = [sentence(n) * (20_000 if n == 5 else 1) for n in range(60)]
+    jsonl(tmp_path / "facts.jsonl", [{"id": n, "title": f"{n}", "text": text} for n, text in enumerate(texts)])
+    with pytest.raises(DataError, match=r"not of 1 to 1,000,000 characters \(1 rows\):\n  facts.jsonl, row 6: "):
+        run(tmp_path, params({"path": "facts.jsonl", "table": "knowledge"}), "long")
 
 
 def test_a_corpus_that_is_one_document_is_told_how_to_be_many(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.core.errors import DataError
 from pipelines.core.faults import shown
+from pipelines.core.suites import LONGEST_TEXT, UNREADABLE_SHARE
 from pipelines.core.tables import SPLITS
 
 if TYPE_CHECKING:
@@ -215,11 +216,15 @@ def _told(suite: str, verdict: Verdict, min_rows: int) -> str:
             [*verdict.examples, "Remove them from one side, or leave out split: so that they are separated for you."]
         )
     count = verdict.observed.get("unexpected_count", "")
-    unique = verdict.kind.endswith("_be_unique")
-    what = "values are not unique" if unique else f"{verdict.kind} failed"
-    other = (
-        "Mend them, or take ids from another column, or from none: columns: {id: COLUMN} or {id: null} in data.sources."
-    )
-    remedy = [other] if unique else []
+    what, remedy = f"{verdict.kind} failed", []
+    if verdict.kind.endswith("_be_unique"):
+        what, where = "values are not unique", "columns: {id: COLUMN} or {id: null} in data.sources"
+        remedy = [f"Mend them, or take ids from another column, or from none: {where}."]
+    elif verdict.column == "unreadable":
+        what = f"more than {UNREADABLE_SHARE:.0%} of a text is control characters or U+FFFD, which nobody can read"
+        remedy = ["Mend or remove them: text in another encoding, ends of pages (form feeds), or no text at all."]
+    elif verdict.kind == "expect_column_value_lengths_to_be_between":
+        what = f"texts are not of 1 to {LONGEST_TEXT:,} characters"
+        remedy = ["Cut or remove them."]
     told = "\n  ".join([*verdict.examples, *remedy])
     return f"{suite}, column {verdict.column}: {what} ({count} rows):\n  {told}"
