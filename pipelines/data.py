@@ -25,7 +25,7 @@ from pipelines.core.context import StageContext
 from pipelines.core.faults import Ledger
 from pipelines.core.intake import Labels, Taken, take_in
 from pipelines.core.params.data import DataParams
-from pipelines.core.selection import choose, too_small
+from pipelines.core.selection import choose, rare_classes, too_small
 from pipelines.core.split import numbers
 from pipelines.core.tables import PROMPT_TABLES, SPLITS, UNSPLIT, Published, Staged, flat, row_groups
 
@@ -70,6 +70,9 @@ def run(params: DataParams, inputs: dict[str, Path], outputs: Path, context: Sta
     # 2. Decide which rows stay.
     repeated_documents.retarget(params, taken, work, context)
     keep, removed = choose(params, taken, context)
+    for key, names in rare_classes(params, taken, keep).items():
+        few = f"fewer than data.min_rows ({params.min_rows}) rows in train"
+        context.say(f"{key}: {len(names):,} classes are left out, such as {', '.join(names[:5])}: {few}")
     for key, found in too_small(params, taken, keep).items():
         context.say(f"{key} is left out: {found}, and data.min_rows is {params.min_rows}")
         del taken.staged[key]

@@ -13,7 +13,7 @@ from data_help import jsonl, params, run, sentence
 from pydantic import ValidationError
 
 from pipelines import data
-from pipelines.core import scratch, tables
+from pipelines.core import intake, scratch, tables
 from pipelines.core.artifacts import content_hash
 from pipelines.core.data_card import card
 from pipelines.core.errors import DataError
@@ -351,6 +351,24 @@ def test_packages_of_two_builders_are_classes_of_one_task(tmp_path: Path, monkey
     outputs, _ = run(tmp_path, both)
     rows = [row for rows in table(outputs, "tasks/package").values() for row in rows]
     assert {(row["label"], row["label_text"]) for row in rows} == {(0, "alpha"), (1, "beta"), (2, "gamma")}
+
+
+def test_packages_that_say_little_are_no_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows of one may be held out, and transfer refused the table; of a thousand, the data were refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(intake, "MOST_LABELS", 2)
+    for place, (name, count) in enumerate((("alpha", 90), ("beta", 90), ("gamma", 8))):
+        body = "".join(
+            f'def f{k}(a):\n    """Return {sentence(place * 90 + k)}."""\n    return a\n\n\n' for k in range(count)
+        )
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(body)
+    built = {"builder": "pydocs", "stdlib": False, "tables": ["corpus", "tasks"]}
+    outputs, _ = run(tmp_path, params(built | {"folders": ["alpha", "beta", "gamma"]}, min_rows=5))
+    rows = [row for rows in table(outputs, "tasks/package").values() for row in rows]
+    assert {(row["label"], row["label_text"]) for row in rows} == {(0, "alpha"), (1, "beta")}
+    outputs, _ = run(tmp_path, params(built | {"folders": ["alpha", "gamma"]}, min_rows=5), "two")
+    assert sorted(path.name for path in (outputs / "tasks").iterdir()) == ["choice", "entailment"]
 
 
 def judged(expectation: Any, frame: pd.DataFrame) -> Any:

@@ -34,8 +34,10 @@ class Labels:
     scores: bool = False  # labels are real numbers, not classes
     classes: set[str] = field(default_factory=set)
 
-    def check(self, row: dict[str, Any], column: str) -> None:
-        """Refuse a row of another shape or with another type of label than the task's first."""
+    def check(self, row: dict[str, Any], column: str, limited: bool) -> None:
+        """Refuse a row of another shape or with another type of label than the task's first; if `limited`, of one class
+        too many.
+        """
         if _shape(row) != self.shape:
             raise BadRow(
                 "(row)", f"the columns {', '.join(_shape(row))}", f"{', '.join(self.shape)}, as in the task's first row"
@@ -49,7 +51,7 @@ class Labels:
             raise BadRow(column, found, f"{kind}, as in the task's first row")
         if "choices" not in self.shape and not self.scores:
             self.classes.add(row["label_text"])
-        if len(self.classes) > MOST_LABELS:
+        if limited and len(self.classes) > MOST_LABELS:
             raise BadRow(column, f"class number {len(self.classes)}", f"at most {MOST_LABELS} classes in a task")
 
 
@@ -116,7 +118,8 @@ def _take(
         key = table
         if table == "tasks":
             key = f"tasks/{entry.record['task'] if isinstance(source, PydocsSource) else source.task}"
-            _labels(taken, key, rows[0]).check(rows[0], columns.get("label") or "label")
+            limited = not isinstance(source, PydocsSource)  # of what is built, small classes go: see `selection`
+            _labels(taken, key, rows[0]).check(rows[0], columns.get("label") or "label", limited)
     except BadRow as fault:
         ledger.refuse(entry.source, entry.where, entry.row, fault, _raw(entry.record))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -48,26 +49,59 @@ def choose(
     return keep, removed
 
 
+def rare_classes(params: DataParams, taken: Taken, keep: dict[str, NDArray[np.bool_]]) -> dict[str, list[str]]:
+    """Let rows go whose class has fewer than `min_rows` of them in train; returns the classes, by table.
+
+    Of tables that only the builder made: packages of a folder are classes, and one that says little, or whose few
+    rows are held out, is no mistake of anybody's. A held-out class that train lacks could not be measured.
+    """
+    import numpy as np
+
+    found = {}
+    for key in sorted(set(taken.labels) - _named(params)):
+        labels, staged = taken.labels[key], taken.staged[key]
+        if not labels.classes:
+            continue
+        trained = keep[key] & (numbers(taken.marks[key].sides) == TRAIN)
+        counts: Counter[str] = Counter()
+        for first, batch in staged.batches():
+            counts.update(batch.take(np.flatnonzero(trained[first : first + batch.num_rows]))["label_text"].to_pylist())
+        rare = {name for name in labels.classes if counts[name] < params.min_rows}
+        for first, batch in staged.batches() if rare else ():
+            gone = [name in rare for name in batch["label_text"].to_pylist()]
+            keep[key][first : first + batch.num_rows] &= ~np.array(gone, bool)
+        if rare:
+            labels.classes -= rare
+            found[key] = sorted(rare)
+    return found
+
+
 def too_small(params: DataParams, taken: Taken, keep: dict[str, NDArray[np.bool_]]) -> dict[str, str]:
     """Tables that only the builder made, with fewer than `min_rows` rows in train or test, and how many they have.
 
     Nobody asked for these by name: a folder of source without "See Also" lines has no similarity task, and that
     is no mistake. A table that a file or hub source names is judged instead, and refused; so is the corpus.
     """
-    named = {
-        f"tasks/{source.task}" if source.table == "tasks" else source.table
-        for source in params.sources
-        if not isinstance(source, PydocsSource)
-    }
     found = {}
     for key, mask in keep.items():
-        if key in named or key in ("corpus", "queries", UNSPLIT):
+        if key in _named(params) or key in ("corpus", "queries", UNSPLIT):
             continue
         sides = numbers(taken.marks[key].sides)[mask]
         train, test = int((sides == TRAIN).sum()), int((sides == SPLITS.index("test")).sum())
         if min(train, test) < params.min_rows:
             found[key] = f"{train} rows in train and {test} in test"
+        elif key in taken.labels and len(taken.labels[key].classes) == 1:
+            found[key] = f"rows of one class alone, {next(iter(taken.labels[key].classes))}"
     return found
+
+
+def _named(params: DataParams) -> set[str]:
+    """Tables that a file or hub source names."""
+    return {
+        f"tasks/{source.task}" if source.table == "tasks" else source.table
+        for source in params.sources
+        if not isinstance(source, PydocsSource)
+    }
 
 
 def selected(key: str, staged: Staged, mask: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], list[str]]]:
