@@ -374,6 +374,16 @@ def test_unreadable_files_are_skipped_and_counted(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(found)
 
 
+def test_text_of_an_unknown_encoding_is_no_documentation(tmp_path: Path) -> None:
+    """One such line had the whole folder refused by Great Expectations, which named the number of a row."""
+    french = 'def f(x):\n    """Retourne la cl\ufffd primaire de la table."""\n    return x\n\n\n'
+    other = 'def g(x):\n    """Return the key that was given to it."""\n    return "\ufffd\ufffd\ufffd" + x\n'
+    write(tmp_path, {"m.py": french + other})
+    found = tables(source(tmp_path))
+    assert ids(found) == {"m.g"}
+    assert "\ufffd" not in json.dumps(found, ensure_ascii=False)
+
+
 def test_layouts(tmp_path: Path) -> None:
     text = '"""A module with something to say for itself."""\n'
     names = {

@@ -11,7 +11,7 @@ import inspect
 import re
 from typing import NamedTuple
 
-from pipelines.core.pydocs.prose import PLACEHOLDER, SENTENCE_MARKS, columns, first_sentence, is_prose, plain
+from pipelines.core.pydocs.prose import PLACEHOLDER, SENTENCE_MARKS, columns, first_sentence, is_prose, legible, plain
 
 SUMMARY_LENGTH = (20, 200)  # columns; shorter says nothing, longer is no summary
 
@@ -81,9 +81,12 @@ def parse(raw: str) -> Docstring:
             parameters += _google_entries(body) if len(header) == 1 else _numpy_entries(body)
         kept += header + body
     parameters += _field_entries(lines)
+    text = plain("\n".join(_without_blank_runs(kept)))
+    if not legible(text):
+        return NO_DOCSTRING
     return Docstring(
         summary=_summary(sections[0][2]),
-        text=plain("\n".join(_without_blank_runs(kept))),
+        text=text,
         parameters=tuple(dict(reversed(parameters)).items())[::-1],
         see_also=tuple(see_also),
         signature=signature,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from pipelines.core.suites import UNREADABLE_SHARE
+
 _ROLE = re.compile(r":(?:[a-zA-Z][\w+-]*:){1,2}`([^`]+)`")
 _LINK = re.compile(r"`([^`<]+?)\s*<[^`>]+>`__?")
 _RELATIVE = re.compile(r"`((?:~\.?|\.)[A-Za-z_][\w.]*(?:\(\))?)`")  # Sphinx's default role, as matplotlib uses it
@@ -16,6 +18,7 @@ _SENTENCE_END = re.compile(r"(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)(?<!\bcf\.)(?<
 _WIDE = re.compile(r"[\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3]")  # kana, Chinese characters, Hangul
 _UNSPACED = re.compile(r"[\u3041-\u30ff\u3400-\u9fff]")  # scripts without spaces between words
 SENTENCE_MARKS = (".", "!", "?", "。", "！", "？")
+UNREADABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")  # stage `data` accepts a small share of them
 
 
 def plain(text: str) -> str:
@@ -43,6 +46,11 @@ def columns(text: str) -> int:
     return len(text) if text.isascii() else len(text) + len(_WIDE.findall(text))
 
 
+def legible(text: str) -> bool:
+    """Whether people can read a text: U+FFFD is left where an editor did not know a file's encoding and saved it."""
+    return len(UNREADABLE.findall(text)) <= UNREADABLE_SHARE * len(text)
+
+
 def is_prose(sentence: str) -> bool:
     """Whether a line reads as a sentence: it starts as one, is mostly letters, and holds no template or markup."""
     if not (sentence[:1] == "`" or _opens(sentence[:1])) or sentence.endswith((":", ",", "...", "::", "：", "，")):
@@ -55,6 +63,7 @@ def is_prose(sentence: str) -> bool:
         and ",," not in sentence
         and (sentence.count(" ") >= 2 or _UNSPACED.search(sentence) is not None)
         and sentence.count("`") % 2 == 0
+        and legible(sentence)
     )
 
 

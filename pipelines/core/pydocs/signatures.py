@@ -6,6 +6,8 @@ import ast
 import re
 import textwrap
 
+from pipelines.core.pydocs.prose import legible
+
 LONGEST_SIGNATURE = 300  # characters; beyond it annotations go first, then defaults
 LONGEST_CODE = 25  # lines of a body that an instruction quotes
 _SPACES = re.compile(r"\s+")
@@ -55,7 +57,7 @@ def class_arguments(node: ast.ClassDef, lines: list[str]) -> str:
 
 
 def function_code(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
-    """Header and body without the docstring, at most `LONGEST_CODE` lines; "" if the body does nothing."""
+    """Header and body without the docstring, at most `LONGEST_CODE` lines; "" if it does nothing or is illegible."""
     body = node.body[1:]
     if not any(_does_something(statement) for statement in body):
         return ""
@@ -70,7 +72,8 @@ def function_code(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]
     if len(code) > LONGEST_CODE:
         last = code[LONGEST_CODE - 1]
         code = [*code[: LONGEST_CODE - 1], f"{last[: len(last) - len(last.lstrip())] or '    '}..."]
-    return "\n".join(code)
+    text = "\n".join(code)
+    return text if legible(text) else ""
 
 
 def _does_something(statement: ast.stmt) -> bool:
