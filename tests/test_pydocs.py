@@ -371,6 +371,7 @@ def test_unreadable_files_are_skipped_and_counted(tmp_path: Path) -> None:
     skipped = {row["path"]: row["reason"] for row in found["skipped"]}
     assert set(skipped) == {"python2.py", "latin.py", "zero.py", "codec.py", "deep.py", "gone.py"}
     assert all(skipped.values()) and "line 1" in skipped["python2.py"]
+    assert "no source of Python 3." in skipped["python2.py"], "a later one's is none either"
     assert str(tmp_path) not in json.dumps(found)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import gc
 import io
+import sys
 import tokenize
 import warnings
 from collections.abc import Sequence
@@ -63,10 +64,8 @@ def parse_file(file: SourceFile, if_adds_docs: bool = False) -> Module | Skipped
         return Skipped(file.shown, f"cannot be read: {error.strerror or type(error).__name__}")
     except (SyntaxError, ValueError, LookupError) as error:
         line = getattr(error, "lineno", None)
-        return Skipped(
-            file.shown,
-            f"not Python 3 source: {getattr(error, 'msg', error)}" + f" (line {line})" * bool(line),
-        )
+        told = f"no source of Python {sys.version_info.major}.{sys.version_info.minor}: {getattr(error, 'msg', error)}"
+        return Skipped(file.shown, told + f" (line {line})" * bool(line))
     except (RecursionError, MemoryError):
         return Skipped(file.shown, "nested too deeply")
 
