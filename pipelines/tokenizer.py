@@ -32,6 +32,7 @@ CHAT_TEMPLATE = (
 FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"  # Llama's own, where there is no clock
 TRAIN_BYTES = 32 * 2**20  # BPE merges settle long before this; it bounds time and memory on a large corpus
 HELD_OUT_BYTES = 2**20
+SEED = 0  # of which documents, where there are more
 PROBES = (
     "안녕하세요, 세계!",
     "naïve café — “quotes” … ‰",
@@ -54,7 +55,9 @@ def run(params: TokenizerParams, inputs: dict[str, Path], outputs: Path, context
     if params.base is not None:
         tokenizer = language_models.load_tokenizer(params.base)
     else:
-        tokenizer = _train(params, reading.texts(inputs["data"], "train"))
+        # Of a large corpus documents from all of it: its sources, such as languages, stand one after the other.
+        share = TRAIN_BYTES / max(1, reading.corpus_bytes(inputs["data"], "train"))
+        tokenizer = _train(params, reading.sample(inputs["data"], "train", share, SEED))
 
     # 2. Padding must not be EOS, and a chat needs a template.
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -162,10 +165,11 @@ def _decode(tokenizer: Any, ids: list[list[int]]) -> list[str]:
 
 
 def _evaluate(tokenizer: Any, data: Path) -> dict[str, list[Any]]:
-    """One row a held-out document, about a megabyte of them."""
+    """One row a held-out document, about a megabyte of them, from all of the corpus."""
     rows: dict[str, list[Any]] = {key: [] for key in ("id", "group", "bytes", "tokens", "unchanged")}
     budget = HELD_OUT_BYTES
-    for row in reading.rows(data, "corpus", "test", ["id", "group", "text"]):
+    share = budget / max(1, reading.corpus_bytes(data, "test"))
+    for row in reading.sample_rows(data, "test", share, SEED):
         ids = packing.encode(tokenizer, [row["text"]])
         size = len(row["text"].encode())
         values = (row["id"], row["group"], size, len(ids[0]), float(_decode(tokenizer, ids)[0] == row["text"]))

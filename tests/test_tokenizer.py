@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from data_folder import write_corpus
 from models import TEXTS, model, tokenizer
@@ -52,6 +53,22 @@ def test_same_bytes_twice(data: Path, tmp_path: Path, context: StageContext) -> 
     for name in "ab":
         run(data, tmp_path / name, context)
     assert artifacts.content_hash(tmp_path / "a") == artifacts.content_hash(tmp_path / "b")
+
+
+def test_all_of_a_large_corpus_is_learned_from_and_measured(
+    tmp_path: Path, context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its beginning, such as the first of two languages, was all that the tokenizer and its figures knew."""
+    korean = [f"{n}번째 글은 여러 나라의 말로 쓴 긴 문장입니다.\n" * 3 for n in range(60)]
+    mixed = [*TEXTS[:48], *korean[:48], *TEXTS[48:], *korean[48:]]
+    data = write_corpus(tmp_path / "data", mixed, held_out=24)
+    monkeypatch.setattr(stage, "TRAIN_BYTES", sum(len(text.encode()) for text in TEXTS[:48]))
+    monkeypatch.setattr(stage, "HELD_OUT_BYTES", 2048)
+    run(data, tmp_path / "a", context)
+    rows = pq.read_table(tmp_path / "a/evaluation.parquet").to_pandas()
+    later = rows[rows["id"].isin([f"test-{n}" for n in range(12, 24)])]
+    assert 0 < len(later) < len(rows) < 24
+    assert (later["bytes"] / later["tokens"]).min() > 4, "Korean is not spelled byte by byte"
 
 
 def test_a_base_models_own(data: Path, tmp_path: Path, context: StageContext) -> None:

@@ -41,16 +41,21 @@ def corpus_bytes(data: Path, split: str) -> int:
 
 
 def sample(data: Path, split: str, share: float, seed: int) -> Iterator[str]:
-    """About `share` of the documents, chosen by hash of seed and id: the same ones however the rest changes.
+    """Texts of about `share` of the documents: see `sample_rows`."""
+    return (row["text"] for row in sample_rows(data, split, share, seed))
 
-    Documents can be long and few: of any corpus some `FEWEST` are given, or a small share might be none.
+
+def sample_rows(data: Path, split: str, share: float, seed: int) -> Iterator[dict[str, Any]]:
+    """About `share` of the documents (id, group, text), by hash of seed and id: the same ones however the rest changes.
+
+    In order. Documents can be long and few: of any corpus some `FEWEST` are given, or a small share might be none.
     """
     import pyarrow.parquet as pq
 
     share = max(share, FEWEST / max(1, pq.read_metadata(_file(data, "corpus", split)).num_rows))
-    for row in rows(data, "corpus", split, ["id", "text"]):
+    for row in rows(data, "corpus", split, ["id", "group", "text"]):
         if _uniform(f"{seed}:{row['id']}") < share:
-            yield row["text"]
+            yield row
 
 
 def held_out_examples(data: Path, budget: int) -> list[dict[str, str]]:
