@@ -103,6 +103,16 @@ def test_grouped_attention_equals_torchs() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
+def test_what_grouped_attention_does_not_compute_is_refused() -> None:
+    """Sinks were passed over: what was measured was not the model that others load."""
+    whose = SimpleNamespace(config=SimpleNamespace(model_type="gpt_oss"), training=False)
+    query = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ArtifactError, match="architecture gpt_oss: it has attention sinks, which are not computed"):
+        attention.grouped(whose, query, query, query, None, s_aux=torch.zeros(2))
+    with pytest.raises(ArtifactError, match="a cap on the scores"):
+        attention.grouped(whose, query, query, query, None, softcap=50.0)
+
+
 def test_special_tokens_spelled_in_text_stay_text(known: object) -> None:
     ids = packing.encode(known, ["a <|endoftext|> b"])[0]
     assert packing.separator_id(known) not in ids

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pipelines.core.errors import ArtifactError
+
 if TYPE_CHECKING:
     import torch
 
@@ -36,6 +38,8 @@ def grouped(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    s_aux: torch.Tensor | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1), query heads grouped by key head.
@@ -48,11 +52,22 @@ def grouped(
         attention_mask: additive, (batch, 1, length, keys), or None: every token sees every key.
         scaling: factor on the scores; None is 1 / sqrt(width).
         dropout: probability of dropping an attention weight in training.
+        s_aux, softcap: what some architectures do to the scores besides; none of it is computed here.
 
     Returns:
         (batch, length, query heads, width), and None in place of the weights.
+
+    Raises:
+        ArtifactError: the architecture has attention sinks or caps its scores.
     """
     import torch
+
+    if s_aux is not None or softcap is not None:
+        told = "attention sinks" if softcap is None else "a cap on the scores of its attention"
+        raise ArtifactError(
+            f"architecture {module.config.model_type}: it has {told}, which are not computed here; choose another, for "
+            "example llama, gpt2, qwen3, mistral"
+        )
 
     batch, heads, length, width = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
