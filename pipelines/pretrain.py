@@ -70,7 +70,8 @@ def run(params: PretrainParams, inputs: dict[str, Path], outputs: Path, context:
     """Train, save, and measure what was saved against the model before and against a compressor.
 
     Raises:
-        ArtifactError: the data have no corpus, or the base model does not fit the tokenizer.
+        ArtifactError: the data have no corpus, or the base model does not fit the tokenizer, or is of an
+            architecture that cannot be used.
         ParamsError: rows that are longer than the base model's context.
         Stopped: a signal came; the checkpoint is written.
     """
@@ -155,7 +156,7 @@ def _model(params: PretrainParams, tokenizer: Any, context: StageContext) -> Any
     """The model to train, on its device. Weights that are trained are fp32; frozen ones are in the compute type."""
     import torch
 
-    from pipelines.core import fine_tuning, tuning
+    from pipelines.core import fine_tuning, sampling, tuning
 
     torch.manual_seed(params.seed)
     kind = attention.choose(context.device, max(params.sequence_length, scoring.WINDOW))
@@ -173,6 +174,7 @@ def _model(params: PretrainParams, tokenizer: Any, context: StageContext) -> Any
         whose = "the base model's context" if params.base else f"the window of attention of {params.architecture}"
         raise ParamsError(f"pretrain.sequence_length: {params.sequence_length}; {whose} is {room}")
     language_models.body_and_head(model)
+    sampling.check(model)  # nor can many be trained that make masks of their own
     if params.method == "qlora":  # quantised as it is read, which a file of GGUF cannot be
         place = context.work / BASE
         if context.world.leads:

@@ -126,6 +126,19 @@ def test_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
                 ParamsError,
                 "'gemma3' reads more than text; its part for text is gemma3_text",
             ),
+            (
+                {"architecture": "gpt_neo"},
+                ParamsError,
+                "architecture: 'gpt_neo' cannot be made of depth 1 .*choose another",
+            ),
+            ({"architecture": "gptj"}, ParamsError, "architecture: 'gptj' cannot be made of depth 1"),
+            (
+                {"architecture": "bloom"},
+                ArtifactError,
+                "bloom cannot be sampled from: its attention makes masks of its own",
+            ),
+            ({"architecture": "openai-gpt"}, ArtifactError, "openai-gpt cannot be sampled from"),
+            ({"architecture": "gpt_oss"}, ArtifactError, "gpt_oss: it has attention sinks"),
             ({"base": str(tmp_path / "nowhere"), "method": "lora"}, ParamsError, "nor an existing directory"),
             ({"sequence_length": 8192, "batch_tokens": 8192, "micro_batch": 1}, Exception, "less than one row"),
         ]

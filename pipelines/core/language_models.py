@@ -200,21 +200,19 @@ def random_weights(architecture: str, depth: int, tokenizer: Any, length: int, d
     3. Context: the rows it is trained on. Input and output embeddings are tied.
 
     Raises:
-        ParamsError: `architecture` is not a decoder-only causal language model of transformers, of text alone.
+        ParamsError: `architecture` is no decoder-only language model of transformers, of text alone, of such a size.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
+    dial = f"pretrain.architecture: {architecture!r}"
     if architecture not in KNOWN:
         near = ", ".join(sorted(name for name in KNOWN if name[:2] == architecture[:2]) or ["llama", "gpt2"])
-        raise ParamsError(
-            f"pretrain.architecture: {architecture!r} is no causal language model of transformers; for example: {near}"
-        )
+        raise ParamsError(f"{dial} is no causal language model of transformers; for example: {near}")
     default = AutoConfig.for_model(architecture)
     if (text := default.get_text_config()) is not default:
-        raise ParamsError(
-            f"pretrain.architecture: {architecture!r} reads more than text; its part for text is {text.model_type}"
-        )
+        raise ParamsError(f"{dial} reads more than text; its part for text is {text.model_type}")
     width = HEAD_WIDTH * depth
     wanted = {
         "vocab_size": len(tokenizer), "num_hidden_layers": depth, "num_attention_heads": depth,
@@ -223,12 +221,15 @@ def random_weights(architecture: str, depth: int, tokenizer: Any, length: int, d
     }  # fmt: skip
     known = {key: value for key, value in wanted.items() if hasattr(default, key)}
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    config = AutoConfig.for_model(architecture, **known, **ids, tie_word_embeddings=True, use_cache=True)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ParamsError(
-            f"pretrain.architecture: {architecture!r} is an encoder-decoder; a decoder-only model is needed"
-        )
-    return _from_config(config, dtype, attention)
+    told = "is an encoder-decoder; a decoder-only model is needed"
+    try:
+        config = AutoConfig.for_model(architecture, **known, **ids, tie_word_embeddings=True, use_cache=True)
+        if not getattr(config, "is_encoder_decoder", False):
+            return _from_config(config, dtype, attention)
+    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        told = f"cannot be made of depth {depth} ({why}); choose another, for example llama, gpt2, qwen3, mistral"
+    raise ParamsError(f"{dial} {told}")
 
 
 def fit_vocabulary(model: Any, tokenizer: Any) -> None:
