@@ -12,11 +12,12 @@ import pytest
 from markdown_it import MarkdownIt
 
 from pipelines import report
-from pipelines.core import artifacts, report_html, report_text
+from pipelines.core import artifacts, report_html, report_plots, report_text
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
 from pipelines.core.params.report import ReportParams
 from pipelines.core.report_html import Section
+from pipelines.core.report_inputs import Stage
 
 HOSTILE = "<script>alert(1)</script> | `a` **b** [x](http://evil.example) \x07 한국어 🙂 &amp; <img src=x onerror=y>"
 METRICS = {
@@ -187,6 +188,13 @@ def test_a_policy_that_nobody_judged(with_policy: dict[str, Path], tmp_path: Pat
     (with_policy["ppo"] / "best_of_n.csv").write_text("n,kl,proxy\n1,0.0,many\n")
     with pytest.raises(ArtifactError, match=r"ppo/best_of_n\.csv:2: proxy: no number: 'many'"):
         make(with_policy, tmp_path / "bad", context)
+
+
+def test_a_task_whose_name_begins_as_the_second_run_of_ppo_has_its_own_curves(tmp_path: Path) -> None:
+    (tmp_path / "history.csv").write_text("step,nli_loss,plain_nli_loss\n1,1.0,\n1,,2.0\n")
+    plots = report_plots.of_stage(Stage("transfer", tmp_path, {}))
+    assert [plot.name for plot in plots] == ["transfer-nli_loss", "transfer-plain_nli_loss"]
+    assert not any("gradients" in plot.caption for plot in plots)
 
 
 def test_params_of_the_stages_it_reports(with_policy: dict[str, Path], tmp_path: Path, context: StageContext) -> None:

@@ -51,11 +51,9 @@ def of_stage(stage: Stage) -> list[Plot]:
         ArtifactError: one of the two is malformed.
     """
     curves = history(stage)
-    plots = [
-        _curve(stage.name, column, points, curves.get(SECOND_ARM + column, []))
-        for column, points in curves.items()
-        if column.removeprefix(SECOND_ARM) not in curves or not column.startswith(SECOND_ARM)
-    ]
+    paired = f"{SECOND_ARM}kl" in curves  # of a policy; else it is a task whose name begins so
+    second = {name: curves.pop(SECOND_ARM + name) for name in [*curves] if paired and SECOND_ARM + name in curves}
+    plots = [_curve(stage.name, column, points, second.get(column, [])) for column, points in curves.items()]
     found = _bits(stage)
     if found is not None:
         sizes, bits, groups = found
