@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from pipelines import transfer
-from pipelines.core import artifacts, task_evaluation, task_inputs
+from pipelines.core import artifacts, task_card, task_evaluation, task_inputs
 from pipelines.core.context import StageContext, Stopped
 from pipelines.core.errors import ArtifactError, DataError, ParamsError
 from pipelines.core.task_runs import Run
@@ -191,6 +191,10 @@ def test_the_saved_model_is_that_of_the_median_seed(inputs: dict[str, Path], tmp
     judged = task_evaluation.judge(one._replace(train=texts, train_all=texts, test=texts[:4]), {"": runs})
     assert judged.chosen == 2 and judged.metrics["score"] == judged.metrics["score_of_model"] == 0.5
     assert "merge_delta" not in judged.metrics
+
+    told = {"score": 0.7, "score_low": 0.4, "score_high": 0.6, "score_of_model": 0.5}
+    page = task_card.card(toy_tasks.params(seeds=3), one, told, 1)
+    assert "| this model | 0.500 (0.400 to 0.600) |\n| median of 3 seeds | 0.700 |" in page
 
     lost = [run._replace(merged=wrong) for run in runs]  # the kept model was right in two of four
     judged = task_evaluation.judge(one._replace(train=texts, train_all=texts, test=texts[:4]), {"": lost})

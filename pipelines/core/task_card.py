@@ -59,7 +59,10 @@ def samples(tasks: Sequence[Task], answers: Sequence[Answers], count: int) -> st
 def card(params: TransferParams, task: Task, metrics: Mapping[str, float], parameters: int) -> str:
     """Model card, with the front matter the hub reads. `metrics`: of this task, without its name."""
     score = "Pearson's correlation" if task.regression else "accuracy"
-    rows = [f"| this model | {metrics['score']:.3f} ({metrics['score_low']:.3f} to {metrics['score_high']:.3f}) |"]
+    own = metrics.get("score_of_model", metrics["score"])  # of several seeds `score` is the median
+    rows = [f"| this model | {own:.3f} ({metrics['score_low']:.3f} to {metrics['score_high']:.3f}) |"]
+    if "score_of_model" in metrics:
+        rows.append(f"| median of {params.seeds} seeds | {metrics['score']:.3f} |")
     rows += [f"| {told} | {metrics[key]:.3f} |" for key, told in COMPARED.items() if key in metrics]
     how = {"full": "all weights", "head": "the linear head on a frozen body"}
     trained = how.get(params.method, f"{params.words()}, and the head")
