@@ -163,7 +163,7 @@ def test_scores_stay_as_they_are(tmp_path: Path) -> None:
     ("splits", "told"),
     [
         ({"train": two(text="a"), "test": two(text="a") + [{"text": "b", "label": 2, "label_text": "so"}]},
-         r'c/test.parquet, row n2 \(mine.csv, row 4\): the class "so" is not in train; accepted: "no", "yes"'),
+         r'row n2 \(mine.csv, row 4\): the class "so" is not in train; accepted: "no", "yes". Give rows'),
         ({"train": two(text="a")[:1]}, 'c/train.parquet: every row is of class "no"; accepted: two or more'),
         ({"train": two(text="a"), "validation": []}, "c/validation.parquet has no rows; raise data.validation_share"),
         ({"train": [row | {"label": 1} for row in two(text="a")]}, 'label 1 is "no", "yes"; accepted: one name'),

@@ -193,7 +193,8 @@ def _check_known(table: _Table, split: str, rows: list[Row], numbers: dict[str, 
         if row["label_text"] not in numbers:
             raise DataError(
                 f"{_where(table, split, row)}: the class {_quoted([row['label_text']])} is not in train; "
-                f"accepted: {_quoted(list(numbers))}"
+                f"accepted: {_quoted(list(numbers))}. Give rows of it to train (a source with split: train), or "
+                "take it out"
             )
 
 
