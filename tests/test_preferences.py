@@ -126,6 +126,19 @@ def test_nobody_is_kept_out_where_nobody_is_named() -> None:
     assert not sides.unseen and len(sides.train) == 2
 
 
+def test_who_ranked_nothing_but_test_prompts_is_unseen_without_a_dial() -> None:
+    """As where people bring rankings of training and of held-out labelers in two files, as in the paper."""
+    test = [ranking(10 + n, "CD"[n % 2]) for n in range(4)]
+    for seed in range(8):
+        train = [ranking(n, "AB"[n % 2]) for n in range(6)]
+        assert preference_data.part(train, test, 0, seed).unseen == {"C", "D"}
+        more = preference_data.part(train, test, 1, seed)
+        assert more.unseen > {"C", "D"} and len(more.unseen) == 3 and len(more.train) == 3
+        alone = preference_data.part([one._replace(labeler="A") for one in train], test, 1, seed)
+        assert alone.unseen == {"C", "D"} and len(alone.train) == 6, "who taught everything cannot be kept out"
+    assert not preference_data.part([*train, ranking(7)], test, 0, 0).unseen, "the one without a name may be C"
+
+
 def test_a_prompt_is_one_element_in_whatever_order_its_responses_were_ranked() -> None:
     rankings = [
         ranking(1, "A", responses=("x", "y", "z"), ranks=(1, 2, 3)),

@@ -69,22 +69,26 @@ def read(feedback: Path, split: str) -> list[Ranking]:
 
 
 def part(train: Sequence[Ranking], test: Sequence[Ranking], labelers: int, seed: int) -> Sides:
-    """Part the rankings: `labelers` of the labelers, chosen by hash of seed and name, are kept out of training.
+    """Part the rankings: `labelers` of those who ranked training prompts, chosen by hash, are kept out of training.
 
     Held out are all rankings of the test side, and those of the kept-out labelers on prompts that nobody else's
-    training ranking shows. Rankings that decide no pair are left out on both sides.
+    training ranking shows. Who ranked nothing but test prompts is unseen as well, unless a training ranking without a
+    name may be theirs. Rankings that decide no pair are left out on both sides.
 
     Raises:
         DataError: an id or a prompt is on both sides; more labelers are to be kept out than can be; nothing is left.
     """
     _refuse_shared(train, test)
-    names = sorted({one.labeler for one in (*train, *test) if one.labeler is not None})
+    names = sorted({one.labeler for one in train if one.labeler is not None})
     if labelers >= len(names) > 1:
         raise DataError(
-            f"reward.held_out_labelers: {labelers} labelers cannot be kept out of {len(names)} "
-            f"({', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}): at most {len(names) - 1}"
+            f"reward.held_out_labelers: {labelers} labelers cannot be kept out of {len(names)} who ranked training "
+            f"prompts ({', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}): at most {len(names) - 1}"
         )
-    unseen = frozenset(sorted(names, key=lambda name: _hash(f"{seed}:{name}"))[:labelers] if len(names) > 1 else ())
+    chosen = sorted(names, key=lambda name: _hash(f"{seed}:{name}"))[:labelers] if len(names) > 1 else []
+    every = all(one.labeler is not None for one in train)
+    apart = {one.labeler for one in test if one.labeler is not None}.difference(names) if every else frozenset[str]()
+    unseen = frozenset(chosen) | apart
     seen = [one for one in train if one.labeler not in unseen]
     known = {key for one in seen for key in (one.task, one.group)}
     others = [one for one in train if one.labeler in unseen and not {one.task, one.group} & known]

@@ -67,13 +67,14 @@ def gather(
         params.seed,
     )
     if sides.unseen:
+        more = " (more: reward.held_out_labelers)" if labelers else ""
         theirs = [one for one in sides.held_out if one.labeler in sides.unseen]
         context.say(
             f"labelers kept out of training: {', '.join(sorted(sides.unseen))}; held out are {len(theirs)} rankings of "
-            f"theirs, of {len({one.group for one in theirs})} groups of prompts (more: reward.held_out_labelers)"
+            f"theirs, of {len({one.group for one in theirs})} groups of prompts{more}"
         )
     elif labelers:
-        context.say("fewer than two labelers are named in the comparisons: none is kept out of training")
+        context.say("fewer than two labelers are named in the training comparisons: none is kept out")
     train = preference_data.some(sides.train, params.rankings)
     held_out = preference_data.some(sides.held_out, params.eval_rankings)
     return Examples(
