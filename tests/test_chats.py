@@ -25,6 +25,10 @@ BRACKETS = (  # as of Mistral: no word opens the answer, which begins and ends w
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' <|im_end|>' }}"
     "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
 )
+ENDS_A_CHAT = (  # as of Phi 4, whose turns end with <|end|>
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
 TEMPLATES = {"chatml": CHAT_TEMPLATE, "system": DEFAULT_SYSTEM, "trimmed": TRIMMED, "brackets": BRACKETS}
 WORDS = [
     "area",
@@ -186,6 +190,7 @@ def test_a_chat_the_template_refuses() -> None:
         (CHAT_TEMPLATE.replace("eos_token + ", ""), "does not end an answer with EOS"),
         (CHAT_TEMPLATE.replace("for message in messages", "for message in messages[-2:]"), "from left to right"),
         (CHAT_TEMPLATE.replace("assistant\n", "model\n"), "from left to right"),
+        (ENDS_A_CHAT, "ends a chat with EOS .*, but not each answer in it.* Set eos_token"),
     ],
 )
 def test_templates_refused(template: str | None, told: str) -> None:

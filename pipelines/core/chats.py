@@ -153,12 +153,17 @@ class _Text:
 
     def end_of_answer(self, whole: str, opening: str, done: int) -> int:
         """Where the answer after `opening` ends in the text of the whole chat, EOS included."""
-        if not whole.startswith(opening) or len(opening) < done:
+        if not whole.startswith(opening):
             raise ArtifactError(
                 "the chat template does not write a chat from left to right: with an answer added, what came before "
                 f"it changes (…{opening[-60:]!r} is no beginning of the chat). Use a template that keeps earlier turns."
             )
         eos = self.tokenizer.eos_token
+        if len(opening) < done:
+            raise ArtifactError(
+                f"the chat template ends a chat with EOS ({eos!r}), but not each answer in it: none comes before "
+                f"…{opening[-60:]!r}. Set eos_token to the token that ends a turn, or mend the template."
+            )
         place = whole.find(eos, len(opening))
         if place < 0:
             raise ArtifactError(
