@@ -587,6 +587,40 @@ def test_a_transcript_beside_a_prompt_is_still_one(prompt: str, columns: dict[st
     assert (found["prompt"], found["responses"]) == (START, ["good", "bad"])
 
 
+def test_messages_in_a_csv_file_are_written_as_json() -> None:
+    """As pandas writes lists into cells they are no JSON; neither form is what somebody said."""
+
+    def cells(**record: Any) -> Cells:
+        return Cells({name: value if isinstance(value, str) else json.dumps(value) for name, value in record.items()})
+
+    user, (good, bad) = MESSAGES[:1], ([{"role": "assistant", "content": text}] for text in ("good", "bad"))
+    want = {"prompt": "q", "responses": ["good", "bad"]}
+    for record in (
+        cells(chosen=user + good, rejected=user + bad),
+        cells(prompt="q", chosen=user + good, rejected=user + bad),
+        cells(prompt=user, chosen=good, rejected=bad),
+        cells(prompt=user, chosen="good", rejected="bad"),
+        cells(prompt=user, responses=["good", "bad"], ranks=[1, 2]),
+    ):
+        assert {name: comparison(record)[name] for name in want} == want
+    assert canonical("prompts", cells(prompt=CHAT), {})[0]["prompt"] == START
+    assert canonical("demonstrations", cells(prompt=user, completion=good), {})[0]["messages"] == user + good
+    assert canonical("prompts", cells(prompt='[{"a": 1}] is what?'), {})[0]["prompt"] == '[{"a": 1}] is what?'
+    long = "[" + "1" * 5000 + "]"
+    for table, record, column in (
+        ("comparisons", cells(prompt="q", chosen=str(user + good), rejected=str(user + bad)), "chosen"),
+        ("comparisons", cells(prompt=str(user), chosen="good", rejected="bad"), "prompt"),
+        ("prompts", cells(prompt=str(user)), "prompt"),
+        ("demonstrations", cells(prompt="q", completion=str(good)), "completion"),
+        ("comparisons", cells(prompt="q", responses=["good", "bad"], ranks=long), "ranks"),
+    ):
+        with pytest.raises(BadRow, match="accepted: in a CSV file, a list written as JSON") as caught:
+            canonical(table, record, {})
+        assert caught.value.column == column
+    with pytest.raises(BadRow, match="found a list .*accepted: text"):
+        comparison(cells(prompt="q", chosen=user + good, rejected="bad"))
+
+
 @pytest.mark.parametrize(("cell", "votes"), [("5", [5, 0]), ("", None), ("[3, 1]", [3, 1])])
 def test_votes_in_a_csv_file_are_text(cell: str, votes: list[int] | None) -> None:
     row = {"prompt": "p", "chosen": "good", "rejected": "bad", "votes": cell}

@@ -41,11 +41,11 @@ def _prompt_of_comparison(fields: Fields) -> str:
         return ""
     column = fields.column("prompt")
     try:
-        value = fields.value("prompt")
+        fields.value("prompt")
     except BadRow:
         accepted = "a prompt, columns: {prompt: COLUMN}, or columns: {prompt: null} if there are none"
         raise BadRow(column, f"no such column (there are: {', '.join(map(str, fields.record))})", accepted) from None
-    return prompt_of(value, column)
+    return prompt_of(fields.said("prompt"), column)
 
 
 def _order(fields: Fields, responses: list[str]) -> list[int]:
@@ -124,14 +124,14 @@ def _pair(fields: Fields) -> tuple[str, str, str]:
 
     Where those hold what came before the answers, all of it is the prompt, also beside a column that has a part of it.
     """
-    chosen, rejected = fields.value("chosen"), fields.value("rejected")
+    chosen, rejected = fields.said("chosen"), fields.said("rejected")
     column = fields.column("chosen")
     if isinstance(chosen, list) and isinstance(rejected, list):
         sides = [conversation(chosen, column), conversation(rejected, fields.column("rejected"))]
         if any(side[-1]["role"] != "assistant" for side in sides) or sides[0][:-1] != sides[1][:-1]:
             raise BadRow(column, shown(chosen), "the rejected one's messages, but for the assistant's last")
         return _prompt_of_turns(fields, sides[0][:-1]), sides[0][-1]["content"], sides[1][-1]["content"]
-    better, worse = fields.text("chosen"), fields.text("rejected")
+    better, worse = filled(chosen, column), filled(rejected, fields.column("rejected"))
     prompted = fields.has("prompt") or "prompt" in fields.columns
     shared = os.path.commonprefix([better, worse])
     end = shared.rfind(ANSWER) + len(ANSWER) if ANSWER in shared else 0
@@ -149,7 +149,7 @@ def _pair(fields: Fields) -> tuple[str, str, str]:
 
 def _prompt_of_turns(fields: Fields, turns: list[dict[str, str]]) -> str:
     """The messages before the answers as text; those of the column `prompt` are before them, or among them."""
-    given = fields.known("prompt")
+    given = fields.said("prompt") if fields.has("prompt") else None
     if given is None or not turns:
         return transcript(turns, fields.column("chosen")) if turns else _prompt_of_comparison(fields)
     column = fields.column("prompt")

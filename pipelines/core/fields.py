@@ -14,6 +14,9 @@ from pipelines.core.faults import BadRow, shown
 from pipelines.core.readers import Cells
 from pipelines.core.transcripts import ANSWER, ROLES, SPEAKERS
 
+TURNS = re.compile(
+    r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:"""
+)  # how a cell of messages begins, as JSON or Python's
 SPELLED = re.compile(r"(?<=\n\n)(?=(?:System|Human|Assistant):)")  # in a message, where it names no speaker
 
 
@@ -73,6 +76,11 @@ class Fields:
             return str(value)
         return self.text(field)
 
+    def said(self, field: str) -> Any:
+        """A text, or messages; a cell of a CSV file that begins as messages do has to be them, written as JSON."""
+        value = self.value(field)
+        return self.items(field) if isinstance(self.record, Cells) and TURNS.match(value) else value
+
     def texts(self, field: str) -> list[str] | None:
         """One text or a list of them (in a CSV file as JSON), or None as in `optional`; an empty list is refused."""
         value = self.known(field)
@@ -91,7 +99,7 @@ class Fields:
         if isinstance(self.record, Cells):
             try:
                 value = json.loads(value)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 raise BadRow(self.column(field), shown(value), "in a CSV file, a list written as JSON") from None
         if not isinstance(value, list):
             raise BadRow(self.column(field), shown(value), "a list")

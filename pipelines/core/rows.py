@@ -39,7 +39,7 @@ def canonical(
     if table == "demonstrations":
         return [{"kind": fields.optional("kind") or "demonstration", "messages": _demonstration(fields)}]
     if table == "prompts":
-        prompt = prompt_of(fields.value("prompt"), fields.column("prompt"))
+        prompt = prompt_of(fields.said("prompt"), fields.column("prompt"))
         return [{"prompt": prompt, "reference": fields.optional("reference")}]
     if table == "comparisons":
         return [comparison(fields)]
@@ -86,9 +86,9 @@ def _demonstration(fields: Fields) -> list[dict[str, str]]:
         if messages[-1]["role"] != "assistant" or not _user_begins(messages):
             raise BadRow(column, _roles(messages), "a user's message first (but for system) and, last, the assistant's")
         return messages
-    prompt, completion = fields.value("prompt"), fields.value("completion")
+    prompt, completion = fields.said("prompt"), fields.said("completion")
     column = fields.column("prompt")
-    turns = conversation(prompt if isinstance(prompt, list) else messages_of(fields.text("prompt")), column)
+    turns = conversation(prompt if isinstance(prompt, list) else messages_of(filled(prompt, column)), column)
     if not _user_begins(turns):
         raise BadRow(column, _roles(turns), "a user's message first (but for system)")
     if isinstance(completion, list):
