@@ -580,6 +580,19 @@ def test_a_transcript_is_the_same_messages_in_every_table() -> None:
         canonical("demonstrations", {"prompt": "\n\nHuman: \n\nAssistant:", "completion": "good"}, {})
 
 
+def test_a_transcript_with_the_line_ends_of_windows_is_one() -> None:
+    """As git makes of a CSV file there; it was one message of the user's, or no pair."""
+    there = START.replace("\n", "\r\n")
+    assert canonical("prompts", {"prompt": there}, {})[0]["prompt"] == START
+    row = canonical("demonstrations", Cells({"prompt": there, "completion": "good\r\n"}), {})[0]
+    assert row["messages"] == [*CHAT, {"role": "assistant", "content": "good\r\n"}]
+    for record in ({}, {"prompt": "more"}, {"prompt": there}):
+        found = comparison(record | {"chosen": there + " good", "rejected": there + " bad"})
+        assert (found["prompt"], found["responses"]) == (START, ["good", "bad"])
+    assert comparison({"prompt": there, "responses": ["a", "b"], "ranks": [1, 2]})["prompt"] == START
+    assert canonical("prompts", {"prompt": "a\r\nb"}, {})[0]["prompt"] == "a\r\nb"
+
+
 @pytest.mark.parametrize("columns", [{}, {"prompt": None}])
 @pytest.mark.parametrize("prompt", ["more", START])
 def test_a_transcript_beside_a_prompt_is_still_one(prompt: str, columns: dict[str, str | None]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines.core.faults import BadRow, shown
 from pipelines.core.readers import Cells
-from pipelines.core.transcripts import ANSWER, ROLES, SPEAKERS
+from pipelines.core.transcripts import ANSWER, ROLES, SPEAKERS, with_our_line_ends
 
 TURNS = re.compile(
     r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:"""
@@ -79,7 +79,9 @@ class Fields:
     def said(self, field: str) -> Any:
         """A text, or messages; a cell of a CSV file that begins as messages do has to be them, written as JSON."""
         value = self.value(field)
-        return self.items(field) if isinstance(self.record, Cells) and TURNS.match(value) else value
+        if isinstance(self.record, Cells) and TURNS.match(value):
+            return self.items(field)
+        return with_our_line_ends(value) if isinstance(value, str) else value
 
     def texts(self, field: str) -> list[str] | None:
         """One text or a list of them (in a CSV file as JSON), or None as in `optional`; an empty list is refused."""

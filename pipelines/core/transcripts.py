@@ -13,6 +13,12 @@ ANSWER = "\n\nAssistant:"
 _ROLE_OF = {speaker: role for role, speaker in SPEAKERS.items()}
 
 
+def with_our_line_ends(text: str) -> str:
+    """A transcript without the carriage returns of Windows, between which no turn is found; other text as it is."""
+    plain = text.replace("\r\n", "\n")
+    return plain if SPEAKER.match(plain) and ANSWER in plain else text
+
+
 def messages_of(prompt: str) -> list[Message]:
     """A stored prompt as messages: one user message, or the turns of an hh-rlhf transcript.
 
