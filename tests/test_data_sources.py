@@ -547,6 +547,29 @@ def test_pairs_in_every_form_of_the_ecosystem() -> None:
     assert comparison({"chosen": "good", "rejected": "bad"}, {"prompt": None})["prompt"] == ""
 
 
+def test_rows_of_both_forms_in_one_table() -> None:
+    """As pandas and Parquet put K ranked responses beside pairs, chats beside prompts: each row lacks the other's."""
+    names = ("prompt", "responses", "ranks", "scores", "chosen", "rejected", "votes", "labeler")
+    empty: dict[str, Any] = dict.fromkeys(names)
+    for nothing in (empty, Cells(dict.fromkeys(names, ""))):
+        kind = type(nothing)
+        pair = comparison(kind(nothing | {"prompt": "p", "chosen": "good", "rejected": "bad"}))
+        assert (pair["responses"], pair["ranks"]) == (["good", "bad"], [1, 2])
+        ranked = kind(nothing | {"prompt": "p", "responses": '["a", "b", "c"]', "scores": "[1, 3, 3]"})
+        if kind is dict:
+            ranked |= {"responses": ["a", "b", "c"], "scores": [1, 3, 3]}
+        assert comparison(ranked)["ranks"] == [2, 1, 1]
+        with pytest.raises(BadRow, match="accepted: .*a list") as caught:
+            comparison(kind(nothing | {"prompt": "p"}))
+        assert caught.value.column == "responses"
+    chat = canonical("demonstrations", {"messages": MESSAGES, "prompt": None, "completion": None}, {})
+    plain = canonical("demonstrations", {"messages": None, "prompt": "q", "completion": "a"}, {})
+    assert chat == plain and chat[0]["messages"] == MESSAGES
+    with pytest.raises(BadRow, match="found null; accepted: a list") as caught:
+        canonical("demonstrations", {"messages": None, "prompt": None, "completion": None}, {})
+    assert caught.value.column == "messages"
+
+
 CHAT = [SYSTEM, MESSAGES[0], {"role": "assistant", "content": "hello"}, {"role": "user", "content": "more"}]
 START = "\n\nSystem: s\n\nHuman: q\n\nAssistant: hello\n\nHuman: more\n\nAssistant:"
 

@@ -17,8 +17,7 @@ from pipelines.core.transcripts import ANSWER, SPEAKER, messages_of
 
 def comparison(fields: Fields) -> dict[str, Any]:
     """K ranked responses; a pair is K = 2. Ranks are stored dense: 1 is best, ties share a rank."""
-    ranked, paired = ("responses", "ranks", "scores"), ("chosen", "rejected")
-    if fields.has("responses") and (fields.maps(*ranked) or not fields.maps(*paired)):
+    if fields.means(("responses", "ranks", "scores"), ("chosen", "rejected")):
         responses = [filled(item, fields.column("responses")) for item in fields.items("responses")]
         prompt = _prompt_of_comparison(fields)
         ranks = _order(fields, responses)
@@ -166,9 +165,9 @@ def _prompt_of_turns(fields: Fields, turns: list[dict[str, str]]) -> str:
 
 def _votes(fields: Fields) -> list[int] | None:
     """Votes for the chosen and for the rejected one; a single number counts for the chosen one."""
-    value = fields.known("votes")
-    if value is None or (value == "" and isinstance(fields.record, Cells)):
+    if not fields.given("votes"):
         return None
+    value = fields.value("votes")
     if isinstance(fields.record, Cells) and value.isdecimal() and len(value) < 11:
         value = int(value)
     votes = [value, 0] if isinstance(value, int) else fields.items("votes")

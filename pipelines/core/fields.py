@@ -38,6 +38,17 @@ class Fields:
         """Whether the source names a column for one of the fields."""
         return any(self.columns.get(field) is not None for field in fields)
 
+    def means(self, form: tuple[str, ...], other: tuple[str, ...]) -> bool:
+        """Whether a record that may have columns of two forms has the first: what is mapped is meant, else what is given.
+
+        The first field of each form is the one that has to be there.
+        """
+        if not self.has(form[0]):
+            return False
+        if self.maps(*form) != self.maps(*other):
+            return self.maps(*form)
+        return self.given(form[0]) or not self.given(other[0])
+
     def value(self, field: str) -> Any:
         """The value as it is; a missing column is refused. `answers.text` is a field of the object in `answers`."""
         column = self.column(field)
@@ -58,16 +69,18 @@ class Fields:
         """The value, None where the record has no such column; a mapped one must be there."""
         return self.value(field) if self.has(field) else None
 
+    def given(self, field: str) -> bool:
+        """Whether the field is there and not empty, as those of the other kind are in a table of two kinds of rows."""
+        value = self.known(field)
+        return value is not None and not (value == "" and isinstance(self.record, Cells))
+
     def text(self, field: str) -> str:
         """Text that is not blank."""
         return filled(self.value(field), self.column(field))
 
     def optional(self, field: str) -> str | None:
         """Text, or None where the column is missing, null or (CSV) empty."""
-        value = self.known(field)
-        if value is None or (value == "" and isinstance(self.record, Cells)):
-            return None
-        return self.key(field)
+        return self.key(field) if self.given(field) else None
 
     def key(self, field: str) -> str:
         """Text or a whole number: an identifier."""
@@ -85,9 +98,9 @@ class Fields:
 
     def texts(self, field: str) -> list[str] | None:
         """One text or a list of them (in a CSV file as JSON), or None as in `optional`; an empty list is refused."""
-        value = self.known(field)
-        if value is None or (value == "" and isinstance(self.record, Cells)):
+        if not self.given(field):
             return None
+        value = self.value(field)
         if isinstance(value, list) or (isinstance(self.record, Cells) and value.startswith("[")):
             value = self.items(field)
             if not value:

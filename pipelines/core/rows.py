@@ -80,7 +80,7 @@ def cut(text: str, limit: int = PART_CHARACTERS) -> list[str]:
 
 
 def _demonstration(fields: Fields) -> list[dict[str, str]]:
-    if fields.has("messages") and (fields.maps("messages") or not fields.maps("prompt", "completion")):
+    if fields.means(("messages",), ("prompt", "completion")):
         column = fields.column("messages")
         messages = conversation(fields.items("messages"), column)
         if messages[-1]["role"] != "assistant" or not _user_begins(messages):
