@@ -363,6 +363,18 @@ HALF = r"half a character \(a lone surrogate\) at position 5 of text .bad \\ud83
             "messages",
             "found null",
         ),
+        (
+            "demonstrations",
+            {"messages": [*MESSAGES[:1], {**MESSAGES[1], "weight": 0}, *MESSAGES]},
+            "messages, message 2",
+            "weight 0, an answer that is not to be learned from; accepted: answers that are all learned from",
+        ),
+        (
+            "demonstrations",
+            {"messages": [MESSAGES[0], {**MESSAGES[1], "tool_calls": [{"id": "c1"}]}]},
+            "messages, message 2",
+            "a call of a tool, a list .*; accepted: what is said as text alone",
+        ),
         ("prompts", {"prompt": MESSAGES}, "prompt", "last is not the user's"),
         ("prompts", {"prompt": "a", "reference": " "}, "reference", "blank text"),
         ("comparisons", {"prompt": "a", "responses": ["b", "c"], "ranks": [1]}, "ranks", "1 values .* 2 responses"),
@@ -421,6 +433,13 @@ def test_a_chat_may_begin_with_the_system() -> None:
     chat = [SYSTEM, *MESSAGES]
     for record in ({"messages": chat}, {"prompt": chat[:-1], "completion": "a"}):
         assert canonical("demonstrations", record, {})[0]["messages"] == chat
+
+
+def test_what_openai_s_format_says_beside_the_text_may_say_nothing() -> None:
+    """As Parquet writes the keys of other rows; a weight of 1 is what is done anyway."""
+    chat = [MESSAGES[0] | {"tool_calls": None, "name": "Zoë"}, MESSAGES[1] | {"weight": 1, "tool_calls": []}]
+    assert canonical("demonstrations", {"messages": chat}, {})[0]["messages"] == MESSAGES
+    assert canonical("demonstrations", {"messages": [MESSAGES[0] | {"weight": 0}, MESSAGES[1]]}, {})
 
 
 @pytest.mark.parametrize("field", ["id", "group"])

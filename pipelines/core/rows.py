@@ -82,7 +82,9 @@ def cut(text: str, limit: int = PART_CHARACTERS) -> list[str]:
 def _demonstration(fields: Fields) -> list[dict[str, str]]:
     if fields.means(("messages",), ("prompt", "completion")):
         column = fields.column("messages")
-        messages = conversation(fields.items("messages"), column)
+        raw = fields.items("messages")
+        messages = conversation(raw, column)
+        _refuse_what_is_lost(raw, column)
         if messages[-1]["role"] != "assistant" or not _user_begins(messages):
             raise BadRow(column, _roles(messages), "a user's message first (but for system) and, last, the assistant's")
         return messages
@@ -97,6 +99,17 @@ def _demonstration(fields: Fields) -> list[dict[str, str]]:
             raise BadRow(fields.column("completion"), shown(completion), "one message of the assistant")
         return [*turns, *answer]
     return [*turns, {"role": "assistant", "content": fields.text("completion")}]
+
+
+def _refuse_what_is_lost(messages: list[dict[str, Any]], column: str) -> None:
+    """Raise where a message says, beside its text, what training would go against: OpenAI's format can."""
+    for place, message in enumerate(messages, 1):
+        at = f"{column}, message {place}"
+        if message["role"] == "assistant" and message.get("weight", 1) == 0:
+            accepted = "answers that are all learned from: leave weight out, or leave the conversation out"
+            raise BadRow(at, "weight 0, an answer that is not to be learned from", accepted)
+        if call := message.get("tool_calls") or message.get("function_call"):
+            raise BadRow(at, f"a call of a tool, {shown(call)}", "what is said as text alone")
 
 
 def _user_begins(messages: list[dict[str, str]]) -> bool:
