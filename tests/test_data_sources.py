@@ -16,7 +16,7 @@ import pytest
 from data_help import jsonl, params
 from pydantic import ValidationError
 
-from pipelines.core import chats, sources
+from pipelines.core import chats, ranking_tasks, sources
 from pipelines.core.errors import DataError
 from pipelines.core.faults import BadRow, Ledger
 from pipelines.core.params.data import FileSource, HubSource
@@ -537,6 +537,16 @@ def test_scores_become_dense_ranks_with_ties() -> None:
     for ranks in ([1, 2, 2, 3, 4], [1, 2, 2, 4, 5], [1.0, 2.0, 2.0, 4.0, 5.0]):
         found = comparison({"prompt": "p", "responses": responses, "ranks": ranks, "labeler": 7})
         assert (found["ranks"], found["labeler"]) == ([1, 2, 2, 3, 4], "7")
+
+
+@pytest.mark.parametrize("spelled", ["Zoë", "Zoe\u0308", " Zoë ", "Zoë\n"])
+def test_a_labeler_is_one_whatever_the_spelling(spelled: str) -> None:
+    """Kept out of training under one name, they would have taught it under the other."""
+    row = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "labeler": spelled}
+    assert comparison(row)["labeler"] == "Zoë"
+    task = ranking_tasks.task("p", ["a", "b"])
+    line = json.dumps({"task": task.id, "labeler": spelled, "ranks": [1, 2]})
+    assert ranking_tasks.read(line, {task.id: task}, "r.jsonl")[0].labeler == "Zoë"
 
 
 def test_of_ranks_and_scores_the_one_that_is_mapped_or_given_counts() -> None:

@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 from pipelines.core.faults import BadRow, shown
-from pipelines.core.fields import Fields, conversation, filled, prompt_of, transcript, whole
+from pipelines.core.fields import Fields, conversation, filled, one_name, prompt_of, transcript, whole
 from pipelines.core.readers import Cells
 from pipelines.core.transcripts import ANSWER, SPEAKER, messages_of
 
@@ -29,10 +29,9 @@ def comparison(fields: Fields) -> dict[str, Any]:
         there = ", ".join(map(str, fields.record)) or "none"
         accepted = "responses with ranks or scores, or chosen with rejected; map them under columns:"
         raise BadRow("responses", f"no such column (there are: {there})", accepted)
-    return {"prompt": prompt, "responses": responses, "ranks": ranks} | {
-        "labeler": fields.optional("labeler"),
-        "votes": votes,
-    }
+    labeler = fields.optional("labeler")
+    who = None if labeler is None else one_name(labeler)
+    return {"prompt": prompt, "responses": responses, "ranks": ranks, "labeler": who, "votes": votes}
 
 
 def _prompt_of_comparison(fields: Fields) -> str:

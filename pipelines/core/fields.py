@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -137,6 +138,11 @@ def filled(value: Any, column: str) -> str:
         half = f"half a character (a lone surrogate) at position {error.start + 1} of {shown(value)}"
         raise BadRow(column, half, "text that UTF-8 can write") from None
     return value
+
+
+def one_name(text: str) -> str:
+    """A person's name as it is compared: composed (NFC), no blanks around it. Two spellings would be two labelers."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def conversation(value: Any, column: str) -> list[dict[str, str]]:

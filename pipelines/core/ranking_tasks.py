@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 from pipelines.core.comparisons import dense_ranks, ranks_of_scores
 from pipelines.core.errors import DataError
 from pipelines.core.faults import BadRow, shown
-from pipelines.core.fields import filled, whole
+from pipelines.core.fields import filled, one_name, whole
 
 Format = Literal["jsonl", "label-studio", "argilla"]
 EMPTY = "(an empty answer)"  # annotation tools do not show, or refuse, an item without text
@@ -121,7 +121,7 @@ def read(text: str, tasks: Mapping[str, Task], name: str) -> list[Ranking]:
     strangers: list[str] = []
     first: dict[tuple[str, str], str] = {}
     for raw in _parse(text, name):
-        labeler = "" if raw.labeler is None else str(raw.labeler).strip()
+        labeler = "" if raw.labeler is None else one_name(str(raw.labeler))
         if not isinstance(raw.task, str) or raw.task not in tasks:
             strangers.append(f"{raw.where}: task {raw.task}")
             continue
