@@ -498,6 +498,16 @@ def test_columns_that_are_mapped_are_meant_whatever_else_a_file_has() -> None:
     assert pair["responses"] == ["c", "d"] and canonical("comparisons", ranked, {})[0]["responses"] == ["a", "b"]
 
 
+def test_whole_numbers_of_pandas_are_ids() -> None:
+    """A column in which one is missing is one of floats."""
+    row = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "labeler": 7.0, "id": 3.0, "worker": 12.0}
+    assert comparison(row)["labeler"] == "7" and comparison(row | {"labeler": None})["labeler"] is None
+    assert identify(row, {}, "worker") == ("3", "12")
+    for value in (1.5, float("nan"), float("inf"), 2.0**54):
+        with pytest.raises(BadRow, match="found a number .*; accepted: text or a whole number"):
+            identify({"id": value}, {}, None)
+
+
 def test_a_column_of_one_of_our_names_can_be_something_else() -> None:
     """Where null is the field's column: a field need not be there for it."""
     record = {"prompt": "a", "completion": "b", "kind": ["x"], "id": 1.5}

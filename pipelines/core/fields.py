@@ -84,10 +84,14 @@ class Fields:
         return self.key(field) if self.given(field) else None
 
     def key(self, field: str) -> str:
-        """Text or a whole number: an identifier."""
+        """Text or a whole number: an identifier. pandas writes whole numbers of a column with gaps as 3.0."""
         value = self.value(field)
+        if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:  # beyond, neighbours are one float
+            value = int(value)
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
+        if not isinstance(value, str):
+            raise BadRow(self.column(field), shown(value), "text or a whole number")
         return self.text(field)
 
     def said(self, field: str) -> Any:
