@@ -73,6 +73,10 @@ def run(params: FeedbackParams, inputs: dict[str, Path], outputs: Path, context:
             rankings with nothing to learn.
         Stopped: a signal came; the answers so far are kept.
     """
+    if params.labeler != "data" and (inputs["data"] / "comparisons").is_dir():
+        told = f"feedback.labeler: {params.labeler} has answers of the model ranked; labeler: data takes them instead"
+        context.say(f"warning: the comparisons that data.sources give are not read: {told}")
+
     # 1. What is to be ranked: K answers a prompt. Only held-out ones where comparisons are given.
     sampled, dropped = _sample(params, inputs, context)
 

@@ -244,6 +244,9 @@ def test_given_comparisons_are_taken_as_they_are(inputs: dict[str, Path], tmp_pa
     assert len(pq.read_table(out / "samples/test.parquet")) == 12 and 0 <= metrics["gold_mean"] <= 1
     assert not (out / "tasks.jsonl").exists()
 
+    _, _, context = run({**inputs, "data": data}, tmp_path / "dial")
+    assert "warning: the comparisons that data.sources give are not read" in context.samples[0], "a dial forgotten"
+
     # Without prompts nothing is sampled, and no model is needed.
     shutil.rmtree(data / "prompts")
     metrics, out, _ = run({"data": data, "sft": tmp_path / "nowhere"}, tmp_path, labeler="data")
