@@ -117,6 +117,22 @@ def test_rows_keep_their_side_when_rows_are_added(tmp_path: Path) -> None:
     assert all(groups) and not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
 
 
+def test_rankings_that_people_gave_twice_are_two(tmp_path: Path) -> None:
+    """Four of five preferred the first: of rows without a labeler's name their ids alone say that they are four."""
+    rows = [
+        {"id": f"{n}-{vote}", "prompt": sentence(n), "responses": ["a", "b"], "ranks": [1, 2] if vote else [2, 1]}
+        for n in range(20)
+        for vote in range(5)
+    ]
+    jsonl(tmp_path / "ranked.jsonl", rows)
+    outputs, metrics = run(tmp_path, params({"path": "ranked.jsonl", "table": "comparisons"}))
+    found = [row["ranks"] for side in table(outputs, "comparisons").values() for row in side]
+    assert found.count([1, 2]) == 80 and found.count([2, 1]) == 20 and metrics["duplicates_exact"] == 0
+    jsonl(tmp_path / "ranked.jsonl", [{**row, "id": "the same"} for row in rows[:2]] + rows[5:] + rows[5:])
+    with pytest.raises(DataError, match="column id: values are not unique"):
+        run(tmp_path, params({"path": "ranked.jsonl", "table": "comparisons"}), "again")
+
+
 def test_duplicates_go_and_near_duplicates_of_held_out_rows_leave_training(tmp_path: Path) -> None:
     plain = [sentence(n, 60) for n in range(60)]
     near = [f"{text} and an end" for text in plain]

@@ -131,6 +131,8 @@ def _take(
         taken.marks[key] = Marks(work / f"{key.replace('/', '.')}.hashes")
     given = None if isinstance(source, PydocsSource) else source.split
     whole = [normalised(whole_text(key, row)) for row in rows]
+    if table == "comparisons" and own_id is not None:  # two people who agree, or one asked twice, are two rankings
+        whole = [f"{text}\n{own_id}" for text in whole]
     prompt = prompt_text(key, rows[0])
     prompt_key = 0 if prompt is None else key_of(normalised(prompt))
     if group is None:
