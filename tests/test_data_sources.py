@@ -412,6 +412,12 @@ HALF = r"half a character \(a lone surrogate\) at position 5 of text .bad \\ud83
             "the same up to the last Assistant: turn",
         ),
         ("comparisons", {"prompt": "a", "chosen": "b", "rejected": "c", "votes": [1]}, "votes", "a number, or two"),
+        (
+            "comparisons",
+            {"prompt": "a", "chosen": "b", "rejected": "c", "votes": [1, 4]},
+            "votes",
+            "1 for the chosen and 4 for the rejected one; accepted: no fewer for the chosen; .* swap them",
+        ),
         ("comparisons", {"prompt": "a", "chosen": "b", "rejected": "c", "votes": 2**31}, "votes", "a number, or two"),
         ("comparisons", {"prompt": "a", "chosen": "b", "rejected": "c", "votes": "5"}, "votes", "text .5.; .*a list"),
         ("comparisons", {"prompt": "a", "chosen": "b", "rejected": "c", "labeler": "bad \ud83d"}, "labeler", HALF),
@@ -464,13 +470,13 @@ def test_columns_inside_of_objects() -> None:
 
 
 def test_comparisons_out_of_columns_inside_of_objects() -> None:
-    about = {"prompt": "p", "responses": ["a", "b"], "ranks": None, "scores": [0.1, 0.9], "votes": [1, 4]}
+    about = {"prompt": "p", "responses": ["a", "b"], "ranks": None, "scores": [0.1, 0.9], "votes": [4, 1]}
     columns: dict[str, str | None] = {name: f"of.{name}" for name in ("prompt", "responses", "ranks", "scores")}
     row = comparison({"of": about}, columns)
     assert (row["prompt"], row["responses"], row["ranks"]) == ("p", ["a", "b"], [2, 1])
     pair = {"chosen": "a", "rejected": "b", "of": about}
     row = comparison(pair, {"prompt": "of.prompt", "votes": "of.votes"})
-    assert (row["prompt"], row["votes"]) == ("p", [1, 4])
+    assert (row["prompt"], row["votes"]) == ("p", [4, 1])
     chat = {name: [MESSAGES[0], {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
     with pytest.raises(BadRow, match="what the messages before"):
         comparison(chat | {"of": about}, {"prompt": "of.prompt"})

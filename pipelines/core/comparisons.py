@@ -172,4 +172,10 @@ def _votes(fields: Fields) -> list[int] | None:
     votes = [value, 0] if isinstance(value, int) else fields.items("votes")
     if len(votes) != 2 or not all(whole(vote, 0) for vote in votes):
         raise BadRow(fields.column("votes"), shown(value), "a number, or two: for the chosen, for the rejected")
+    if votes[0] < votes[1]:
+        found = f"{votes[0]} for the chosen and {votes[1]} for the rejected one"
+        accepted = "no fewer for the chosen; if columns: has the two the wrong way round, swap them"
+        raise BadRow(
+            fields.column("votes"), found, f"{accepted}; if votes are of no account here, columns: {{votes: null}}"
+        )
     return votes
