@@ -239,7 +239,9 @@ def test_a_served_model_answers_with_every_param(kind: str, tmp_path: Path, monk
     known.save_pretrained(tmp_path)
     served = serving.of(tmp_path)
     beside = [Path(name).stem for name in served.beside]
-    assert beside == ["int8"] * (kind == "packed") + ["decoding", "generate", "citing", "grounding", "serving_cells"]
+    assert beside == ["int8"] * (kind == "packed") + [
+        *("decoding", "generate", "citing", "grounding", "transcripts", "serving_cells")
+    ]
     for name in beside:  # as MLflow lays them beside
         monkeypatch.setitem(sys.modules, name, importlib.import_module(f"pipelines.core.{name}"))
     answering = serving_model.TextModel()
@@ -256,6 +258,9 @@ def test_a_served_model_answers_with_every_param(kind: str, tmp_path: Path, monk
     spelled = f"def area{answering.tokenizer.eos_token}<|im_start|>system"
     asked = answering._tokens(spelled, chat=True)
     assert asked == chats.encode_prompt(answering.tokenizer, [{"role": "user", "content": spelled}])
+    turns = "\n\nHuman: def area\n\nAssistant: w\n\nHuman: and h?\n\nAssistant:"  # as stages read it, a conversation
+    asked = answering._tokens(turns, chat=True)
+    assert asked == chats.encode_prompt(answering.tokenizer, chats.messages_of(turns))
     letter = next(one for one in free[0] if one.isalpha())
     stopped = answering.predict(None, table, defaults | warm | {"stop": [letter]})["text"].tolist()
     assert stopped[0] == free[0].partition(letter)[0]

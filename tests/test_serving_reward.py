@@ -38,15 +38,15 @@ def test_rewards_are_those_of_the_project(
     served = serving.of(place)
     assert served.code.endswith("serving_reward.py")
     assert [column.name for column in served.signature.inputs.inputs] == ["prompt", "response"]
-    names = [*("int8", "decoding") * packed, "citing", "grounding", "serving_cells"]
+    names = [*("int8", "decoding") * packed, "citing", "grounding", "transcripts", "serving_cells"]
     assert served.beside == [str(Path(serving.__file__).with_stem(name)) for name in names]
-    for name in ("serving_cells", "grounding", "int8"):  # as MLflow lays them beside
+    for name in ("serving_cells", "grounding", "transcripts", "int8"):  # as MLflow lays them beside
         monkeypatch.setitem(sys.modules, name, importlib.import_module(f"pipelines.core.{name}"))
     judge = serving_reward.RewardModel()
     judge.load_context(SimpleNamespace(artifacts={"model": str(place)}))
     spelled = f"the width{known.eos_token}\n<|im_start|>assistant\n of it"  # no end of an answer, but text
     items = [("what is w?", ["the width", "area of w <|x|>", spelled]), ("shape 3", ["return w * h"])]
-    items += [(spelled, ["the width"])]
+    items += [(spelled, ["the width"]), ("\n\nHuman: w?\n\nAssistant: h.\n\nHuman: and h?\n\nAssistant:", ["return h"])]
     table = pd.DataFrame([{"prompt": prompt, "response": one} for prompt, many in items for one in many])
     found = judge.predict(None, table)["reward"].tolist()
     asked = exact(place, context)[0] if exact else int8.dense(int8.load(place, classifier=True))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).parent
 CELLS = str(HERE / "serving_cells.py")  # what every one of them needs
 SPEAKING = [str(HERE / f"{name}.py") for name in ("decoding", "generate")]  # what makes a text
+TURNS = str(HERE / "transcripts.py")  # what a prompt is that holds a conversation
 ASKING = [str(HERE / f"{name}.py") for name in ("citing", "grounding")]  # what makes tokens of a chat
 SERVED = "config.json", "assistant.json", "manifest.json", "prompt.yaml"  # which of them says what a directory is
 _, ASSISTANT, INDEX, PROMPT = SERVED
@@ -53,7 +54,7 @@ def of(folder: Path) -> Served:
             for kind, names in ((DataType.string, ("prompt", "response")), (DataType.double, ("reward",)))
         )
         return Served(
-            str(HERE / "serving_reward.py"), [*_packed(folder), *ASKING, CELLS], ModelSignature(asked, reward)
+            str(HERE / "serving_reward.py"), [*_packed(folder), *ASKING, TURNS, CELLS], ModelSignature(asked, reward)
         )
     if not (folder / "task.json").is_file():
         params = ParamSchema(
@@ -69,7 +70,7 @@ def of(folder: Path) -> Served:
             ]
         )
         prompts, texts = (Schema([ColSpec(DataType.string, name)]) for name in ("prompt", "text"))
-        beside = [name for name in _packed(folder) if name not in SPEAKING] + [*SPEAKING, *ASKING, CELLS]
+        beside = [name for name in _packed(folder) if name not in SPEAKING] + [*SPEAKING, *ASKING, TURNS, CELLS]
         return Served(str(HERE / "serving_model.py"), beside, ModelSignature(prompts, texts, params))
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     columns = [

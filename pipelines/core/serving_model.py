@@ -1,14 +1,15 @@
 """A text model as MLflow serves it ("models from code"): prompts in, texts out.
 
 MLflow copies this file into the model's folder and runs it there, on machines that have nothing else of this
-project; beside it lie `generate.py`, `grounding.py`, what these import, and the files that packed layers of ours need.
-So it imports nothing from `pipelines`, and its last line, which MLflow's format asks for, is the one statement of the
-project that acts at import.
+project; beside it lie `generate.py`, `grounding.py`, what these import, `transcripts.py`, and the files that packed
+layers of ours need. So it imports nothing from `pipelines`, and its last line, which MLflow's format asks for, is the
+one statement of the project that acts at import.
 
 Input: a column `prompt`. Params: those of `generate.Sampling` (`max_new_tokens`, `temperature`, where 0.0 takes the
 likeliest token, `top_k`, `top_p`, `repetition_penalty`, `stop`, a list of texts, and `seed`), and `chat`, which puts
-the prompt into the tokenizer's chat template when it has one. Output: a column `text`. A text ends at the model's
-context, of which at most half is kept free for it: of a prompt that is too long beside that, the end is continued.
+the prompt (one user message, or a transcript in hh-rlhf's form, as the data have it) into the tokenizer's chat template
+when it has one. Output: a column `text`. A text ends at the model's context, of which at most half is kept free for it:
+of a prompt that is too long beside that, the end is continued.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class TextModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
 
         self.cells = importlib.import_module("serving_cells")  # logged beside this file
         self.generate, self.grounding = importlib.import_module("generate"), importlib.import_module("grounding")
+        self.transcripts = importlib.import_module("transcripts")
         place = context.artifacts["model"]
         _prepare(Path(place))
         self.tokenizer = AutoTokenizer.from_pretrained(place)
@@ -64,7 +66,7 @@ class TextModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
     def _tokens(self, prompt: str, chat: bool) -> list[int]:
         """Token ids of a prompt, one or more; in a chat, as in training, what spells a special token is text."""
         if chat and self.tokenizer.chat_template:
-            asked: list[int] = self.grounding.encode(self.tokenizer, [{"role": "user", "content": prompt}])
+            asked: list[int] = self.grounding.encode(self.tokenizer, self.transcripts.messages_of(prompt))
             return asked
         ids: list[int] = self.tokenizer(prompt)["input_ids"]
         start = self.tokenizer.bos_token_id

@@ -1,10 +1,11 @@
 """A reward model as MLflow serves it ("models from code"): prompts with responses in, rewards out.
 
 MLflow copies this file into the model's folder and runs it there, on machines that have nothing else of this project;
-beside it lie `grounding.py`, what that imports, and the files that packed layers need. So it imports nothing from
-`pipelines`, and its last line, which MLflow's format asks for, acts at import.
+beside it lie `grounding.py`, what that imports, `transcripts.py`, and the files that packed layers need. So it imports
+nothing from `pipelines`, and its last line, which MLflow's format asks for, acts at import.
 
-Input: columns `prompt` (one user message) and `response`. Output: a column `reward`, 0 for an average demonstration.
+Input: columns `prompt` (one user message, or a transcript in hh-rlhf's form, as the data have it) and `response`.
+Output: a column `reward`, 0 for an average demonstration.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class RewardModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow sh
 
         self.cells = importlib.import_module("serving_cells")  # logged beside this file
         self.grounding, self.free = importlib.import_module("grounding"), threading.Lock()
+        self.transcripts = importlib.import_module("transcripts")
         place = Path(context.artifacts["model"])
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
         method = (config.get("quantization_config") or {}).get("quant_method", "")
@@ -67,7 +69,7 @@ class RewardModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow sh
 
     def _tokens(self, prompt: str, response: str) -> list[int]:
         """The chat up to the EOS of the answer; as in training, what spells a special token is text."""
-        said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        said = [*self.transcripts.messages_of(prompt), {"role": "assistant", "content": response}]
         with self.free:  # a server may ask from several threads, and the tokenizer is changed for it
             tokens: list[int] = self.grounding.encode_answered(self.tokenizer, said)
         return tokens
