@@ -186,8 +186,10 @@ def _people(params: FeedbackParams, sampled: list[Sampled], context: StageContex
         _export(_tasks(sampled), params.completions, context.documents)
         raise DataError(
             f"{place}: no such file yet (feedback.rankings). {len(tasks)} tasks to rank are in {context.documents}: "
-            "tasks.jsonl, label-studio.json (interface: label-studio.xml), argilla.json. Have them ranked, save the "
-            "rankings as that file and run the stage again: the same model and params sample the same answers."
+            "tasks.jsonl, label-studio.json (interface: label-studio.xml), argilla.json (a data set with text "
+            f"fields prompt and response_1 to response_{params.completions}, and a ranking question with the latter"
+            " as values). Have them ranked, save the rankings as that file and run the stage again: the same "
+            "model and params sample the same answers."
         )
     try:
         text = place.read_text(encoding="utf-8-sig")

@@ -167,6 +167,8 @@ def test_people_rank_what_was_exported(inputs: dict[str, Path], tmp_path: Path) 
     assert not list((tmp_path / "out").iterdir()), "nothing half-written"
     documents = tmp_path / ".sluice/documents/feedback"
     assert str(documents) in str(caught.value)
+    fields = list(json.loads((documents / "argilla.json").read_text())[0]["fields"])
+    assert f"text fields {fields[0]} and {fields[1]} to {fields[-1]}, and a ranking question" in str(caught.value)
     tasks = ranking_tasks.read_tasks((documents / "tasks.jsonl").read_text(), "t")
     for name in ("label-studio.json", "argilla.json"):
         assert len(json.loads((documents / name).read_text())) == len(tasks) == 36
