@@ -23,6 +23,7 @@ def test_normalised_is_squads() -> None:
         ("the", "a", 1.0),  # nothing is left of either
         ("the", "width", 0.0),
         ("배열을 뒤집는다", "배열을 돌린다", 0.5),
+        ("上下翻转数组", "翻转数组。", 0.8),  # a sign each: precision 4/6, recall 1
     ],
 )
 def test_f1(answer: str, accepted: str, expected: float) -> None:
@@ -42,6 +43,13 @@ def test_score_is_the_best_over_accepted_answers() -> None:
 def test_contains_looks_for_whole_words() -> None:
     assert answer_metrics.contains("It is numpy.flip, said he.", ["`numpy.flip`"])
     assert not answer_metrics.contains("numpy.flipped", ["numpy.flip"])
+
+
+def test_answers_without_spaces_are_compared_sign_by_sign() -> None:
+    """A whole answer was one word: every model had 0, and the first of equals became the assistant's."""
+    assert answer_metrics.score("北京。", ["北京"]).exact_match == 1.0
+    assert answer_metrics.score("答案是北京", ["北京"]).f1 == pytest.approx(2 * 2 / (5 + 2))
+    assert answer_metrics.contains("中国的首都是北京。", ["北京"]) and not answer_metrics.contains("北方", ["北京"])
 
 
 def test_citations_count_documents_once() -> None:

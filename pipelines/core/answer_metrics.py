@@ -1,8 +1,8 @@
 """How good an answer is, against accepted answers and against the passages that it cites.
 
 Exact match and token F1 are SQuAD's (Rajpurkar et al., EMNLP 2016, section 6.1): lower case, without punctuation,
-articles and extra white space; the best over the accepted answers. Words are split at white space, so in scripts
-without spaces chrF speaks. Citations are judged by the document that is known to answer the question (for what a
+articles and extra white space; the best over the accepted answers. Of scripts without spaces each sign is a word, as in
+MLQA (Lewis et al., ACL 2020). Citations are judged by the document that is known to answer the question (for what a
 citation is, `citing`); groundedness is the share of an answer's n-grams that stand in the passages it cites.
 """
 
@@ -17,7 +17,8 @@ from typing import NamedTuple
 from pipelines.core import citing, text_scores
 
 NGRAM = 3  # words; of a shorter sentence all of it
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_PUNCTUATION = str.maketrans("", "", string.punctuation + "。，、！？：；「」『』（）《》【】")
+_UNSPACED = re.compile(f"([{text_scores.NO_SPACES}])")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
@@ -54,8 +55,11 @@ def score(answer: str, accepted: Sequence[str]) -> Scores:
 
 
 def normalised(text: str) -> str:
-    """Lower case, without ASCII punctuation, English articles and extra white space."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    """Lower case, without ASCII and Chinese punctuation, English articles and extra white space; signs of scripts that
+    are written without spaces apart.
+    """
+    bare = _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION))
+    return " ".join(_UNSPACED.sub(r" \1 ", bare).split())
 
 
 def f1(answer: str, accepted: str) -> float:
