@@ -192,6 +192,13 @@ def test_no_mark_is_put_into_code(answer: str, marked: str) -> None:
     assert citing.unmarked(cited.text) == answer, "what is put in can be taken out"
 
 
+def test_a_name_within_a_text_without_spaces_is_a_word() -> None:
+    """With the signs around it it was one long word, which no passage holds."""
+    assert citing.words("用numpy.flip函数翻转array_1数组") == [*"用", "numpy.flip", *"函数翻转", "array_1", *"数组"]
+    passage = "numpy.flip\n可以用 numpy.flip 函数来翻转数组。"
+    assert citing.cite("用numpy.flip函数翻转数组。", [passage]).numbers == [1]
+
+
 def test_support_is_the_recall_of_rouge_l() -> None:
     scorer = RougeScorer(["rougeL"])
     texts = [

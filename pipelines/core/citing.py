@@ -25,7 +25,8 @@ _MARK = re.compile(
 _NUMBER = re.compile(r"\d+")
 _CODE = re.compile(r"```.*?(?:```|(\Z))|`[^`\n]*`", re.DOTALL)  # group 1: a block that was cut off
 _SENTENCE = re.compile(r"(?<=[.!?。！？])[\"')\]]*\s+|(?<=[。！？])|\n+")
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+(?:[._]\w+)*")  # a name such as numpy.flip is one word
+_SIGNS = "\u3040-\u30ff\u3400-\u9fff"  # a word each, also beside Latin letters
+_WORD = re.compile(rf"[{_SIGNS}]|[^\W{_SIGNS}]+(?:[._][^\W{_SIGNS}]+)*")  # a name such as numpy.flip is one word
 _UNKNOWING = re.compile(r"\b(?:i|we) (?:do not|don['’]t) know\b|\bi(?: am|['’]m) not sure\b", re.IGNORECASE)
 
 
