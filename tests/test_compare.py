@@ -36,14 +36,14 @@ IDS = tuple(f"row-{n}" for n in range(40))
 
 
 def run(root: Path, model: Path, bits: float, ids: Sequence[str] = IDS, said: str = "") -> str:
-    """A registered version whose held-out examples are `ids` and that says something to a prompt."""
+    """A registered version whose held-out examples are `ids` and that says something to a prompt of two lines."""
     original = stores.fill
 
     def fill(*args: object, **kwargs: object) -> None:
         original(*args, **kwargs)
         output = root / "artifacts/pretrain"
         stores.write_rows(output / "evaluation.parquet", bits, ids)
-        (output / "samples.md").write_text(f"# Samples\n\n**Prompt:** `def f(`\n\n- *after:* `{said or bits}`\n")
+        (output / "samples.md").write_text(f"# Samples\n\n**Prompt:** `def f(\r⏎`\n\n- *after:* `{said or bits}`\n")
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(stores, "fill", fill)
@@ -86,7 +86,7 @@ def test_scores_on_the_same_rows_agree_with_ten_lines_of_numpy(repository):
     assert score.difference[1:] == pytest.approx(np.quantile(differences, [0.025, 0.975]), abs=2e-3)
     assert score.wins is not None and score.wins.estimate == 1.0
     assert found.metrics == (("bits_per_byte", 2.5, 2.4),) and found.same_data
-    assert [tuple(sample) for sample in found.samples] == [("`def f(`", "- *after:* `one|two`", "- *after:* `2.4`")]
+    assert [tuple(sample) for sample in found.samples] == [("`def f(\r⏎`", "- *after:* `one|two`", "- *after:* `2.4`")]
     console = Console(width=160, color_system=None)
     with console.capture() as said:
         compare.show(found, console)

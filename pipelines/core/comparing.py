@@ -169,6 +169,6 @@ def _samples(root: Path, client: Any, entry: Any) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as place:
         uri = f"runs:/{entry.run_id}/{SAMPLES}"
         copied = mlflow.artifacts.download_artifacts(uri, dst_path=place, tracking_uri=store.address(root))
-        text = Path(copied).read_text(encoding="utf-8")
+        text = Path(copied).read_bytes().decode()  # a prompt may hold carriage returns, which would end its line
     parts = [part.strip().partition("\n") for part in PROMPT.split(text)[1:]]
     return {prompt.strip(): said.strip() for prompt, _, said in parts}
