@@ -144,6 +144,15 @@ def test_a_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path: Path) ->
     assert embedding.fingerprint(tiny(tmp_path / "n", seed=1)) != embedding.fingerprint(place)
 
 
+def test_a_directory_may_be_named_from_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a base may; it was taken for a name on the hub."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place = tiny(tmp_path / "m")
+    assert embedding.find("~/m") == place
+    with pytest.raises(embedding.EmbedderUnusable, match=r"re-ranker '~/none' is neither a directory, nor a hub id"):
+        embedding.find("~/none", "re-ranker")
+
+
 def test_what_cannot_embed_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(embedding.EmbedderUnusable, match=r"'nothing' is neither one of .*minilm-l6-v2.* nor a hub id"):
         embedding.find("nothing")

@@ -63,12 +63,12 @@ def find(name: str, kind: str = "embedder") -> Path:
             package = PACKAGES[name].replace("_", "-")
             raise EmbedderUnusable(f"{kind} {name}: package {package} is not installed; pip install {package}")
         return place
-    place = Path(name)
+    place = Path(name).expanduser()
     if place.is_dir():
         if not (place / "config.json").is_file():
             raise EmbedderUnusable(f"{kind} {name}: the directory has no config.json; a model directory is needed")
         return place
-    if name.count("/") == 1 and not name.startswith((".", "/")):
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
 
         try:
