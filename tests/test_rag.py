@@ -251,6 +251,15 @@ def test_queries_that_judge_nothing_are_told(tmp_path: Path, embedder: str) -> N
         assert (outputs / "index" / "README.md").read_text().endswith(f"{told}\n")
 
 
+def test_without_a_threshold_it_is_told(tmp_path: Path, embedder: str) -> None:
+    """Every question is answered then, which the README says of none."""
+    source = data(tmp_path / "data")
+    for name, changes, told in (("none", {"tuning_share": 0.0}, True), ("some", {}, False)):
+        outputs, _, context = run(tmp_path, params(embedder, pool=None, **changes), source, name)
+        assert (json.loads((outputs / "threshold.json").read_text())["threshold"] is None) == told
+        assert any("an assistant will answer whatever it is asked" in one for one in context.samples) == told
+
+
 def test_what_is_refused(tmp_path: Path, embedder: str) -> None:
     source = data(tmp_path / "data")
     with pytest.raises(ParamsError, match=r"rag.embedder: embedder 'nowhere' is neither"):

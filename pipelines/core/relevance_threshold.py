@@ -44,6 +44,10 @@ def choose(params: RagParams, queries: Queries, index: Any, context: StageContex
     """
     chosen_by = relevances(params, queries, index, True, context)
     if chosen_by is None:
+        context.say(
+            "warning: no query with a target is in the part that the threshold of relevance is chosen by "
+            "(rag.tuning_share of the groups, none of the test side): an assistant will answer whatever it is asked"
+        )
         return None
     value = retrieval_metrics.calibrate(*chosen_by)
     judged_by = relevances(params, queries, index, False, context)
