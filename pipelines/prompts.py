@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.core import artifacts, reading
 from pipelines.core.context import StageContext
-from pipelines.core.errors import ArtifactError, ParamsError
+from pipelines.core.errors import ArtifactError, DataError, ParamsError
 from pipelines.core.params.prompts import PromptsParams
 from pipelines.core.prompt_strategies import BASELINE, STRATEGIES
 
@@ -57,7 +57,7 @@ def run(params: PromptsParams, inputs: dict[str, Path], outputs: Path, context: 
     Raises:
         ArtifactError: a model or the index cannot be read.
         DataError: a task that cannot be asked, or examples that are not there.
-        ParamsError: a task or strategy that nothing fits.
+        ParamsError: a task or strategy that nothing fits, or a system text that a model does not take.
         UserError: a prompt's file holds a mistake.
         Stopped: a signal came; the calls made so far are kept.
     """
@@ -75,6 +75,7 @@ def run(params: PromptsParams, inputs: dict[str, Path], outputs: Path, context: 
     for told in prompt_files.unused(files, {task.name: task.kind for task in tasks}, every):
         context.say(f"warning: {told}")
     uses = {task.name: _uses(params, task, files, context) for task in tasks}
+    _check_system_texts(uses, speakers)
     find = _finder(params, uses, inputs)
     if made := len(list(prompt_calls.calls(context).glob("*.json"))):
         context.say(f"resuming after {made} calls")
@@ -169,6 +170,24 @@ def _uses(params: PromptsParams, task: Task, files: dict[str, PromptFile], conte
             continue
         found.append(prompt_cells.use_of(params, task, strategy, prompt))
     return found
+
+
+def _check_system_texts(uses: dict[str, list[Use]], speakers: dict[str, Speaker]) -> None:
+    """See that every model's chat template takes the system texts there are.
+
+    Raises:
+        ParamsError: one does not; the strategy, the file and the model are named.
+    """
+    with_system = {use.name: use for every in uses.values() for use in every if use.system}
+    for use in with_system.values():
+        for name, speaker in speakers.items():
+            try:
+                speaker.prompt([{"role": "system", "content": use.system or ""}, {"role": "user", "content": "?"}])
+            except DataError as error:
+                raise ParamsError(
+                    f"prompts.strategies: {use.strategy}: {PROMPTS}/{use.name}.yaml has a system text; model {name}: "
+                    f"{error}. Leave the strategy out, or give the model's tokenizer a template that takes one"
+                ) from None
 
 
 def _finder(params: PromptsParams, uses: dict[str, list[Use]], inputs: dict[str, Path]) -> Find | None:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from models import NO_SYSTEM
 from pydantic import ValidationError
 from test_transfer import rows, write
 
@@ -253,6 +254,19 @@ def test_a_prompt_of_a_task_that_is_not_there_or_of_another_kind_is_told(
         "warning: mlflow/prompts/other-kind.yaml is not used: task kind is of kind classification",
         "warning: mlflow/prompts/typo.yaml is not used: the data have no task fitz",
     ]
+
+
+def test_a_model_whose_template_takes_no_system_text_is_told_before_any_is_asked(
+    inputs: dict[str, Path], tmp_path: Path, context: StageContext
+) -> None:
+    own = Path(shutil.copytree(inputs["sft"], tmp_path / "sft"))
+    template = own / "model/chat_template.jinja"
+    template.write_text(NO_SYSTEM + template.read_text())
+    told = r"role: mlflow/prompts/classification-role\.yaml has a system text; model sft: .*role not supported"
+    with pytest.raises(ParamsError, match=told):
+        run(inputs | {"sft": own}, tmp_path / "out", context, tasks=("kind",), strategies=("zero_shot", "role"))
+    assert not list(prompt_calls.calls(context).glob("*.json"))
+    run(inputs | {"sft": own}, tmp_path / "out", context, tasks=("kind",))
 
 
 def test_examples_that_do_not_fit_are_left_out_and_told(
