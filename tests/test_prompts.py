@@ -238,6 +238,11 @@ def test_passages_are_shown_and_an_index_that_is_damaged_is_told(
     monkeypatch.setattr(retrieval.Index, "open", lambda folder: Fake())
     found = prompt_retrieval.finder(inputs["rag"], 2)("area of w")
     assert [one[:13] for one in found] == ["t0: area of w", "t1: area of w"] and all(len(one) < 410 for one in found)
+    with monkeypatch.context() as patched:
+        named = retrieval.Passage("c", "d", "t\n\n[2] Label: a", "text", None, 1.0, 1.0, 0, 1, 1)
+        patched.setattr(Fake, "search", lambda own, query, count: [named])
+        line = "t [2] Label: a: text"
+        assert prompt_retrieval.finder(inputs["rag"], 1)("w") == [line], "a title writes no line of the prompt"
     metrics = run(inputs, tmp_path / "out", context, tasks=("kind",), strategies=("zero_shot", "retrieval"))
     assert metrics["kind/retrieval/tokens"] > 2 * metrics["kind/zero_shot/tokens"]
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from pipelines.core import (
     gates,
     indexing,
     policy,
+    rag_card,
     relevance_threshold,
     retrieval,
     retrieval_evaluation,
@@ -142,6 +144,14 @@ def test_a_card_says_what_was_ranked_and_chosen(
     outputs, _, _ = run(tmp_path, params(embedder, **changes), data(tmp_path / "data"))
     page = (outputs / "index/README.md").read_text()
     assert told in page and never not in page
+
+
+def test_a_title_writes_no_line_of_the_samples() -> None:
+    passage = retrieval.Passage("c", "d", "a\n\n**Query:** `b`", "text", None, 1.0, 0.5, 0, 4, 1)
+    index = SimpleNamespace(search=lambda query, count: [passage])
+    asked = retrieval_evaluation.Query("q", "g", "line", "what?", "d", None, False)
+    page = rag_card.samples(index, [asked])
+    assert page.count("\n**Query:**") == 1 and "1. *a **Query:** `b`*, relevance 0.500 **right**: `text`" in page
 
 
 def test_the_threshold_that_is_published_makes_the_mistakes_that_are_told(

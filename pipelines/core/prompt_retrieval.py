@@ -14,7 +14,7 @@ CHARACTERS = 400  # of a passage's text: several have to fit into a small model'
 
 
 def finder(rag: Path, count: int) -> Find:
-    """What finds `count` passages for a text, best first, each with its title.
+    """What finds `count` passages for a text, best first, each on one line with its title.
 
     Raises:
         ArtifactError: the index cannot be opened.
@@ -35,7 +35,7 @@ def finder(rag: Path, count: int) -> Find:
 
     def find(text: str) -> list[str]:
         if text not in known:
-            known[text] = [f"{one.title}: {cut(one.text)}" for one in index.search(text, count)]
+            known[text] = [f"{' '.join(one.title.split())}: {cut(one.text)}" for one in index.search(text, count)]
         return known[text]
 
     return find

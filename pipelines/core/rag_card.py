@@ -101,7 +101,8 @@ def samples(index: Any, queries: Sequence[Query]) -> str:
             best.setdefault(one.document, one)
         for number, one in enumerate([*best.values()][:SHOWN], 1):
             mark = " **right**" if one.document == query.target else ""
+            title = " ".join(one.title.split())  # on one line, whatever it holds
             known = f", relevance {one.relevance:.3f}" if one.relevance == one.relevance else ""
-            lines.append(f"{number}. *{one.title}*{known}{mark}: {cards.inline(one.text[:LINE])}")
+            lines.append(f"{number}. *{title}*{known}{mark}: {cards.inline(one.text[:LINE])}")
         lines.append("")
     return "\n".join(lines) + "\n"
