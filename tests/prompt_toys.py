@@ -37,4 +37,4 @@ def chat_model(place: Path, length: int) -> Path:
 def cell(scores: list[float], tokens: int = 10) -> Cell:
     """A cell with these scores, and so many tokens a question."""
     count = len(scores)
-    return Cell(scores, [0] * count, ["x"] * count, [tokens - 1] * count, [1] * count, [0] * count, 0, 0, 0, [])
+    return Cell(scores, [0] * count, ["x"] * count, [tokens - 1] * count, [1] * count, [0] * count, 0, 0, 0, [], [])

@@ -245,6 +245,11 @@ def test_passages_are_shown_and_an_index_that_is_damaged_is_told(
         assert prompt_retrieval.finder(inputs["rag"], 1)("w") == [line], "a title writes no line of the prompt"
     metrics = run(inputs, tmp_path / "out", context, tasks=("kind",), strategies=("zero_shot", "retrieval"))
     assert metrics["kind/retrieval/tokens"] > 2 * metrics["kind/zero_shot/tokens"]
+    told = "kind, retrieval, sft: 6 of 6 questions had no room for 2 passages (prompts.max_prompt_tokens: 480)"
+    assert any(told in one for one in context.samples)
+    context.samples.clear()
+    run(inputs, tmp_path / "out", context, tasks=("kind",), strategies=("zero_shot", "retrieval"), passages=1)
+    assert not any("no room" in one for one in context.samples)
 
 
 def test_a_prompt_of_a_task_that_is_not_there_or_of_another_kind_is_told(

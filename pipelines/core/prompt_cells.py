@@ -55,6 +55,7 @@ class Cell(NamedTuple):
     unparsed: int  # those without one
     ties: int  # votes that two options won
     prior: list[float]  # what calibrates; [] where nothing does
+    left_out: list[int]  # passages that there was no room for
 
     @property
     def tokens(self) -> float:
@@ -72,7 +73,7 @@ class _Asked(NamedTuple):
 
     ids: list[list[int]]
     shown: list[int]
-    passages: list[int]
+    left_out: list[int]  # passages
 
 
 def use(prompt: PromptFile, strategy: str, instruction: str | None, how: How, pool: Pool, shots: int, seed: int) -> Use:
@@ -135,7 +136,7 @@ def ask(
         texts = [one.options[number or 0] for one, number in zip(questions, answers, strict=True)]
         spent = [one.tokens[number or 0] for one, number in zip(scored, answers, strict=True)]
         scores = [float(one.label == number) for one, number in zip(questions, answers, strict=True)]
-        return Cell(scores, answers, texts, sizes, spent, asked.shown, 0, 0, 0, calibrates)
+        return Cell(scores, answers, texts, sizes, spent, asked.shown, 0, 0, 0, calibrates, asked.left_out)
     count, temperature = (params.votes, params.temperature) if strategy.votes else (1, 0.0)
     seed = int(prompt_rendering.hashed(params.seed, task.name, asks.strategy), 16) % 2**31
     said = speaker.texts(asked.ids, count, params.max_new_tokens, temperature, seed, what)
@@ -143,7 +144,7 @@ def ask(
     if not questions[0].options:
         written = [one.texts[0] for one in said]
         scores = [text_scores.chrf(text, one.answer) for text, one in zip(written, questions, strict=True)]
-        return Cell(scores, [None] * len(said), written, sizes, spent, asked.shown, 0, 0, 0, [])
+        return Cell(scores, [None] * len(said), written, sizes, spent, asked.shown, 0, 0, 0, [], asked.left_out)
     return _voted(asks, questions, [one.texts for one in said], (sizes, spent, asked.shown))
 
 
@@ -169,7 +170,7 @@ def _voted(
         unparsed += found.count(None)
         ties += tied
     scores = [float(one.label == answer) for one, answer in zip(questions, answers, strict=True)]
-    return Cell(scores, answers, kept, *sizes, sum(map(len, texts)), unparsed, ties, [])
+    return Cell(scores, answers, kept, *sizes, sum(map(len, texts)), unparsed, ties, [], [])
 
 
 def _fitted(
@@ -181,7 +182,7 @@ def _fitted(
     made = _Asked([], [], [])
     for question in questions:
         shown = choose(question.columns)
-        passages = find("\n".join(question.columns.values())) if find is not None else []
+        found = passages = find("\n".join(question.columns.values())) if find is not None else []
         while True:
             turns = prompt_rendering.messages(chat, question.columns, question.options, shown, passages)
             ids = speaker.prompt(turns)
@@ -196,7 +197,7 @@ def _fitted(
                     f"{asks.name}, row {question.id}: {len(ids)} tokens without an example, and there is room "
                     f"for {room}: raise prompts.max_prompt_tokens, as far as the model's context goes"
                 )
-        for column, value in zip(made, (ids, len(shown), len(passages)), strict=True):
+        for column, value in zip(made, (ids, len(shown), len(found) - len(passages)), strict=True):
             column.append(value)  # type: ignore[attr-defined]  # three lists, each of its own type
     return made
 

@@ -80,12 +80,14 @@ def compare(
 def _validated(
     params: PromptsParams, task: Task, use: Use, speaker: Speaker, find: Find | None, context: StageContext
 ) -> Cell:
-    """A cell of the matrix; says where examples did not fit."""
+    """A cell of the matrix; says where examples or passages did not fit."""
     cell = prompt_cells.ask(params, use, task, task.validation, speaker, find=find)
     whole = len(use.pool) if use.how == "given" else min(use.shots, len(use.pool))
-    if short := sum(number < whole for number in cell.shown):
-        context.say(
-            f"warning: {task.name}, {use.strategy}, {speaker.name}: {short} of {len(cell.shown)} questions had no room "
-            f"for {whole} examples (prompts.max_prompt_tokens: {params.max_prompt_tokens}) and were shown fewer"
-        )
+    missing = sum(number < whole for number in cell.shown), sum(map(bool, cell.left_out))
+    for short, what in zip(missing, (f"{whole} examples", f"{params.passages} passages"), strict=True):
+        if short:
+            context.say(
+                f"warning: {task.name}, {use.strategy}, {speaker.name}: {short} of {len(cell.shown)} questions had no "
+                f"room for {what} (prompts.max_prompt_tokens: {params.max_prompt_tokens}) and were shown fewer"
+            )
     return cell

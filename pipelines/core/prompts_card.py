@@ -102,7 +102,8 @@ def card(
         lines.append(f"Texts without an option count as wrong: {judged.test.unparsed} of {judged.test.written}.\n")
     if strategy.passages:
         lines.append(
-            f"It shows {params.passages} passages of the index of stage rag, an open book: where the knowledge holds "
+            f"It shows {params.passages} passages of the index of stage rag, or as many as fit into "
+            f"{params.max_prompt_tokens} tokens, an open book: where the knowledge holds "
             "what the task was made from, the answer may stand in a passage.\n"
         )
     example = task.pool[0] if task.pool else task.validation[0]
