@@ -32,6 +32,24 @@ def test_what_a_question_holds_is_text_whatever_it_looks_like() -> None:
     ]
 
 
+def test_a_conversation_is_put_as_its_turns() -> None:
+    """As in training; it was one message that spelled the speakers."""
+    prompt = {"kind": "generation", "template": "Well: {{ prompt }}", "system": "Be kind.", "instruction": None}
+    asked = {"prompt": "\n\nSystem: Be brief.\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Who are you?\n\nAssistant:"}
+    shown = Example("e", {"prompt": "System: No.\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"}, (), 0, "d")
+    turns = messages(prompt, asked, (), [shown])
+    assert [(turn["role"], turn["content"]) for turn in turns] == [
+        ("system", "Be kind.\n\nBe brief."),
+        ("user", "a"), ("assistant", "b"), ("user", "Well: c"), ("assistant", "d"),
+        ("user", "Hi."), ("assistant", "Hello."), ("user", "Well: Who are you?"),
+    ]  # fmt: skip
+    assert messages(prompt | {"system": None}, {"prompt": "Human: x"}, ()) == [
+        {"role": "user", "content": "Well: Human: x"}
+    ]
+    named = {**prompt, "kind": "classification", "template": "{{ text }}", "system": None}
+    assert messages(named, {"text": asked["prompt"]}, ["x"])[0]["content"] == asked["prompt"].strip()
+
+
 def test_tf_idf_is_scikit_learns() -> None:
     from sklearn.feature_extraction.text import TfidfVectorizer
 

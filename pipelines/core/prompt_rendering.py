@@ -11,8 +11,9 @@ Learners", 2020, section 2.1). They are:
 * **given**: those of a list, in its order.
 
 Chosen ones are as many of one label as of another, in turns: a model repeats the answer it has seen most (Zhao et al.,
-"Calibrate Before Use", 2021). A question is never its own example. This file imports nothing of the project: a
-registered prompt carries it along.
+"Calibrate Before Use", 2021). A question is never its own example. A prompt of a generation that is a transcript is put
+as its turns, as in training. This file imports nothing of the project but `transcripts`: a registered prompt carries
+both along.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any, Literal, NamedTuple
+
+# In the project `pipelines.core.transcripts`; beside a registered model `transcripts`.
+transcripts: Any = import_module(f"{__package__}.transcripts" if __package__ else "transcripts")
 
 How = Literal["none", "fixed", "random", "similar", "given"]
 Message = dict[str, str]
@@ -84,17 +89,28 @@ def messages(
         ValueError: see `render`.
     """
     turns: list[Message] = []
-    if prompt["system"]:
-        turns.append({"role": "system", "content": prompt["system"].strip()})
+    system = [prompt["system"].strip()] if prompt["system"] else []
     asked = [(one.columns, one.options, one.answer) for one in shown] + [(dict(columns), tuple(options), None)]
-    for own, among, answer in asked:
+    for given, among, answer in asked:
+        before, own = _conversation(prompt["kind"], given)
+        if answer is None:
+            system += [turn["content"] for turn in before if turn["role"] == "system"]
+        turns += [turn for turn in before if turn["role"] != "system"]
         values = {**own, "options": listed(prompt["kind"], among), "instruction": (prompt["instruction"] or "").strip()}
         if passages:
             values["passages"] = "\n".join(f"[{number}] {text}" for number, text in enumerate(passages, 1))
         turns.append({"role": "user", "content": render(prompt["template"], values)})
         if answer is not None:
             turns.append({"role": "assistant", "content": answer})
-    return turns
+    return [*([{"role": "system", "content": "\n\n".join(system)}] if system else []), *turns]
+
+
+def _conversation(kind: str, columns: Mapping[str, str]) -> tuple[list[Message], dict[str, str]]:
+    """The turns before the last of a prompt that is a conversation, and the columns with that one as the prompt."""
+    if kind != "generation":
+        return [], dict(columns)
+    *before, last = transcripts.messages_of(columns["prompt"])
+    return before, {**columns, "prompt": last["content"]}
 
 
 def listed(kind: str, options: Sequence[str]) -> str:

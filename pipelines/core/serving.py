@@ -96,7 +96,9 @@ def _prompt(folder: Path) -> Served:
     message = Object([Property(name, DataType.string) for name in ("role", "content")])
     made = Schema([ColSpec(Array(message), "messages")])
     return Served(
-        str(HERE / "serving_prompt.py"), [str(HERE / "prompt_rendering.py"), CELLS], ModelSignature(asked, made)
+        str(HERE / "serving_prompt.py"),
+        [*(str(HERE / f"{name}.py") for name in ("prompt_rendering", "transcripts")), CELLS],
+        ModelSignature(asked, made),
     )
 
 

@@ -1,8 +1,8 @@
 """A chosen prompt as MLflow serves it ("models from code"): a task's columns in, the messages for a chat model out.
 
-MLflow copies this file, and `prompt_rendering.py` beside it, into the prompt's folder and runs them there, on machines
-that have nothing else of this project. So it imports nothing from `pipelines`, and its last line, which MLflow's format
-asks for, acts at import.
+MLflow copies this file, `prompt_rendering.py` and what that imports into the prompt's folder and runs them there, on
+machines that have nothing else of this project. So it imports nothing from `pipelines`, and its last line, which
+MLflow's format asks for, acts at import.
 
 Input: the columns that `prompt.yaml` names: the question's, `choices` (a list of texts) where each question has its
 own, and `passages` (a list of texts, best first) where the prompt shows some. Output: `messages`, a list of `role` and
