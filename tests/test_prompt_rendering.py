@@ -60,6 +60,14 @@ def test_tf_idf_is_scikit_learns() -> None:
     assert tf_idf(TEXTS)("zebra") == [0.0] * len(TEXTS)
 
 
+def test_examples_are_alike_in_scripts_without_spaces_too() -> None:
+    """Each text was one word, and examples were drawn by lot."""
+    texts = ["把数组上下翻转。", "打开一个网络连接。", "เปิดการเชื่อมต่อเครือข่าย", "กลับลำดับของอาร์เรย์"]
+    for asked, nearest in (("怎样翻转数组", 0), ("怎样打开连接", 1), ("กลับอาร์เรย์", 3)):
+        scores = tf_idf(texts)(asked)
+        assert scores.index(max(scores)) == nearest and max(scores) > 0.2
+
+
 def test_examples_are_balanced_and_never_the_question() -> None:
     assert balanced([4, 3, 2, 1, 0], [0, 1, 0, 1, 0], 3) == [4, 3, 2]
     assert balanced([0, 2, 4, 1], [0, 1, 0, 1, 0], 4) == [0, 1, 2, 4]

@@ -41,7 +41,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {  # of a question, by kind of task; each 
 }
 NUMBERED = "choice"  # the kind whose options are candidates, so long that an answer may give the number
 VARIABLE = re.compile(r"\{\{\s*([A-Za-z0-9_]+)\s*\}\}")
-_WORD = re.compile(r"(?u)\b\w\w+\b")
+# Thai, Lao, Burmese, Khmer, kana and Han: written without spaces, each sign counts as a word.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]{{2,}}")
+_GOES_ON = re.compile(rf"[{_UNSPACED}\u3130-\u318f\uac00-\ud7af]\Z")  # behind it a word may go on, as in Korean
 
 
 class Example(NamedTuple):
