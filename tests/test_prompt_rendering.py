@@ -113,6 +113,23 @@ def test_a_number_is_an_option_s_place_where_options_are_numbers_too() -> None:
     assert extract("(.+)", "1", "classification", options) == 1
 
 
+def test_a_name_that_is_part_of_a_longer_one_is_not_told_by_it() -> None:
+    options = ["good", "very good", "C", "C++", ".net"]
+    told = {"very good, as it works": 1, "good, as it works": 0, "very good or good": None, "C++ as it is quick": 3,
+            "C as it is quick": 2, "C or C++": None, "the .net framework": 4, "goodness": None}  # fmt: skip
+    assert {text: extract("is (.+)", f"is {text}", "classification", options) for text in told} == told
+
+
+def test_a_name_with_an_ending_behind_it_is_told() -> None:
+    """Korean, Chinese and Japanese answers hardly ever end behind the name: all of them were left without an option."""
+    for options, told in (
+        (["긍정", "부정"], {"긍정입니다.": 0, "부정적이다": 1, "비긍정": None, "긍정이나 부정": None}),
+        (["正面", "负面"], {"负面的。": 1, "正面评价": 0}),
+        (["肯定", "不肯定"], {"不肯定です": 1}),
+    ):
+        assert {text: extract("[은是は] ?(.+)", f"답은 {text}", "classification", options) for text in told} == told
+
+
 def test_votes_and_ties() -> None:
     assert vote([1, 0, 1]) == (1, False)
     assert vote([2, 0, None, 0, 2]) == (2, True), "of two that are as frequent the one that was given first"

@@ -180,7 +180,8 @@ def extract(pattern: str, text: str, kind: str, options: Sequence[str]) -> int |
     """Number of the option that an answer gives, from 0; None where it gives none, or more than one.
 
     Group 1 of the last match of `pattern` is read: where options are numbered a number, before what that option or
-    another one says; else an option's name; or the one option whose name occurs in it.
+    another one says; else an option's name; or the one option whose name occurs
+    in it, other than as part of a longer name.
     """
     found = list(re.finditer(pattern, text, re.IGNORECASE))
     if not found:
@@ -195,7 +196,10 @@ def extract(pattern: str, text: str, kind: str, options: Sequence[str]) -> int |
         return names.index(said)
     if number is not None:
         return number
-    within = [place for place, name in enumerate(names) if name and re.search(rf"\b{re.escape(name)}(?!\w)", said)]
+    longest = sorted({*names} - {""}, key=len, reverse=True)  # `very good` is not `good`
+    ends = (re.escape(name) + ("" if _GOES_ON.search(name) else r"(?!\w)") for name in longest)
+    told = set(re.findall(rf"(?<!\w)(?:{'|'.join(ends)})", said)) if longest else set()
+    within = [place for place, name in enumerate(names) if name in told]
     return within[0] if len(within) == 1 else None
 
 
