@@ -245,6 +245,17 @@ def test_many_documents_that_say_the_same_leave_room_for_others(tmp_path: Path) 
         assert len(index.search("routing of this object", 9, method=method)) == 5, "there are no more"
 
 
+def test_more_passages_than_a_cross_encoder_reads_by_default_are_all_read(tmp_path: Path) -> None:
+    """Thirty came, whatever was asked for."""
+    documents = [{"id": f"d{n}", "title": f"x{n}", "text": text} for n, text in enumerate(random_texts(45))]
+    embedder, reranker = tiny(tmp_path / "embedder"), tiny(tmp_path / "reranker", labels=1)
+    made = indexing.Settings(embedder=str(embedder), reranker=str(reranker), size=60)
+    indexing.build(documents, tmp_path / "index", made)
+    found = retrieval.Index.open(tmp_path / "index").search("w1 w2", 40, method="reranked", distinct=False)
+    assert len(found) == 40 > retrieval.RERANKED
+    assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
+
+
 @pytest.mark.parametrize("method", ["bm25", "dense", "hybrid", "reranked"])
 def test_rankings_name_each_document_once_and_those_of_the_pool_alone(index: retrieval.Index, method: str) -> None:
     queries = ["sort rows by key", "numpy flip array"]

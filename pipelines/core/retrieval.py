@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 FORMAT = 1
 METHODS = ("bm25", "dense", "hybrid", "reranked")
 DEPTH = 100  # documents of either ranking that are fused, unless more are asked for
-RERANKED = 30  # passages a cross-encoder reads
+RERANKED = 30  # passages a cross-encoder reads, unless more are asked for
 
 Where = Callable[[Mapping[str, Any]], bool]
 Numbers = NDArray[np.int64]
@@ -192,7 +192,7 @@ class Index:
                 break
             depth *= 4  # a hundred documents may all say the same
         if method == "reranked":
-            return self._reranked(query, vector, found[:RERANKED], count)
+            return self._reranked(query, vector, found[: max(RERANKED, count)], count)
         return self._passages(found[:count], scores[:count], vector)
 
     def rankings(
