@@ -176,6 +176,14 @@ def test_titles_without_a_text_do_not_repeat_each_other(embedder: str, tmp_path:
     assert len(retrieval.Index.open(tmp_path).search("about snow", 3)) == 3
 
 
+def test_blanks_without_end_are_no_passage(embedder: str, tmp_path: Path) -> None:
+    """In code, where lines stay whole, they could fill a chunk, which was found by its title and said nothing."""
+    code = "```\n" + "x" * 236 + "\n\n\n" + " " * 500 + "\n" + "y" * 30 + "\n```\n"
+    build([{"id": "a", "title": "code", "text": code}], tmp_path / "a", embedder)
+    found = pq.read_table(tmp_path / "a" / "chunks.parquet").to_pylist()
+    assert len(found) > 1 and all(row["text"].strip() for row in found)
+
+
 def test_bad_knowledge_and_dials_are_refused_by_name(embedder: str, tmp_path: Path) -> None:
     for rows in ([], [{"id": "a", "title": "", "text": " \n"}]):
         with pytest.raises(DataError, match="knowledge has no document with a text; accepted: at least one"):

@@ -199,12 +199,12 @@ def _chunks(
             spans[name] = [list(chunk) for chunk in cut]
     cache.keep(spans)
     digest = hashlib.sha256()
-    found: list[_Chunk] = []
-    count = 0
+    found, count = list[_Chunk](), 0
     for name, row in zip(keys, documents, strict=True):
         digest.update(json.dumps([row["id"], name, row.get("url"), row.get("source")]).encode())
         text, line, at = row["text"], 1, 0
-        for part, (title, start, end) in enumerate(spans[name]):
+        said = [span for span in spans[name] if text[span[1] : span[2]].strip() or not span[2]]  # no blanks
+        for part, (title, start, end) in enumerate(said):
             line, at = line + text.count("\n", min(at, start), start) - text.count("\n", start, max(at, start)), start
             found.append(
                 _Chunk(f"{row['id']}#{part}", row["id"], part, title, text[start:end], row.get("url"),
