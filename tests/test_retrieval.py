@@ -245,6 +245,28 @@ def test_many_documents_that_say_the_same_leave_room_for_others(tmp_path: Path) 
         assert len(index.search("routing of this object", 9, method=method)) == 5, "there are no more"
 
 
+def test_few_long_documents_are_not_ranked_to_their_last_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are never as many documents as a ranking would reach; whoever asks for all of their chunks gets them."""
+    texts = random_texts(400)
+    documents = [{"id": f"d{n}", "title": "", "text": ".\n\n".join(texts[n::3])} for n in range(3)]
+    made = indexing.Settings(embedder=str(tiny(tmp_path / "embedder")), size=40, overlap=0.0)
+    chunks = indexing.build(documents, tmp_path / "index", made).chunks
+    index, asked = retrieval.Index.open(tmp_path / "index"), list[int]()
+    monkeypatch.setattr(retrieval, "DEPTH", 4)
+    for part in (index._bm25, index._nearest):
+
+        def noting(query: Any, count: int, allowed: Any, search: Any = part.search) -> Any:
+            asked.append(count)
+            return search(query, count, allowed)
+
+        monkeypatch.setattr(part, "search", noting)
+    assert len(index.search("w1 w2", 2, distinct=False)) == 2
+    assert max(asked) == 4 * retrieval.DEEPEST < chunks
+    for method in ("dense", "hybrid"):
+        found = index.search("w1 w2", 1000, method=method, distinct=False)
+        assert len({one.chunk for one in found}) == len(found) == chunks
+
+
 def test_more_passages_than_a_cross_encoder_reads_by_default_are_all_read(tmp_path: Path) -> None:
     """Thirty came, whatever was asked for."""
     documents = [{"id": f"d{n}", "title": f"x{n}", "text": text} for n, text in enumerate(random_texts(45))]

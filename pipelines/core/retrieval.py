@@ -32,6 +32,7 @@ FORMAT = 1
 METHODS = ("bm25", "dense", "hybrid", "reranked")
 DEPTH = 100  # documents of either ranking that are fused, unless more are asked for
 RERANKED = 30  # passages a cross-encoder reads, unless more are asked for
+DEEPEST = 32  # chunks of a ranking for each of those documents, at most: few and long ones would take all there are
 
 Where = Callable[[Mapping[str, Any]], bool]
 Numbers = NDArray[np.int64]
@@ -101,8 +102,7 @@ class Index:
         import pyarrow.parquet as pq
 
         self.folder, self.manifest, self._reading = folder, manifest, threading.Lock()
-        self.fusion_k = float(manifest["fusion"]["k"])
-        self.dense_weight = float(manifest["fusion"]["dense_weight"])
+        self.fusion_k, self.dense_weight = (float(manifest["fusion"][name]) for name in ("k", "dense_weight"))
         try:
             self._texts = pq.ParquetFile(folder / "chunks.parquet", memory_map=True)
             names = [name for name in self._texts.schema_arrow.names if name != "text"]  # read when it is shown
@@ -181,10 +181,10 @@ class Index:
         """
         self._check(query, method)
         vector = self.embedder.query(query)
-        allowed, depth = self._allowed(None, exclude, where), max(DEPTH, count)
+        allowed, depth, seen = self._allowed(None, exclude, where), max(DEPTH, count), -1
         while True:
             found, scores = self._found(query, vector, method, depth, allowed)
-            exhausted = len(np.unique(self._document[found])) < depth
+            exhausted, seen = len(found) == seen and len(np.unique(self._document[found])) < depth, len(found)
             if distinct:
                 kept = np.sort(np.unique(self._near[found], return_index=True)[1])
                 found, scores = found[kept], scores[kept]
@@ -267,11 +267,11 @@ class Index:
         return fused
 
     def _deep(self, ranked: Callable[[int], tuple[Numbers, Scores]], depth: int) -> tuple[Numbers, Scores]:
-        """A ranking that reaches `depth` documents, if there are so many."""
-        count = 2 * depth
+        """A ranking that reaches `depth` documents, if there are so many and they are not too long."""
+        count, most = 2 * depth, DEEPEST * max(depth, DEPTH)
         while True:
             found, scores = ranked(count)
-            if len(found) < count or len(np.unique(self._document[found])) >= depth:
+            if len(found) < count or count >= most or len(np.unique(self._document[found])) >= depth:
                 return found, scores
             count *= 4
 
