@@ -112,3 +112,21 @@ def test_vocabularies_of_other_sizes_and_special_tokens(known: Any, tmp_path: Pa
         student_checks.check_same_tokenizer(teacher, directory(tmp_path / "pad", swapped))
     with pytest.raises(ArtifactError, match="no such directory"):
         student_checks.check_same_tokenizer(teacher, tmp_path / "nowhere")
+
+
+def test_tokens_that_one_of_two_tokenizers_finds_whole_in_a_text(known: Any, tmp_path: Path) -> None:
+    """The vocabulary is the same, what a text is split into is not."""
+    teacher = directory(tmp_path / "teacher", known)
+    ids = known.get_vocab()
+    word = next(token for token in ids if token.isascii() and token.isalpha() and f"Ġ{token}" in ids)
+    other = copy.deepcopy(known)
+    other.add_tokens([word])
+    assert other.get_vocab() == ids and other(f" {word}")["input_ids"] != known(f" {word}")["input_ids"]
+    with pytest.raises(ArtifactError, match=rf"{word}' \(id {ids[word]}\) is an added token of the student's alone"):
+        student_checks.check_same_tokenizer(teacher, directory(tmp_path / "whole", other))
+
+    def swallow(whole: Any) -> None:
+        whole["added_tokens"][-1]["lstrip"] = True
+
+    with pytest.raises(ArtifactError, match=r"of the added token .* lstrip is False and True"):
+        student_checks.check_same_tokenizer(teacher, changed(tmp_path / "swallows", known, swallow))

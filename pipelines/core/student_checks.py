@@ -82,7 +82,8 @@ def check_same_rows(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
 def check_same_tokenizer(teacher_dir: Path, student_dir: Path) -> None:
     """Whether two model directories split every text into the same ids.
 
-    Compared are the vocabularies, the special tokens, the merges, and how text is cleaned and cut before.
+    Compared are the vocabularies, the special tokens, those that are found in a text before it is cut, the merges, and
+    how text is cleaned and cut.
 
     Raises:
         ArtifactError: a directory holds no fast tokenizer; or they differ: the message names the first token
@@ -92,7 +93,8 @@ def check_same_tokenizer(teacher_dir: Path, student_dir: Path) -> None:
     different = (
         _different_token(teacher, student)
         or _different_special(teacher, student)
-        or _different_part(_parts(teacher), _parts(student))
+        or _different_added(_whole(teacher), _whole(student))
+        or _different_part(_whole(teacher), _whole(student))
     )
     if different:
         raise ArtifactError(
@@ -132,9 +134,26 @@ def _different_special(teacher: Any, student: Any) -> str | None:
     return None
 
 
-def _parts(tokenizer: Any) -> dict[str, Any]:
-    whole = json.loads(tokenizer.backend_tokenizer.to_str())
-    return {name: whole[name] for name in PARTS}
+def _whole(tokenizer: Any) -> dict[str, Any]:
+    """As tokenizer.json has it."""
+    whole: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return whole
+
+
+def _different_added(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    """The first token (the lowest id) that only one of the two finds whole in a text, or that they find otherwise."""
+    added: list[dict[int, dict[str, Any]]] = [
+        {one["id"]: one for one in whole["added_tokens"]} for whole in (theirs, ours)
+    ]
+    unused = () if theirs["normalizer"] or ours["normalizer"] else ("normalized",)
+    for number in sorted(added[0].keys() | added[1].keys()):
+        left, right = (one.get(number, {}) for one in added)
+        token = f"{(left | right)['content']!r} (id {number})"
+        if not left or not right:
+            return f"{token} is an added token of the {'teacher' if left else 'student'}'s alone"
+        if odd := [key for key in left if key not in unused and left[key] != right[key]]:
+            return f"of the added token {token} {odd[0]} is {left[odd[0]]} and {right[odd[0]]}"
+    return None
 
 
 def _different_part(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
