@@ -184,6 +184,8 @@ def test_refused_and_nothing_left_behind(tmp_path: Path, monkeypatch: pytest.Mon
     config = json.loads((place / "config.json").read_text())
     (place / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
     refused("hidden_act is 'gelu'")
+    (place / "config.json").write_text(json.dumps(config | {"model_type": "qwen3", "attention_bias": True}))
+    refused("attention_bias is true; llama.cpp's qwen3 has none")
     (place / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     refused("'gpt2' cannot be exported; supported: llama, mistral, qwen2, qwen3")
     (place / "config.json").unlink()

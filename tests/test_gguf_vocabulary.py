@@ -128,6 +128,10 @@ def test_what_is_put_around_a_text() -> None:
     known.add_tokens([AddedToken("<mask>", lstrip=True)])
     with pytest.raises(ArtifactError, match="'<mask>' .id 300. swallows spaces"):
         gguf_vocabulary.read(known, 301)
+    endless = tokenizer()
+    endless.eos_token = None
+    with pytest.raises(ArtifactError, match="no EOS; without one llama.cpp ends a text at token 11"):
+        gguf_vocabulary.read(endless, 300)
 
 
 def test_several_chat_templates(tmp_path: Path) -> None:

@@ -159,6 +159,8 @@ def _architecture(place: Path) -> Any:
         raise ArtifactError(f"{place}: the model is quantized; export the one it was made from")
     if config.hidden_act != "silu":
         raise ArtifactError(f"{place}: hidden_act is {config.hidden_act!r}; llama.cpp computes silu")
+    if config.model_type == "qwen3" and config.attention_bias:
+        raise ArtifactError(f"{place}: attention_bias is true; llama.cpp's qwen3 has none and loads no such file")
     rope = config.rope_parameters
     known = {"default", "linear"} | ({"llama3"} if ARCHITECTURES[config.model_type] == gguf.MODEL_ARCH.LLAMA else set())
     if rope["rope_type"] not in known or rope.get("partial_rotary_factor", 1.0) != 1.0:

@@ -68,6 +68,10 @@ def read(tokenizer: Any, rows: int) -> Vocabulary:
                 "(lstrip, rstrip, single_word), which a GGUF file cannot say"
             )
         types[index] = CONTROL if added.special else USER_DEFINED
+    if tokenizer.eos_token_id is None:
+        raise ArtifactError(
+            f"tokenizer: it has no EOS; without one llama.cpp ends a text at token 11 ({tokens[11]!r}): set eos_token"
+        )
     add_bos, add_eos = _wrapping(tokenizer)
     template = tokenizer.chat_template
     if isinstance(template, dict):
