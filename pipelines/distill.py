@@ -136,12 +136,18 @@ def measure(
 
 
 def _load(params: DistillParams, place: Path | str, dtype: Any, context: StageContext) -> Any:
-    """A model of a directory; its attention can be looked at where that is matched."""
-    from pipelines.core import attention, scoring
+    """A model of a directory; its attention can be looked at where that is matched.
+
+    Raises:
+        ArtifactError: no model, or a quantized one.
+    """
+    from pipelines.core import attention, scoring, student_checks
 
     longest = max(params.max_length, params.max_prompt_tokens + params.max_new_tokens, scoring.WINDOW)
     kind = "eager" if params.weights.attention else attention.choose(context.device, longest)
-    return language_models.load(str(place), dtype, kind).to(context.device)
+    model = language_models.load(str(place), dtype, kind)
+    student_checks.check_whole(model, place)
+    return model.to(context.device)
 
 
 def _student(

@@ -13,10 +13,10 @@ from models import model, tokenizer
 from pydantic import ValidationError
 from test_int8 import tiny
 from test_reward import write
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipelines import distill
-from pipelines.core import artifacts, distill_data, distilling, segments, speed
+from pipelines.core import artifacts, distill_data, distilling, int8, segments, speed
 from pipelines.core.context import StageContext, Stopped
 from pipelines.core.errors import ArtifactError, DataError, ParamsError
 from pipelines.core.params.distill import DistillParams, Terms
@@ -259,6 +259,11 @@ def test_bad_input_is_told_before_training(inputs: dict[str, Path], tmp_path: Pa
     tokenizer_of.save_pretrained(tmp_path / "bad")
     with pytest.raises(ArtifactError, match="NaN"):
         run(inputs, tmp_path, teacher=str(tmp_path / "bad"))
+    int8.quantize(AutoModelForCausalLM.from_pretrained(inputs["ppo"] / "model")).save_pretrained(tmp_path / "int8")
+    padded = AutoTokenizer.from_pretrained(inputs["ppo"] / "model")
+    padded.save_pretrained(tmp_path / "int8")  # in a process that knew no such format codes were taken for weights
+    with pytest.raises(ArtifactError, match="int8: the model is quantized; name the one it was made from"):
+        run(inputs, tmp_path, teacher=str(tmp_path / "int8"), **RANDOM)
     tiny("stablelm").save_pretrained(tmp_path / "stablelm")
     tokenizer_of.save_pretrained(tmp_path / "stablelm")
     with pytest.raises(ArtifactError, match="architecture stablelm cannot be sampled from"):

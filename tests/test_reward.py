@@ -18,7 +18,7 @@ from models import model, tokenizer, windowed
 from safetensors.torch import load_file
 
 from pipelines import reward
-from pipelines.core import artifacts, chats, k_way, reward_examples, reward_model
+from pipelines.core import artifacts, chats, int8, k_way, reward_examples, reward_model
 from pipelines.core.context import StageContext, Stopped
 from pipelines.core.errors import ArtifactError, DataError, ParamsError
 from pipelines.core.params.reward import RewardParams
@@ -180,6 +180,17 @@ def test_mean_log_probabilities_are_the_plain_models(known: Any, tmp_path: Path,
                 logits = causal(input_ids=torch.tensor([opening + answer])).logits[0]
             each = torch.log_softmax(logits[len(opening) - 1 : -1], dim=1)
             assert value == pytest.approx(float(each[range(len(answer)), answer].mean()), abs=1e-5)
+
+
+def test_a_quantized_reward_model_is_refused(known: Any, tmp_path: Path, context: StageContext) -> None:
+    """Named in ppo.rewards, its codes were read as weights, without their scales and without a word."""
+    model(known).save_pretrained(tmp_path / "sft")
+    judge = reward_model.initial(tmp_path / "sft", known, 3, torch.float32, "sdpa")
+    judge.config.reward_mean = 0.0
+    int8.quantize(judge).save_pretrained(tmp_path / "int8")
+    known.save_pretrained(tmp_path / "int8")
+    with pytest.raises(ArtifactError, match="int8: the reward model is quantized; name the one it was made from"):
+        reward_model.load(tmp_path / "int8", context)
 
 
 def test_no_classifier_of_this_architecture(known: Any, tmp_path: Path) -> None:

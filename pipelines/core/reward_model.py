@@ -197,6 +197,8 @@ def _classifier(place: Path, dtype: torch.dtype, kind: str, new_head: bool) -> A
         model, told = AutoModelForSequenceClassification.from_pretrained(place, output_loading_info=True, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{place.name}: no reward model can be made of it: {error}") from None
+    if getattr(model.config, "quantization_config", None) is not None:  # whose codes were read as weights
+        raise ArtifactError(f"{place}: the reward model is quantized; name the one it was made from")
     head = getattr(model, HEAD, None)
     if head is None or tuple(head.weight.shape[:1]) != (1,) or getattr(head, "bias", None) is not None:
         raise ArtifactError(

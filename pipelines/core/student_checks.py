@@ -42,6 +42,15 @@ def check_smaller(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
         )
 
 
+def check_whole(model: PreTrainedModel, place: Path | str) -> None:
+    """Raises ArtifactError where the model in `place` is quantized.
+
+    transformers reads codes of a format that it does not know as weights, and drops their scales.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ArtifactError(f"{place}: the model is quantized; name the one it was made from")
+
+
 def check_finite(model: PreTrainedModel, place: Path | str) -> None:
     """Raises ArtifactError where a weight of the model read from `place` is NaN or infinite; names the tensor."""
     for name, values in model.state_dict().items():
