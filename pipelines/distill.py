@@ -156,13 +156,15 @@ def _student(
     """The student before training, in fp32, and which of the teacher's blocks it is made of, if it is.
 
     Raises:
-        ParamsError: `keep_layers` is more than the teacher has; what is to be read does not fit the context.
-        ArtifactError: another tokenizer, or more parameters than the teacher has.
+        ParamsError: `keep_layers` is more than the teacher has; more parameters than it has; what is to be read does
+            not fit the context.
+        ArtifactError: another tokenizer, or one with tokens that the teacher has no row for.
     """
     import torch
 
-    from pipelines.core import sampling, student_checks, students
+    from pipelines.core import packing, sampling, student_checks, students
 
+    packing.check_rows(tokenizer, teacher.get_input_embeddings().weight.shape[0])
     kept: list[int] = []
     if params.student == "layers":
         assert params.keep_layers is not None
@@ -177,8 +179,8 @@ def _student(
         model = students.from_directory(own, attention=teacher.config._attn_implementation)
         student_checks.check_finite(model, params.student)
     model = model.float().to(context.device)
+    student_checks.check_same_rows(teacher, model)  # first: rows that are too many are parameters that are, too
     student_checks.check_smaller(teacher, model)
-    student_checks.check_same_rows(teacher, model)
     student_checks.check_context(params, teacher, model)
     language_models.body_and_head(model)
     sampling.check(model)

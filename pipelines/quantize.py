@@ -57,7 +57,7 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
         ArtifactError: a model that cannot be made smaller, or does not fit into memory.
         Stopped: a signal came; the variants that are finished are kept.
     """
-    from pipelines.core import policy_answers, quantization, quantization_checks, quantize_evaluation, variants
+    from pipelines.core import packing, policy_answers, quantization, quantization_checks, quantize_evaluation, variants
     from pipelines.core.held_out import HeldOut
 
     # 1. What is made smaller, checked before anything is written.
@@ -79,7 +79,11 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
     aware = any(kind not in skipped for kind in params.aware.variants)
     quantization_checks.check_memory(subjects, hardware.available_memory_bytes(), aware)
     for subject in subjects:
-        quantization_checks.check(subject, quantization.load(subject, context), params)
+        model = quantization.load(subject, context)
+        quantization_checks.check(subject, model, params)
+        known = language_models.load_tokenizer(str(subject.place))
+        packing.check_rows(known, model.get_input_embeddings().weight.shape[0])
+        del model
 
     # 2. Make and measure, one model after another: one of them is in memory at a time.
     metrics: dict[str, float] = {"prompts_test": float(len(prompts))}

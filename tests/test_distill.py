@@ -268,6 +268,16 @@ def test_bad_input_is_told_before_training(inputs: dict[str, Path], tmp_path: Pa
     tokenizer_of.save_pretrained(tmp_path / "stablelm")
     with pytest.raises(ArtifactError, match="architecture stablelm cannot be sampled from"):
         run(inputs, tmp_path, teacher=str(tmp_path / "stablelm"))
+    padded.add_special_tokens({"pad_token": "[PAD]"})  # to the tokenizer alone: padding ended in an IndexError
+    padded.save_pretrained(shutil.copytree(inputs["ppo"] / "model", tmp_path / "padded"))
+    with pytest.raises(ArtifactError, match=r"padded: 1 tokens of the tokenizer have no row .* 300 rows, .*'\[PAD\]'"):
+        run(inputs, tmp_path, teacher=str(tmp_path / "padded"))
+    wider = AutoModelForCausalLM.from_pretrained(inputs["ppo"] / "model")
+    wider.resize_token_embeddings(320)
+    wider.save_pretrained(tmp_path / "wider")
+    AutoTokenizer.from_pretrained(inputs["ppo"] / "model").save_pretrained(tmp_path / "wider")
+    with pytest.raises(ArtifactError, match="the student's head has 320 rows, the teacher's 300"):
+        run(inputs, tmp_path, student=str(tmp_path / "wider"), keep_layers=None)
     tokenizer_of.chat_template = tokenizer_of.pad_token = None
     tokenizer_of.save_pretrained(tmp_path / "bare")
     bad.save_pretrained(tmp_path / "bare")

@@ -95,7 +95,7 @@ def test_a_token_without_a_row_is_refused(tmp_path: Path) -> None:
     known = tokenizer()
     known.add_tokens(["<more>"])
     known.save_pretrained(place)
-    with pytest.raises(ArtifactError, match="1 tokens have no row .* 300 rows, for example '<more>'"):
+    with pytest.raises(ArtifactError, match="1 tokens of the tokenizer have no row .* 300 rows, for example '<more>'"):
         gguf_export.export(place, tmp_path / "m.gguf", "f16")
 
 

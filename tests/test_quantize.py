@@ -17,7 +17,7 @@ from models import model, tokenizer
 from pydantic import ValidationError
 from test_int8 import IDS, logits, tiny
 from test_reward import write
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipelines import quantize
 from pipelines.core import (
@@ -349,6 +349,17 @@ def test_bad_input_is_told_before_anything_is_made(inputs: dict[str, Path], tmp_
     tokenizer_of.save_pretrained(tmp_path / "broken")
     with pytest.raises(ArtifactError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: 1 of .* weights are NaN"):
         run(inputs, tmp_path, model=str(tmp_path / "broken"))
+
+
+def test_a_token_without_a_row_is_told(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """As where a pad token was added to the tokenizer alone: the first padded prompt ended in an IndexError."""
+    place = shutil.copytree(inputs["ppo"] / "model", tmp_path / "padded")
+    known = AutoTokenizer.from_pretrained(place)
+    known.add_special_tokens({"pad_token": "[PAD]"})
+    known.save_pretrained(place)
+    message = r"padded: 1 tokens of the tokenizer have no row in the model's embedding of 300 rows, .*'\[PAD\]'"
+    with pytest.raises(ArtifactError, match=message):
+        run(inputs, tmp_path, model=str(place), **ONE)
 
 
 def test_a_format_that_cannot_hold_the_model_is_told_before_any_is_made(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+from pipelines.core import packing
 from pipelines.core.errors import ArtifactError
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp, enum llama_token_type
@@ -51,12 +52,7 @@ def read(tokenizer: Any, rows: int) -> Vocabulary:
     told = json.loads(backend.to_str())
     pre = splitting_rule(told)
     vocabulary = tokenizer.get_vocab()
-    beyond = sorted(token for token, index in vocabulary.items() if index >= rows)
-    if beyond:
-        raise ArtifactError(
-            f"tokenizer: {len(beyond)} tokens have no row in the model's embedding of {rows} rows, "
-            f"for example {beyond[0]!r}; the two do not belong together"
-        )
+    packing.check_rows(tokenizer, rows)
     tokens = [f"[PAD{index}]" for index in range(rows)]  # llama.cpp's name for a row without a token
     types = [UNUSED] * rows
     for token, index in vocabulary.items():

@@ -47,6 +47,21 @@ def separator_id(tokenizer: Any) -> int:
     raise ArtifactError(f"the tokenizer has neither {DOCUMENT} nor BOS nor EOS to put between documents: set eos_token")
 
 
+def check_rows(tokenizer: Any, rows: int) -> None:
+    """See that a model whose embedding has so many rows knows every token of a tokenizer.
+
+    Raises:
+        ArtifactError: it has no row for some, as where a pad token was added to the tokenizer alone.
+    """
+    beyond = sorted(token for token, index in tokenizer.get_vocab().items() if index >= rows)
+    if beyond:
+        raise ArtifactError(
+            f"{tokenizer.name_or_path}: {len(beyond)} tokens of the tokenizer have no row in the model's embedding of "
+            f"{rows} rows, for example {beyond[0]!r}; the two do not belong together (if you added them: "
+            f"model.resize_token_embeddings({len(tokenizer)}) of transformers, then save it)"
+        )
+
+
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of plain texts; a special token's spelling inside a text is text, not that token."""
     backend = tokenizer.backend_tokenizer
