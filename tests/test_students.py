@@ -231,6 +231,9 @@ def test_directory_with_a_weight_missing(known: Any, tmp_path: Path) -> None:
     save_file({k: v for k, v in whole.items() if k != "model.norm.weight"}, file, metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match=r"missing weights: model\.norm\.weight"):
         students.from_directory(tmp_path)
+    file.write_bytes(file.read_bytes()[:1000])  # a copy that was cut off
+    with pytest.raises(ArtifactError, match="no causal language model could be loaded: .*header"):
+        students.from_directory(tmp_path)
 
 
 def test_a_model_of_the_hub_is_fetched_once_and_is_a_directory_from_then_on(

@@ -142,9 +142,10 @@ def from_directory(place: Path, dtype: torch.dtype = torch.float32, attention: s
     """The model saved in a directory, as a student to train further.
 
     Raises:
-        ArtifactError: there is no model; it is quantized or an adapter, neither of which can be trained as a whole;
-            or weights are missing or left over, which transformers would draw at random or drop.
+        ArtifactError: there is no model, or a damaged one; it is quantized or an adapter, neither of which can be
+            trained as a whole; or weights are missing or left over, which transformers would draw at random or drop.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if not (place / "config.json").is_file():
@@ -156,7 +157,7 @@ def from_directory(place: Path, dtype: torch.dtype = torch.float32, attention: s
         model, told = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{place}: no causal language model could be loaded: {error}") from None
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, told[what])):
