@@ -492,6 +492,20 @@ def test_weights_that_are_no_safetensors_have_a_size_too(tmp_path: Path) -> None
     assert variants.size(tmp_path) == (tmp_path / "model.safetensors").stat().st_size
 
 
+def test_only_what_is_loaded_has_a_size(tmp_path: Path) -> None:
+    """Mistral's directories have their weights once more for another program: models seemed twice as large."""
+    saved = model(tokenizer())
+    count = sum(value.numel() for value in saved.parameters())
+    saved.save_pretrained(tmp_path, max_shard_size="100KB")
+    parts = [*tmp_path.glob("model-*.safetensors")]
+    shutil.copy(parts[0], tmp_path / "consolidated.safetensors")
+    assert len(parts) > 1 and variants.parameters(tmp_path) == count
+    assert variants.size(tmp_path) == sum(part.stat().st_size for part in parts)
+    parts[0].write_bytes(parts[0].read_bytes()[:100])
+    with pytest.raises(ArtifactError, match=rf"{parts[0].name}: damaged \(.*\); copy or make it again"):
+        variants.parameters(tmp_path)
+
+
 def test_a_quantized_directory_says_what_it_is(inputs: dict[str, Path], tmp_path: Path) -> None:
     _, out, _ = run(inputs, tmp_path, **ONE)
     config = json.loads((out / "models/int8/config.json").read_text())

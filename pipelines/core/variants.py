@@ -5,10 +5,13 @@ Each form's own code is imported where it is needed: bitsandbytes takes seconds.
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from pathlib import Path
 from typing import Any, Literal
+
+from pipelines.core.errors import ArtifactError
 
 PLAIN = "plain"  # a model as it is, in bf16
 DYNAMIC = "dynamic-int8"  # made when it is loaded, from the original's directory
@@ -126,21 +129,42 @@ def weight_of(layer: Any) -> Any:
 
 
 def size(place: Path) -> int:
-    """Bytes of a directory's weights: its safetensors, or its GGUF file; where there is none, torch's own files."""
-    files = [*place.glob("*.safetensors"), *place.glob("*.gguf")] or place.glob("pytorch_model*.bin")
-    return sum(file.stat().st_size for file in files)
+    """Bytes of a directory's weights: those that are loaded."""
+    return sum(file.stat().st_size for file in _weights(place))
 
 
 def parameters(place: Path) -> int:
-    """How many numbers a directory's weights are; torch's own files are taken for bf16."""
-    from safetensors import safe_open
+    """How many numbers a directory's weights are; torch's own files are taken for bf16.
 
-    files = list(place.glob("*.safetensors"))
-    count = 0 if files else size(place) // 2
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    Raises:
+        ArtifactError: a file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    count = 0
+    for file in _weights(place):
+        if file.suffix != ".safetensors":
+            count += file.stat().st_size // 2
+            continue
+        try:
+            with safe_open(file, "pt") as tensors:
+                count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise ArtifactError(f"{file}: damaged ({error}); copy or make it again") from None
     return count
+
+
+def _weights(place: Path) -> list[Path]:
+    """The files of weights that transformers reads, other programs' copies beside them (`consolidated.safetensors`)
+    not among them: one of safetensors, or the parts that an index names, else one of GGUF, else torch's own.
+    """
+    whole, index = place / "model.safetensors", place / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [place / name for name in sorted(parts) if (place / name).is_file()]
+    return [*place.glob("*.gguf")] or [*place.glob("pytorch_model*.bin")]
 
 
 def _packed(kind: str) -> Any:
