@@ -5,7 +5,7 @@ what a model adds to memory is the model's, and so is the time it takes to load.
 asked in turns, since a neighbour's load comes and goes and would otherwise fall on one of them. Turns are short and
 many, and two models are compared turn by turn (`ratio`): 12 turns of half a second gave ratios of 1.52 to 1.94; a slow
 model's turn ends after fewer tokens. One token at a time runs through `decoding.Decoder` where it supports the
-architecture, else through transformers' `generate`; the card says which.
+architecture, else through transformers' `generate` (`Speed.by_decoder`).
 """
 
 from __future__ import annotations

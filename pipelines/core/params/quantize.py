@@ -11,11 +11,10 @@ from pipelines.core.params.section import Section, Share
 Variant = Literal["int8", "llm-int8", "dynamic-int8", "int4", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
 Small = Literal["int8", "int4"]
 CALIBRATED: tuple[Variant, ...] = ("int4", "nf4")
-FINE_TUNED: tuple[Variant, ...] = ("int8", "int4", "nf4")
 
 
 class Aware(Section):
-    """Quantization-aware fine-tuning, for when rounding a trained model fails its gate; 0 steps: none."""
+    """Quantization-aware fine-tuning, for when rounding a trained model fails its gate; no variants: none."""
 
     variants: tuple[Literal["int8", "int4", "nf4"], ...] = Field((), description="which are fine-tuned")
     steps: int = Field(200, ge=1)
