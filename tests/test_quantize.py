@@ -466,6 +466,17 @@ def test_a_quantized_model_is_not_made_smaller_again(inputs: dict[str, Path], tm
         run(inputs, tmp_path / "again", **ONE | {"model": str(out / "models/nf4")})
 
 
+def test_a_model_with_adapters_beside_it_is_told(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """Of what was made smaller with them the adapters alone were saved."""
+    from peft import LoraConfig, get_peft_model
+
+    place = shutil.copytree(inputs["ppo"] / "model", tmp_path / "both")
+    lm = AutoModelForCausalLM.from_pretrained(place)
+    get_peft_model(lm, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(place)
+    with pytest.raises(ArtifactError, match="both: the model carries adapters; merge them into its weights and save"):
+        run(inputs, tmp_path, model=str(place), **ONE)
+
+
 def test_too_little_memory_is_told_with_the_numbers(inputs: dict[str, Path], tmp_path: Path) -> None:
     subject = quantization.Subject("", inputs["ppo"] / "model", ["int8"], False)
     count = sum(value.numel() for value in AutoModelForCausalLM.from_pretrained(subject.place).parameters())

@@ -23,13 +23,17 @@ def check(subject: Subject, model: Any, params: QuantizeParams) -> None:
     Patterns are held against the model itself: a student has fewer blocks, and a reward model another head.
 
     Raises:
-        ArtifactError: a quantized model; NaN or infinity in a weight, the tensor is named; a format that cannot hold
-            the model; an architecture that cannot be made smaller, or cannot be asked.
+        ArtifactError: a quantized model, or one with adapters; NaN or infinity in a weight, the tensor is named; a
+            format that cannot hold the model; an architecture that cannot be made smaller, or cannot be asked.
         ParamsError: an entry of `keep_in_high_precision` names no layer, or all entries name every one; a variant that
             knows none of the layers; what is to be read does not fit the context.
     """
     if getattr(model.config, "quantization_config", None) is not None:
         raise ArtifactError(f"{subject.place}: the model is quantized; name the one it was made from")
+    if getattr(model, "peft_config", None):  # which transformers puts on where adapter_config.json lies beside it
+        raise ArtifactError(
+            f"{subject.place}: the model carries adapters; merge them into its weights and save the result"
+        )
     answered = params.max_prompt_tokens + params.max_new_tokens
     asked = {
         "quantize.calibration_length": params.calibration_length,
