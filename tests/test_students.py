@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from models import model, prepared, tokenizer
 
-from pipelines.core import language_models, student_checks, students, tuning
+from pipelines.core import int8, language_models, student_checks, students, tuning
 from pipelines.core.errors import ArtifactError, ParamsError
 
 IDS = torch.randint(5, 250, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -172,6 +173,23 @@ def test_saved_student_is_the_same(known: Any, architecture: str, tied: bool, tm
     assert torch.equal(logits(students.from_directory(tmp_path).eval()), logits(student))
     assert student_checks.size(again) == student_checks.size(student)
     assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == tied
+
+
+def test_a_head_that_only_the_configuration_ties_stays_the_teachers(known: Any, tmp_path: Path) -> None:
+    """transformers leaves weights that differ apart; a student, and int8, took one of the two for both."""
+    apart = model(known)
+    apart.config.tie_word_embeddings = False
+    apart.lm_head.weight = torch.nn.Parameter(torch.randn_like(apart.lm_head.weight))
+    apart.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    teacher = language_models.load(str(tmp_path), torch.float32, "sdpa").eval()
+    student, _ = students.from_layers(teacher, 2)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        exact = apart(ids).logits
+        assert torch.allclose(student(ids).logits, exact, atol=1e-5)
+        assert (int8.quantize(teacher)(ids).logits - exact).norm() < 0.1 * exact.norm()
 
 
 def test_student_has_the_teachers_type_and_mode(known: Any) -> None:

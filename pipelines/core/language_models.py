@@ -183,6 +183,8 @@ def load(base: str, dtype: Any, attention: str) -> Any:
     config = model.config
     if config.get_text_config() is not config:
         raise ArtifactError(f"base {base}: {config.model_type} reads more than text; accepted: a model of text alone")
+    ends = [part.weight.data_ptr() for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part]
+    config.tie_word_embeddings &= len(set(ends)) == 1  # a config may say so of weights that differ, which stay apart
     if source.kind != "gguf":
         return model
     del config.quantization_config
