@@ -131,7 +131,8 @@ def test_where_measured_belongs_to_optional_metrics(tmp_path, monkeypatch):
 def test_higher_is_better_turns_every_comparison_around(rows):
     rule = {**BETTER, "lower_is_better": False}
     assert not evaluate("m", gate(rule), {}, rows(2.5), {}).passed
-    assert evaluate("m", gate(rule), {}, rows(3.5), {}).passed
+    better = evaluate("m", gate(rule), {}, rows(3.5), {})
+    assert better.passed and "-0 " not in better.table()
     bounded = {**NOT_WORSE, "lower_is_better": False}
     champion = {"champion": Baseline("champion v1", rows(2.5, "champion"))}
     assert evaluate("m", gate(bounded), {}, rows(2.49), champion).passed

@@ -181,7 +181,7 @@ def _comparison(rule: Comparison, mine: dict[str, NDArray[Any]], baseline: Basel
     count = clusters(len(values), group)
     side = "the test side has" if len(values) == every else f"with a weight in {rule.per} there are"
     note = _too_few(side, count, group is not None) if count < MIN_GROUPS else ""
-    bound = allowed if rule.lower_is_better else -allowed
+    bound = allowed if rule.lower_is_better else 0.0 - allowed  # a table is not to say -0
     shown = f"{name}: {reference:.4g}"
     return Row(text, value, difference.low, difference.high, bound, shown, bool(passed) and not note, note)
 
