@@ -129,6 +129,18 @@ def test_what_was_gone_back_from_is_not_gone_back_to(models):
     assert aliases(models) == ("1", None)
 
 
+def test_a_champion_that_was_moved_by_hand_onto_the_previous_one_is_not_gone_back_from(models):
+    """As in MLflow's pages: the champion in office would be marked as one that somebody went back from."""
+    for version, before in ((1, None), (2, 1)):
+        promotion.promote(models, NAME, version, why="better", expected_champion=before)
+    client, _ = store.connect(models)
+    client.set_registered_model_alias(NAME, "champion", "1")
+    with pytest.raises(GateError, match="previous names the champion itself, version 1.*sluice promote sluice-base"):
+        promotion.rollback(models, NAME, why="bad", expected_champion=1)
+    assert aliases(models) == ("1", "1") and states(models) == ["intent", "done"] * 2
+    assert not promotion.was_rolled_back(models, NAME, "1")
+
+
 def test_where_the_journal_knows_nothing_the_versions_do(models):
     """As on another machine than the one that promoted them."""
     for version, before in ((1, None), (2, 1), (3, 2)):

@@ -77,6 +77,11 @@ def rollback(
         target = versions.alias(desk.client, model, PREVIOUS)
         if target is None:
             raise GateError(f"{model} has no previous champion to go back to (champion: {now or 'none'})")
+        if target == now:
+            raise GateError(
+                f"{model}: the alias {PREVIOUS} names the champion itself, version {now}: one of the two was moved by "
+                f"other means. Nothing was changed; `sluice promote {model} VERSION --why ...` takes the one you want."
+            )
         move = Move(model, now, target, behind(desk, model, now, target))
         step = Promotion.begin(root, "rollback", [move], who, why)
         desk.carry_out(step)
