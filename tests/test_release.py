@@ -217,6 +217,18 @@ def test_rollback_goes_back_release_by_release_and_not_over_what_moved(root):
         release.last(root, FileLedger(root))
 
 
+def test_a_release_whose_predecessor_was_deleted_is_gone_back_from_whole_or_not_at_all(root):
+    """A person deletes versions in MLflow's pages: the store knew so only once other champions had moved."""
+    for mark in "abc":
+        add_chain(root, mark)
+        release.promote(root, plan(root), why=mark)
+    store.connect(root)[0].delete_model_version("sluice-rag", "2")
+    with pytest.raises(GateError, match="sluice-rag: version 2, which release sluice-policy 3 has replaced, is not"):
+        release.rollback(root, release.last(root, FileLedger(root)), why="bad")
+    assert champions(root) == every("3")
+    assert [state for state, _ in promotion.history(root)] == ["intent", "done"] * 3, "nothing was begun"
+
+
 def test_a_folder_that_was_moved_with_its_store_can_be_rolled_back(root, monkeypatch):
     for mark in "ab":
         add_chain(root, mark)

@@ -64,14 +64,14 @@ class Desk:
         held = {model: self.champion(model) for model in promotion.models}
         moved = [move for move in promotion.moves if held[move.model] == move.target]
         left = [move for move in promotion.moves if held[move.model] == move.source]
-        can = all(move.target is None or _exists(self.client, move.model, move.target) for move in left)
+        can = all(move.target is None or exists(self.client, move.model, move.target) for move in left)
         if moved and can and len(moved) + len(left) == len(promotion.moves):
             for move in left:
                 _point(self.client, move.model, CHAMPION, move.target)
             self._finish(promotion)
             return
         for move in moved:
-            there = move.source is not None and _exists(self.client, move.model, move.source)
+            there = move.source is not None and exists(self.client, move.model, move.source)
             _point(self.client, move.model, CHAMPION, move.source if there else None)
         best.follow(self.root, self.client, promotion.models)
         self.ledger.write("aborted", promotion)
@@ -83,7 +83,7 @@ class Desk:
         if promotion.release is not None:
             told["release"] = promotion.release
         for move in promotion.moves:
-            there = move.previous is not None and _exists(self.client, move.model, move.previous)
+            there = move.previous is not None and exists(self.client, move.model, move.previous)
             _point(self.client, move.model, PREVIOUS, move.previous if there else None)
             if move.target is not None:
                 for key, value in {"from": move.source or "", **told}.items():
@@ -91,7 +91,7 @@ class Desk:
                 if ROLLED_BACK in fetch(self.client, move.model, move.target).tags:
                     self.client.delete_model_version_tag(move.model, move.target, ROLLED_BACK)
             gone = move.source if promotion.action == "rollback" else None
-            if gone is not None and _exists(self.client, move.model, gone):
+            if gone is not None and exists(self.client, move.model, gone):
                 self.client.set_model_version_tag(move.model, gone, ROLLED_BACK, promotion.when)
         best.follow(self.root, self.client, promotion.models)
         # Verdicts that compared with the champion before are asked again by the next `reconcile`
@@ -137,6 +137,15 @@ def fetch(client: Any, model: str, version: str) -> Any:
         raise GateError(f"{model} has no version {version}") from None
 
 
+def exists(client: Any, model: str, version: str) -> bool:
+    """Whether the store has a version: a person may have deleted it."""
+    try:
+        fetch(client, model, version)
+    except GateError:
+        return False
+    return True
+
+
 def compare(model: str, now: str | None, expected: str | int | None) -> None:
     """The comparison of compare-and-set.
 
@@ -173,11 +182,3 @@ def _point(client: Any, model: str, alias: str, version: str | None) -> None:
         client.delete_registered_model_alias(model, alias)
     elif version is not None and held != version:
         client.set_registered_model_alias(model, alias, version)
-
-
-def _exists(client: Any, model: str, version: str) -> bool:
-    try:
-        fetch(client, model, version)
-    except GateError:
-        return False
-    return True

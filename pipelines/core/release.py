@@ -179,6 +179,11 @@ def rollback(root: Path, expected: Promotion, *, who: str = "", why: str, ledger
                     f"it is {now or 'nobody'}: it was moved since. Nothing was changed; `sluice history {move.model}` "
                     f"says by whom, `sluice rollback {move.model}` goes back one step."
                 )
+            if move.source is not None and not moves.exists(desk.client, move.model, move.source):
+                raise GateError(
+                    f"{move.model}: version {move.source}, which release {found.release} has replaced, is not in the "
+                    "store any more. Nothing was changed; `sluice rollback MODEL` takes the others back, one by one."
+                )
             steps.append(Move(move.model, now, move.source, promotion.behind(desk, move.model, now, move.source)))
         step = Promotion.begin(root, "rollback", steps, who, why, found.release)
         desk.carry_out(step)
