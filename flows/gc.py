@@ -169,9 +169,9 @@ def _cache_elsewhere(root: Path) -> Path | None:
 
 def _revisions(root: Path, client: Any) -> Iterator[str]:
     """Commits that versions with an alias, or on offer, were made at, and those that recorded what was made."""
-    from pipelines.core import references
+    from pipelines.core import references, versions
 
-    for model in references.names(client):
+    for model in versions.models(client):
         aliased = {str(version) for version in client.get_registered_model(model).aliases.values()}
         for entry in references.every(client, model):
             commit = entry.tags.get(COMMIT, "none")
@@ -185,12 +185,12 @@ def _revisions(root: Path, client: Any) -> Iterator[str]:
 
 
 def _versions(root: Path, client: Any | None) -> Iterator[Waste]:
-    from pipelines.core import lineage, promotion, references, release, store
+    from pipelines.core import lineage, promotion, references, release, store, versions
     from pipelines.core.ledger import FileLedger
 
     if client is None or store.embedded(root) is None:  # a shared store is looked after by whoever owns it
         return
-    every = {model: references.every(client, model) for model in references.names(client)}
+    every = {model: references.every(client, model) for model in versions.models(client)}
     held = {model: client.get_registered_model(model).aliases for model in every}
     moved = [move for one in release.standing(root, FileLedger(root)) for move in one.moves]
     replaced = [(move.model, move.source) for move in moved if move.source is not None]

@@ -57,7 +57,7 @@ def measure(root: Path) -> Found:
     client, _ = store.connect(root)
     with store.answering(root):
         champions = []
-        for name in references.names(client):
+        for name in versions.models(client):
             number, rules = versions.alias(client, name, policy.CHAMPION), entry_of(declared, name)
             if number is not None and rules is not None:
                 champions.append((references.resolve(client, f"{name}/{number}"), rules))

@@ -259,3 +259,16 @@ def test_references(repository):
     client.set_registered_model_alias(NAME, policy.CHAMPION, "1")
     for text in (NAME, f"{NAME}@champion", f"{NAME}/1"):
         assert references.shown(references.resolve(client, text)) == "sluice-base 1"
+
+
+def test_models_beyond_the_first_page_of_a_shared_server_are_there(repository, monkeypatch):
+    """It tells of a thousand at once, by name: those called sluice-... of a larger one were none."""
+    root, _ = repository
+    client, _ = store.connect(root)
+    monkeypatch.setattr(versions, "PAGE", 2)
+    names = [f"model-{number}" for number in range(5)]
+    for name in names:
+        client.create_registered_model(name)
+    assert versions.models(client) == names
+    with pytest.raises(UserError, match=f"no model 'other' in the registry; there are: {', '.join(names)}"):
+        references.resolve(client, "other")

@@ -15,6 +15,7 @@ from pathlib import Path
 import fake_repository as fake
 import pytest
 import station
+from mlflow.store.entities.paged_list import PagedList
 from rich.console import Console
 from stores import repository, run_stage
 
@@ -318,8 +319,8 @@ def test_the_commit_that_recorded_an_aliased_version_is_needed(clone: Path) -> N
     aliases, more = {"champion": 2}, dict[str, str]()
 
     class Client:
-        def search_registered_models(self, max_results: int) -> list[object]:
-            return [type("Model", (), {"name": "m"})]
+        def search_registered_models(self, max_results: int, page_token: str | None) -> PagedList[object]:
+            return PagedList([type("Model", (), {"name": "m"})], None)
 
         def get_registered_model(self, name: str) -> object:
             return type("Model", (), {"aliases": aliases})

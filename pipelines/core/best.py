@@ -43,7 +43,7 @@ def point(client: Any, family: str, best: policy.Best) -> str | None:
 
     Returns what was done, in words; nothing where nothing was to do.
     """
-    names = sorted(model.name for model in client.search_registered_models(max_results=1000))
+    names = versions.models(client)
     members = {name: part for name in names if (part := _part(family, name)) is not None}
     ranked: list[tuple[float, str, str]] = []
     for name, part in members.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pipelines.core import lineage, moves, policy
+from pipelines.core import lineage, moves, policy, versions
 from pipelines.core.errors import GateError, UserError
 
 SHAPE = re.compile(r"(?P<model>[^@/\s]+)(?:@(?P<alias>[^@/\s]+)|/(?P<version>\d+))?")
@@ -48,13 +48,8 @@ def registered(client: Any, model: str) -> Any:
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-    there = ", ".join(names(client)) or "none yet, `sluice run` makes them"
+    there = ", ".join(versions.models(client)) or "none yet, `sluice run` makes them"
     raise UserError(f"no model {model!r} in the registry; there are: {there}")
-
-
-def names(client: Any) -> list[str]:
-    """Names of all registered models, sorted."""
-    return sorted(model.name for model in client.search_registered_models(max_results=1000))
 
 
 def every(client: Any, model: str) -> list[Any]:

@@ -67,7 +67,7 @@ def plan(root: Path, client: Any, model: str | None = None, version: str | None 
     specs, declared = graph.load(root), policy.load(root)
     name = model or HEAD
     entry = references.resolve(client, f"{name}/{version}") if version else references.newest(client, name)
-    stage_of = {each: its.stage for each in references.names(client) if (its := entry_of(declared, each))}
+    stage_of = {each: its.stage for each in versions.models(client) if (its := entry_of(declared, each))}
     if name not in stage_of:
         raise UserError(f"{policy.FILE} declares no {name}; it has: {', '.join(declared.models)}")
     made = {Path(spec.output).name: stage for stage, spec in specs.items()}

@@ -24,6 +24,7 @@ from pipelines.core.lineage import CONTENT
 
 REQUIREMENTS = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "mlflow")
 DESCRIPTION_LIMIT = 5000  # characters of MLflow's column
+PAGE = 1000  # models that MLflow tells of in one answer, at the most
 ROWS = "sluice.rows_hash"
 GATE = "gate"  # passed | failed
 GATE_CHAMPION = "gate_champion"  # version the gate compared with; "none" yet; "any" when no rule asks for it
@@ -67,6 +68,17 @@ def recover(root: Path, client: Any, experiment: str) -> None:
         if store.is_meant(root, intent.store):
             _complete(root, client, experiment, intent)
             path.unlink(missing_ok=True)
+
+
+def models(client: Any) -> list[str]:
+    """Names of all registered models, sorted. A shared server may have more than it tells at once."""
+    found: list[str] = []
+    token = None
+    while True:
+        page = client.search_registered_models(max_results=PAGE, page_token=token)
+        found += [model.name for model in page]
+        if not (token := page.token):
+            return sorted(found)
 
 
 def alias(client: Any, model: str, name: str) -> str | None:
