@@ -76,7 +76,9 @@ class Workspace:
             StoreUnavailable: it failed; the message is DVC's.
         """
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", *words]
-        done = subprocess.run(command, cwd=self.place, env=environment(), capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=self.place, env=environment(), capture_output=True, encoding="utf-8", errors="replace"
+        )
         if done.returncode:
             lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip() and _ADVICE not in line]
             why = "\n".join(lines[-5:]) or f"exit code {done.returncode}"
@@ -176,7 +178,7 @@ def git(place: Path, *words: str) -> str:
     kept = {key: value for key, value in os.environ.items() if key not in _GIT_VARIABLES}
     whole = ["git", "-C", str(place), "-c", "core.hooksPath=/dev/null", *words]
     try:
-        done = subprocess.run(whole, env=kept, capture_output=True, text=True)
+        done = subprocess.run(whole, env=kept, capture_output=True, encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError:
         raise UserError("git is not installed, or not found in PATH") from None
     if done.returncode:

@@ -21,7 +21,7 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Pending
 
 from flows import backfill, failures, isolated, overrides, run_locks, sources, stages, workspace
 from flows.isolated import run_name
-from pipelines.core import store
+from pipelines.core import lineage, store
 from pipelines.core.errors import ArtifactError, ParamsError, StoreUnavailable, UserError
 
 
@@ -99,6 +99,14 @@ def test_files_of_ones_own_are_the_deps_they_are_in_the_clone(root: Path) -> Non
     with workspace.opened(root, "nightly") as run:
         assert sources.keep(run.place) == []
         assert set(stages.look(run.place).reasons) <= {"report"}, "which no cache has"
+
+
+def test_a_file_whose_name_is_no_utf8_is_no_obstacle(root: Path) -> None:
+    """As an old archive leaves one, where git is told not to quote names: each stage ended in a traceback."""
+    subprocess.run(["git", "config", "core.quotepath", "false"], cwd=root, check=True)
+    Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.txt")).write_text("")
+    assert lineage._git(root)["git.dirty"] == "true"
+    assert os.fsencode(workspace.git(root, "status", "--porcelain")).endswith(b"caf\xe9.txt")
 
 
 def test_a_run_that_changes_nothing_leaves_no_branch(root: Path) -> None:

@@ -160,8 +160,9 @@ def _git(root: Path) -> dict[str, str]:
     """Commit, and whether the code differs from it. What runs write themselves does not make it dirty."""
 
     def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+        whole = ["git", "-C", str(root), *words]
+        try:  # names of files may be anything
+            done = subprocess.run(whole, capture_output=True, encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
