@@ -14,7 +14,7 @@ import pytest
 from stores import python, repository
 
 from pipelines.core import ledger, promotion, store, versions
-from pipelines.core.errors import GateError
+from pipelines.core.errors import GateError, UserError
 from pipelines.core.ledger import FileLedger, LedgerHeld, Move, Promotion
 
 __all__ = ["repository"]
@@ -206,6 +206,20 @@ def test_half_a_line_in_the_journal_is_dropped(models):
         file.write('{"state": "int')
     promotion.promote(models, NAME, 2, why="better", expected_champion=1)
     assert states(models) == ["intent", "done", "intent", "done"] and aliases(models) == ("2", "1")
+
+
+@pytest.mark.parametrize("line", ["", "{}", "[]", '{"state": "done", "id"', "\0" * 40, "<<<<<<< HEAD"])
+def test_a_line_of_the_journal_that_is_none_is_told_by_its_number(models, line):
+    """As a disk, an editor or a merge leaves one: each promotion, rollback, history and lineage was a traceback."""
+    promotion.promote(models, NAME, 1, why="first", expected_champion=None)
+    journal = models / ".sluice/registry/promotions.jsonl"
+    first, second = journal.read_text().splitlines()
+    journal.write_text(f"{first}\n{line}\n{second}\n")
+    with pytest.raises(UserError, match=r"promotions\.jsonl, line 2: found '.*take that line out"):
+        promotion.promote(models, NAME, 2, why="better", expected_champion=1)
+    with pytest.raises(UserError, match="line 2"):
+        promotion.history(models)
+    assert aliases(models) == ("1", None)
 
 
 def test_a_deleted_version_does_not_block_the_next_promotion(models):

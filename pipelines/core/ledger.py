@@ -148,10 +148,23 @@ class FileLedger:
             yield
 
     def entries(self) -> list[tuple[State, Promotion]]:
-        """See `Ledger`. A line that a crash tore is left out."""
-        lines = self.journal.read_text(encoding="utf-8").splitlines(keepends=True) if self.journal.exists() else []
-        whole = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [(line["state"], Promotion.from_json(line)) for line in whole]
+        """See `Ledger`. A line that a crash tore is left out.
+
+        Raises:
+            UserError: another line is none of ours; the message says which.
+        """
+        text = self.journal.read_text(encoding="utf-8", errors="replace") if self.journal.exists() else ""
+        found: list[tuple[State, Promotion]] = []
+        for number, line in enumerate(text.split("\n")[:-1], start=1):
+            try:
+                entry = json.loads(line)
+                found.append((entry["state"], Promotion.from_json(entry)))
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{self.journal}, line {number}: found {line[:60]!r}, which is no promotion as JSON. Bring back a "
+                    "copy of the file, or take that line out: who is champion is kept in the MLflow store."
+                ) from None
+        return found
 
     def write(self, state: State, promotion: Promotion) -> None:
         """See `Ledger`."""
