@@ -38,7 +38,7 @@ def show(root: Path, console: Console) -> None:
             outcome.key_metric(root, name, state.shows.get(name)),
             outcome.cell([one for one in every if one is not None]),
         )
-    console.print(table)
+    console.print(table, markup=False)  # a file may be called [old] notes.txt
     waiting = tracking.backlog(root)
     if waiting:
         console.print(f"spool     {len(waiting)} runs not delivered to MLflow yet; `sluice run` delivers them")

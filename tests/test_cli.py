@@ -144,6 +144,15 @@ def test_status_says_what_is_stale_and_why_and_changes_nothing(root: Path) -> No
     assert sorted(p for p in root.rglob("*") if ".dvc" not in p.parts and ".sluice" not in p.parts) == before
 
 
+def test_status_tells_the_name_of_a_file_as_it_is(root: Path) -> None:
+    """`[old]` is what somebody wrote, no colour; it was left out, and the file told of was none."""
+    (root / "dvc.yaml").write_text(fake.GRAPH.replace("    - stage.py\n", '    - stage.py\n    - "[old] notes.txt"\n', 1))
+    (root / "[old] notes.txt").write_text("notes")
+    done = sluice(root, "status")
+    assert done.returncode == 0, done.stderr
+    assert "[old] notes.txt modified" in " ".join(done.stdout.split()), done.stdout
+
+
 def test_a_profile_says_each_key_it_changes(root: Path) -> None:
     done = sluice(root, "profile", "tiny")
     assert done.returncode == 0
