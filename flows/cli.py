@@ -79,9 +79,11 @@ def doctor() -> None:
 def profile(name: Annotated[str, typer.Argument(help="A file in profiles/, without .yaml.")]) -> None:
     """Write a profile's values into params.yaml and say what changed."""
     with messages() as (root, console):
-        from flows.profiles import apply
+        from flows import profiles, run_locks
 
-        for line in apply(root, name) or [f"params.yaml has the values of {name} already"]:
+        with run_locks.alone(root):  # see `flows.run`
+            changes = profiles.apply(root, name)
+        for line in changes or [f"params.yaml has the values of {name} already"]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flows import outcome, profiles, sources, stages, view
+from flows import outcome, profiles, run_locks, sources, stages, view
 from flows.board import Board, Row
 from pipelines.core import graph, policy
 from pipelines.core.errors import GateError, StoreUnavailable
@@ -29,10 +29,11 @@ def run(root: Path, wanted: list[str], profile: str | None, plain: bool, console
     """
     from pipelines.core import registry
 
-    if profile is not None:
-        _say(console, profiles.apply(root, profile) or [f"params.yaml has the values of {profile} already"])
-    whole.load(root / "params.yaml")
-    _say(console, sources.keep(root))
+    with run_locks.alone(root):  # the stages of another flow would go on with other params
+        if profile is not None:
+            _say(console, profiles.apply(root, profile) or [f"params.yaml has the values of {profile} already"])
+        whole.load(root / "params.yaml")
+        _say(console, sources.keep(root))
     registry.check(root)
     state = stages.look(root)
     needed = state.needed(wanted, only)

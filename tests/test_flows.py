@@ -290,6 +290,16 @@ def test_one_flow_at_a_time(root: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("words", [("run", "--profile", "tiny"), ("profile", "tiny")])
+def test_a_profile_is_not_put_under_a_flow_that_goes_on(root: Path, words: tuple[str, ...]) -> None:
+    """Somebody else's, in the same clone: its stages to come would run with these values."""
+    before = (root / "params.yaml").read_text()
+    with alone(root):
+        done = sluice(root, *words)
+    assert done.returncode == 1 and "another flow is running" in done.stderr, done.stdout + done.stderr
+    assert (root / "params.yaml").read_text() == before and "->" not in done.stdout
+
+
 # The whole thing, with Prefect
 
 
