@@ -12,6 +12,7 @@ import time
 import traceback
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from mlflow.entities import RunTag
@@ -214,6 +215,15 @@ def test_a_pid_that_another_process_has_now_is_no_owner(tmp_path):
     start = json.loads(events.read_text())
     events.write_text(json.dumps({**start, "born": start["born"] - 100}) + "\n")
     assert not spool.owned()
+
+
+def test_a_clock_that_is_set_ends_no_run(tmp_path, monkeypatch):
+    """As when a machine gets the network's time: processes seemed to have begun at another one, and runs as KILLED."""
+    root = make_root(tmp_path / "root", None)
+    spool = Recorder(root, "pretrain", "f" * 16, courier=False).spool
+    boot = psutil.boot_time()
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot + 3600.0)
+    assert psutil.boot_time() == boot + 3600.0 and spool.owned()
 
 
 def test_points_are_buffered_and_files_are_those_of_the_time(tmp_path):

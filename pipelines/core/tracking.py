@@ -133,7 +133,7 @@ class Recorder:
             self.spool = _open(root, stage, fingerprint)
             self._seen = {e["step"] for e, _ in self.spool.events() if e["event"] == "metrics"}
             self._end = (self.spool.place / "events.jsonl").stat().st_size
-            self._append("start", pid=os.getpid(), born=psutil.Process().create_time())
+            self._append("start", pid=os.getpid(), born=_born(psutil.Process()))
             self._flush()
         if courier:
             start_courier(root)
@@ -271,6 +271,11 @@ def _alive(pid: int, born: float) -> bool:
     """Whether this very process still runs: a number that another process got meanwhile does not count."""
     try:
         process = psutil.Process(pid)
-        return bool(process.create_time() == born) and process.status() != psutil.STATUS_ZOMBIE
+        return _born(process) == born and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _born(process: psutil.Process) -> float:
+    """When a process began, in seconds after the machine did: whoever sets the clock makes no other process of it."""
+    return float(round(process.create_time() - psutil.boot_time(), 2))
