@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -309,6 +310,32 @@ def test_delivered_runs_leave_the_spool_when_a_newer_one_is_there(repository, mo
         run_stage(root, model, bits)
         drain(root)
     assert len(tracking.spools(root)) == 1 and len(runs(root)) == 3 and tracking.backlog(root) == []
+
+
+def test_spools_that_go_while_they_are_looked_at_are_none(tmp_path, monkeypatch):
+    """Worktrees share them: what one run has delivered is pruned while another one looks for its own."""
+    root = make_root(tmp_path / "root", None)
+    Recorder(root, "pretrain", "f" * 16, courier=False)
+    other = Recorder(root, "sft", "f" * 16, courier=False).spool
+    (other.place.parent / ".DS_Store").write_text("a stray file")
+    read = tracking.Spool.events
+
+    def events(spool, offset=0):
+        yield from list(read(spool, offset))
+        shutil.rmtree(other.place, ignore_errors=True)
+
+    def first(spool, offset=0):
+        shutil.rmtree(other.place, ignore_errors=True)
+        yield from read(spool, offset)
+
+    for meanwhile in (first, events):
+        shutil.rmtree(other.place, ignore_errors=True)
+        other = Recorder(root, "sft", "f" * 16, courier=False).spool
+        with monkeypatch.context() as patched:
+            patched.setattr(tracking.Spool, "events", meanwhile)
+            assert "pretrain-ffffffffffff-1" in tracking.backlog(root)
+            assert tracking.finished_spool(root, "sft", "c") is None
+        assert not other.place.exists() and other.finished() is None and other.state()["run_id"] is None
 
 
 def test_a_run_is_found_by_its_output_although_another_worktree_has_begun_the_same_stage(repository):

@@ -11,6 +11,7 @@ what is delivered is written after the fact.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -42,7 +43,11 @@ def deliver(root: Path) -> dict[str, str]:
                     _deliver(client, experiment, spool)
             _close_orphans(client, experiment, root)
             tracking.prune(root)
-    return {spool.key: spool.state()["run_id"] for spool in tracking.spools(root)}
+    known: dict[str, str] = {}
+    for spool in tracking.spools(root):
+        with contextlib.suppress(FileNotFoundError):  # pruned just now
+            known[spool.key] = spool.state()["run_id"]
+    return known
 
 
 def run_of(root: Path, client: Any, spool: tracking.Spool) -> str:

@@ -22,7 +22,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -73,15 +73,19 @@ class Spool:
 
     def state(self) -> dict[str, Any]:
         """What the courier has delivered: `run_id` (None before the run is created) and `offset` in bytes."""
-        path = self.place / "state.json"
-        if not path.exists():
+        try:
+            state: dict[str, Any] = json.loads((self.place / "state.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
             return {"run_id": None, "offset": 0}
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return state
 
     def events(self, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
         """Whole events from a byte offset on, each with the offset behind it. A torn line is not one."""
-        with (self.place / "events.jsonl").open("rb") as file:
+        try:
+            file = (self.place / "events.jsonl").open("rb")
+        except (FileNotFoundError, NotADirectoryError):  # pruned just now, for another worktree; or none of ours
+            return
+        with file:
             file.seek(offset)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -180,9 +184,13 @@ class Recorder:
 
 def spools(root: Path) -> list[Spool]:
     """Every spool with an event, oldest first."""
-    found = [Spool(path) for path in (root / STATE / "spool").glob("*") if (path / "events.jsonl").exists()]
-    begun = [spool for spool in found if next(spool.events(), None) is not None]
-    return sorted(begun, key=lambda spool: ((spool.place / "key").stat().st_mtime_ns, spool.place.name))
+    found = []
+    for place in (root / STATE / "spool").glob("*"):
+        spool = Spool(place)
+        with suppress(FileNotFoundError):
+            if next(spool.events(), None) is not None:
+                found.append(((place / "key").stat().st_mtime_ns, place.name, spool))
+    return [spool for _, _, spool in sorted(found, key=lambda one: one[:2])]
 
 
 def backlog(root: Path) -> list[str]:
@@ -206,10 +214,13 @@ def prune(root: Path) -> None:
     One that ended just now stays too: worktrees share the spool, and a stage that has begun in another one is newer
     than the run whose output is still to be registered.
     """
-    newest = {spool.stage: spool.place for spool in spools(root)}
-    for spool in spools(root):
-        if spool.place != newest[spool.stage] and spool.settled() and not spool.owned() and not _just_ended(spool):
-            shutil.rmtree(spool.place)
+    with store.locked(root, "spool"):  # no attempt begins meanwhile, at a spool that goes
+        every = spools(root)
+        newest = {spool.stage: spool.place for spool in every}
+        for spool in every:
+            kept = spool.place == newest[spool.stage] or spool.owned() or _just_ended(spool)
+            if spool.settled() and not kept:
+                shutil.rmtree(spool.place)
 
 
 def _just_ended(spool: Spool) -> bool:
