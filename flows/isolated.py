@@ -24,7 +24,7 @@ from prefect.runtime import flow_run
 from flows import failures, news, overrides, sources, stages, workspace
 from flows.supervise import Crew
 from flows.workspace import Workspace
-from pipelines.core import artifacts, graph
+from pipelines.core import artifacts, graph, store
 from pipelines.core.environment import STATE
 from pipelines.core.errors import ArtifactError, GateError, StoreUnavailable, UserError
 
@@ -179,8 +179,10 @@ def work(place: Workspace, command: list[str], hours: float) -> None:
     log = place.root / STATE / "logs" / "runs" / f"{place.name}.log"
     begun = log.stat().st_size if log.exists() else 0
     crew = Crew()
+    # A store that is named relative to the clone, sqlite:///mlflow.db, would be one of the worktree, and go with it
+    environment = workspace.environment() | {"MLFLOW_TRACKING_URI": store.address(place.root)}
     try:
-        code = crew.start(command, place.place, log, workspace.environment()).wait(hours * 3600)
+        code = crew.start(command, place.place, log, environment).wait(hours * 3600)
     except subprocess.TimeoutExpired:
         raise failures.StageFailed(f"took longer than {hours:g} hours and was stopped; see {log}") from None
     finally:

@@ -492,3 +492,14 @@ def test_a_child_that_fails_is_the_error_its_exit_code_says(root: Path) -> None:
             isolated.work(run, [sys.executable, "-c", "import time; time.sleep(60)"], hours=0.0001)
         assert time.monotonic() - began < 30
     assert "a bad row" in (root / ".sluice" / "logs" / "runs" / "fails.log").read_text()
+
+
+def test_a_store_that_is_named_relative_to_the_clone_is_the_clones(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sqlite:///mlflow.db`, as MLflow's pages have it: what a run registered went with its worktree."""
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    code = "from pathlib import Path; from pipelines.core import store; print(store.address(Path.cwd()))"
+    with workspace.opened(root, "nightly") as run:
+        isolated.work(run, [sys.executable, "-c", code], hours=1)
+    said = (root / ".sluice" / "logs" / "runs" / "nightly.log").read_text()
+    assert said.strip() == f"sqlite:///{root.resolve()}/mlflow.db" == store.address(root)
