@@ -13,7 +13,7 @@ from pipelines.core.ledger import FileLedger, Promotion
 
 
 def promote(root: Path, model: str, version: str | None, why: str, expected: str | None, console: Console) -> None:
-    """Make a version (the newest if none is named) the champion; its gate is asked again if the champion has changed.
+    """Make a version (the newest if none is named) the champion; its gate is asked again if either has changed.
 
     Args:
         expected: the champion the caller saw, `none` for none; the one in office now when None.
@@ -124,7 +124,7 @@ def history(root: Path, model: str | None, console: Console) -> None:
 
 
 def _asked(root: Path, client: Any, pairs: list[tuple[Any, str | None]], console: Console) -> None:
-    """Ask the gates again of the versions that were judged against another champion.
+    """Ask the gates again of the versions that were judged against another champion, or by other rules.
 
     Raises:
         GateError: some did not pass; the message has their tables.
@@ -133,12 +133,9 @@ def _asked(root: Path, client: Any, pairs: list[tuple[Any, str | None]], console
 
     failed = []
     for entry, champion in pairs:
-        if rejudging.stale(entry, champion):
+        if (why := rejudging.stale(root, entry, champion)) is not None:
             against = f"champion {champion}" if champion else "no champion"
-            _say(
-                console,
-                f"{entry.name} {entry.version}: its gate was asked about another champion, asked again: {against}",
-            )
+            _say(console, f"{entry.name} {entry.version}: its gate {why}, asked again: {against}")
             stage = entry.tags.get(rejudging.STAGE)
             measure = runner.measure_for(root, stage) if stage is not None else None
             verdict = rejudging.ask(root, client, entry, measure)

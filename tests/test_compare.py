@@ -139,7 +139,8 @@ def test_an_old_version_is_judged_by_what_the_store_keeps(repository):
         run(root, model, bits)
     promotion.promote(root, NAME, 2, why="first", expected_champion=None)
     run(root, model, 2.52)  # what stands is another content
-    assert rejudging.stale(entry(root, "1"), "2") and not rejudging.stale(entry(root, "2"), "2")
+    assert rejudging.stale(root, entry(root, "1"), "2") == "was asked about another champion"
+    assert rejudging.stale(root, entry(root, "2"), "2") is None
     console = Console(width=160, color_system=None)
     with console.capture() as said:
         commands.promote(root, NAME, "1", "better", "2", console)
@@ -154,6 +155,26 @@ def test_an_old_version_is_judged_by_what_the_store_keeps(repository):
     verdict = rejudging.ask(root, client, entry(root, "3"), None)
     assert [row.passed for row in verdict.rows] == [True, True, False]
     assert verdict.rows[1].rule == "bits per bytes better than bits_before", "its own rows, not those of the pair"
+
+
+def test_a_version_that_was_judged_by_other_rules_is_asked_todays(repository):
+    """Somebody has tightened the gate since: what passed before became champion without a word."""
+    root, model = repository
+    run(root, model, 2.5)
+    run(root, model, 2.4)  # what stands is another content
+    rules, console = root / policy.FILE, Console(width=160, color_system=None)
+    before = rules.read_text()
+    rules.write_text(before.replace("at_most: 4.0", "at_most: 2.45"))
+    for version, wanted in (("1", "passed"), ("2", "passed")):
+        assert entry(root, version).tags["gate"] == wanted
+        assert rejudging.stale(root, entry(root, version), None) == "has other rules by now"
+    with console.capture() as said, pytest.raises(GateError, match="(?s)version 1: gate FAILED.*bits_per_byte at most"):
+        commands.promote(root, NAME, "1", "hope", None, console)
+    assert "sluice-base 1: its gate has other rules by now, asked again: no champion" in said.get()
+    assert entry(root, "1").tags["gate"] == "failed" and rejudging.stale(root, entry(root, "1"), None) is None
+    rules.write_text(before)
+    commands.promote(root, NAME, "1", "as it was", None, console)
+    assert versions.alias(store.connect(root)[0], NAME, "champion") == "1"
 
 
 def test_both_are_measured_again_when_their_examples_differ(repository):

@@ -1,4 +1,4 @@
-"""A gate asked again: of a registered version, wherever its files are, because the champion is another one now.
+"""A gate asked again: of a registered version, wherever its files are, as champion or rules are others now.
 
 A version whose content stands in `artifacts/` is judged as its stage's output is (`registry.settle`). For an older one
 every rule is asked of what the store keeps of it: its metrics, its rows, and for `champion` both versions' rows on the
@@ -22,10 +22,19 @@ from pipelines.core.verdicts import EVALUATION, Measure, NotMeasurable
 STAGE = "sluice.stage"
 
 
-def stale(entry: Any, champion: str | None) -> bool:
-    """Whether a version's gate has to be asked again before it may replace this champion."""
-    judged = entry.tags.get(versions.GATE_CHAMPION)
-    return champion != str(entry.version) and judged not in ("any", champion or "none")
+def stale(root: Path, entry: Any, champion: str | None) -> str | None:
+    """Why a version's gate has to be asked again before it may replace this champion; None where it has not.
+
+    Raises:
+        GateError: `mlflow/registry.yaml` cannot be read.
+    """
+    found, rules = release.entry_of(policy.load(root), entry.name), entry.tags.get(versions.GATE_RULES)
+    if champion == str(entry.version):
+        return None
+    if entry.tags.get(versions.GATE_CHAMPION) not in ("any", champion or "none"):
+        return "was asked about another champion"
+    changed = found is not None and rules not in (None, gates.gate_hash(found))  # None: judged before that was kept
+    return "has other rules by now" if changed else None
 
 
 def ask(root: Path, client: Any, entry: Any, measure: Measure | None) -> Verdict:

@@ -138,6 +138,7 @@ def record(client: Any, entry: Any, verdict: Verdict, rules: policy.ModelPolicy,
     named = policy.CHAMPION in {rule.baseline for rule in rules.comparisons}
     compared = (verdict.champion or "none") if named else "any"
     client.set_model_version_tag(entry.name, str(entry.version), versions.GATE_CHAMPION, compared)
+    client.set_model_version_tag(entry.name, str(entry.version), versions.GATE_RULES, verdict.gate)
     client.set_model_version_tag(entry.name, str(entry.version), versions.GATE, outcome)
 
 

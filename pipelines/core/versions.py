@@ -28,6 +28,7 @@ PAGE = 1000  # models that MLflow tells of in one answer, at the most
 ROWS = "sluice.rows_hash"
 GATE = "gate"  # passed | failed
 GATE_CHAMPION = "gate_champion"  # version the gate compared with; "none" yet; "any" when no rule asks for it
+GATE_RULES = "gate_rules"  # hash of the rules that were asked
 
 
 @dataclass(frozen=True)
