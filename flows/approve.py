@@ -52,7 +52,7 @@ class Approval(RunInput):
 def promote(
     root: str = ".",
     model: str = "sluice-policy",
-    version: str | None = None,
+    version: str | int | None = None,
     release: bool = False,
     approval_hours: float = 72.0,
 ) -> State[str]:
@@ -70,7 +70,8 @@ def promote(
     if not 0 < approval_hours <= LONGEST_HOURS:
         raise UserError(f"approval_hours: {approval_hours:g} is not in (0, {LONGEST_HOURS}]: nobody could answer")
     clone = Path(root).resolve()
-    shown = _shown(clone, model, version, release, approval_hours)
+    named = None if version is None else str(version)  # `--param version=3` is a number to Prefect
+    shown = _shown(clone, model, named, release, approval_hours)
     form = Approval.with_initial_data(description=shown["page"])
     answer = suspend_flow_run(wait_for_input=form, timeout=round(approval_hours * 3600), key="approval")
     try:

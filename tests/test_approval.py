@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools.validation import validate
 from pydantic import ValidationError
 from stores import repository, run_stage
 
@@ -164,3 +166,11 @@ def test_a_time_out_that_is_none_is_refused_before_anything_is_measured(
     monkeypatch.setattr(approve, "_shown", pytest.fail)
     with pytest.raises(UserError, match="approval_hours: .* is not in"):
         approve.promote.fn(str(root), approval_hours=hours)
+
+
+def test_a_version_may_be_given_as_the_number_it_is() -> None:
+    """`prefect deployment run promote/promote --param version=3` reads JSON: Prefect refused it, as no text."""
+    schema = parameter_schema(approve.promote).model_dump_for_openapi()
+    for version in (3, "3", None):
+        validate({"model": "sluice-base", "version": version}, schema, raise_on_error=True)
+        assert approve.promote.validate_parameters({"version": version})["version"] == version
