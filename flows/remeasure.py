@@ -21,7 +21,7 @@ from pipelines.core.errors import ArtifactError, StoreUnavailable, UserError
 if TYPE_CHECKING:
     from pipelines.core.verdicts import Measure
 
-REVISIONS = 10  # of dvc.lock that may be searched for the data of a champion
+REVISIONS = 10  # data of `dvc.lock` that may be brought back, in search of a champion's
 DATA_HASH = "sluice.data_hash"
 
 
@@ -116,23 +116,33 @@ def _data(root: Path, entry: Any, today: Path, found: Found) -> None:
         found.notes.append(f"the data are those that {entry.name} {entry.version} was made from")
         return
     with tempfile.TemporaryDirectory() as temporary:
-        before = _accepted(root, wanted, today.relative_to(root), Path(temporary))
+        made = int(entry.creation_timestamp) / 1000
+        before = _accepted(root, wanted, made, today.relative_to(root), Path(temporary))
         if before is None:
-            found.notes.append(f"DVC's cache no longer has the data that {entry.name} {entry.version} was made from")
+            found.notes.append(
+                f"the data that {entry.name} {entry.version} was made from were not found: DVC's cache has them no "
+                f"more, or they are not among the {REVISIONS} that commits nearest in time recorded"
+            )
             return
         for name, old, new in drift.tables(before, today):
             found.changes += [drift.lengths(f"{name} lengths", old, new), drift.texts(f"{name} texts", old, new)]
 
 
-def _accepted(root: Path, wanted: str | None, output: Path, place: Path) -> Path | None:
-    """The data directory of a content hash, brought back from the newest revision of `dvc.lock` that has it."""
+def _accepted(root: Path, wanted: str | None, made: float, output: Path, place: Path) -> Path | None:
+    """The data directory of a content hash, brought back from a revision of `dvc.lock` that has it.
+
+    Those nearest in time to `made`, when the version was, come first: that of its run is among them, however many there
+    have been since.
+    """
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
 
     from flows.workspace import git, locked
 
     seen: set[str] = set()
-    for commit in git(root, "rev-list", "--all", "--", "dvc.lock").split():
+    told = git(root, "rev-list", "--all", "--timestamp", "--", "dvc.lock").splitlines()
+    dated = sorted((line.split() for line in told), key=lambda one: abs(int(one[0]) - made))
+    for _, commit in dated:
         outs = [out for stage in locked(root, commit).values() for out in stage.get("outs", [])]
         known = next((str(out["md5"]) for out in outs if out["path"] == output.as_posix()), None)
         if known is None or known in seen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+import station
 from scipy import stats
 from stores import repository, run_stage, write_rows
 
-from flows import remeasure
-from pipelines.core import drift, promotion, registry, runner, store
+from flows import remeasure, workspace
+from pipelines.core import artifacts, drift, promotion, registry, runner, store
 from pipelines.core.drift import Change
 from pipelines.core.errors import ArtifactError, GateError, StoreUnavailable
 
@@ -215,3 +217,32 @@ def test_the_measurement_ends_with_the_code_of_its_error(
     monkeypatch.setattr(remeasure, "measure", lambda root: remeasure.Found(notes=["nothing"]))
     assert remeasure.main(tmp_path, tmp_path / "answers.json") == 0
     assert json.loads((tmp_path / "answers.json").read_text()) == {"rows": [], "notes": ["nothing"]}
+
+
+def test_the_data_of_an_old_champion_are_found_however_many_there_have_been_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where data come by the hour, the ten newest are those of today: none was compared, and the cache was blamed."""
+    root, day = tmp_path / "clone", 86_400
+    subprocess.run(["git", "init", "-q", str(root)], check=True)
+    for number in range(15):
+        outs = [{"path": "artifacts/data", "md5": f"{number}.dir"}]
+        (root / "dvc.lock").write_text(json.dumps({"stages": {"data": {"outs": outs}}}))
+        when = f"{1_700_000_000 + number * day} +0000"
+        monkeypatch.setenv("GIT_COMMITTER_DATE", when)
+        station.commit(root, f"data {number}")
+
+    class Cache:
+        def __init__(self, root: str, rev: str) -> None:
+            self.rev = rev
+
+        def get(self, path: str, target: str, recursive: bool) -> None:
+            Path(target).mkdir(parents=True)
+            (Path(target) / "rows").write_text(str(workspace.locked(root, self.rev)))
+
+    monkeypatch.setattr("dvc.api.DVCFileSystem", Cache)
+    third = workspace.resolve(root, "HEAD~12")
+    Cache(str(root), third).get("artifacts/data", str(tmp_path / "third"), True)
+    wanted, made = artifacts.content_hash(tmp_path / "third"), 1_700_000_000.0 + 2 * day - 600
+    found = remeasure._accepted(root, wanted, made, Path("artifacts/data"), tmp_path / "found")
+    assert found == tmp_path / "found" / third
