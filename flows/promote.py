@@ -94,7 +94,8 @@ def rollback_release(root: Path, why: str, console: Console) -> None:
     from pipelines.core import release
 
     seen = release.last(root, FileLedger(root))
-    _say(console, *_told(release.rollback(root, seen, why=why)))
+    told = _told(release.rollback(root, seen, why=why))
+    _say(console, *(told or [f"release {seen.release}: every champion that it made had been taken back already"]))
 
 
 def history(root: Path, model: str | None, console: Console) -> None:

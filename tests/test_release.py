@@ -320,6 +320,14 @@ def test_the_commands_say_what_they_do(root):
     assert "release sluice-policy 1 is in office already" in lines
     assert any("promote (release sluice-policy 1)" in line and "sluice-rag" in line for line in lines)
     assert lines[-1] == "sluice-rag: champion nobody, after 1" or "champion nobody, after 1" in lines[-1]
+    commands.promote_release(root, None, None, "again", None, console)
+    for model in CHAIN:
+        client = store.connect(root)[0]
+        client.delete_registered_model_alias(model, "champion")
+    with console.capture() as said:
+        commands.rollback_release(root, "bad", console)
+    told = "release sluice-policy 1: every champion that it made had been taken back already"
+    assert said.get().strip() == told, "and not nothing at all"
     with pytest.raises(GateError, match="sluice-policy: the champion is nobody, not version 7"):
         commands.promote_release(root, None, None, "no", "7", console)
     with pytest.raises(UserError, match="no model 'sluice-x' in the registry; there are: sluice-base, "):
