@@ -99,7 +99,7 @@ def rollback_release(root: Path, why: str, console: Console) -> None:
 
 
 def history(root: Path, model: str | None, console: Console) -> None:
-    """Print every promotion and rollback of this machine's journal, or those of one model, oldest first.
+    """Print every promotion and rollback of this clone's journal, or those of one model, oldest first.
 
     Raises:
         UserError: the journal knows no such model.

@@ -3,8 +3,8 @@
 A promotion holds the ledger, writes what it means to do (`intent`), does it, and writes `done`; whoever holds the
 ledger next finishes or undoes what a crash cut off (`pipelines.core.moves`). Lock and journal are one interface,
 since a lock that several hosts share is worth nothing without a journal that they share. `FileLedger` is for one
-machine: `flock` on `.sluice/locks/promotion`, lines of JSON in `.sluice/registry/promotions.jsonl`. A database takes
-its place by the same three methods.
+clone and its worktrees: `flock` on `.sluice/locks/promotion`, lines of JSON in `.sluice/registry/promotions.jsonl`. A
+database takes its place by the same three methods, where several clones, of one machine or more, promote in one store.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Ledger(Protocol):
 
 
 class FileLedger:
-    """The ledger of one machine, see the module."""
+    """The ledger of one clone, see the module."""
 
     def __init__(self, root: Path, patience: float = PATIENCE) -> None:
         """Nothing is opened yet. `patience`: seconds to wait for another holder."""

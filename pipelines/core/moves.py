@@ -102,7 +102,7 @@ class Desk:
 
 @contextlib.contextmanager
 def desk(root: Path, ledger: Ledger | None) -> Iterator[Desk]:
-    """Hold the ledger (this machine's when none is given), with what a crash cut off brought to its end first.
+    """Hold the ledger (this clone's when none is given), with what a crash cut off brought to its end first.
 
     What is done meanwhile is told to the hooks once the ledger is free: a slow one holds up nobody.
 

@@ -31,7 +31,7 @@ def promote(
     Args:
         who: a person or a flow; the name of the logged-in user when empty.
         expected_champion: the champion the caller saw and means to replace, None for none.
-        ledger: the file ledger of this machine when None.
+        ledger: the file ledger of this clone when None.
 
     Raises:
         GateError: no such version, its gate did not pass or was asked about another champion, or the champion
@@ -147,7 +147,7 @@ def _tags(root: Path, model: str, version: str) -> dict[str, str]:
 
 
 def history(root: Path) -> list[tuple[State, Promotion]]:
-    """The journal of this machine: every intent and what became of it, oldest first."""
+    """The journal of this clone: every intent and what became of it, oldest first."""
     return FileLedger(root).entries()
 
 

@@ -1,8 +1,8 @@
 """The MLflow store: one place that connects to it, locks around it and says so when it is away.
 
 The address is MLflow's own variable, `MLFLOW_TRACKING_URI` (`environment.prepare` sets the embedded SQLite
-store when nobody did). Locks are files in `.sluice/` and hold on one machine; on a shared server, one machine
-at a time should register and promote (a model is searched by its content before a version is made, so the rest
+store when nobody did). Locks are files in `.sluice/` and hold in one clone; in a store that several share, one
+of them at a time should register and promote (a model is searched by its content before a version is made, so the rest
 is safe one after the other).
 """
 
