@@ -147,7 +147,7 @@ def _stores(root: Path) -> Iterator[Finding]:
     from pipelines.core.errors import StoreUnavailable
 
     try:
-        if store.address(root).startswith("http"):
+        if store.embedded(root) is None:
             store.connect(root)  # seconds, for MLflow's import: nothing less tells whether a log-in is accepted
         else:
             store.probe(root)

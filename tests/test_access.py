@@ -9,6 +9,7 @@ import base64
 import http.server
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -129,6 +130,26 @@ def test_status_and_doctor_say_it(guard, tmp_path, monkeypatch):
         said = done.stdout + done.stderr
         assert done.returncode == code and f"http://{guard.host} does not know this log-in (401)" in said, said
         assert WRONG not in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("./mlruns", "keeps no runs in a folder of files any more: name a server, http://HOST:PORT"),
+        ("file:///tmp/mlruns", "keeps no runs in a folder of files any more"),
+        ("localhost:5000", "MLflow knows no such address: name a server"),
+        ("sqlite://mlflow.db", "Invalid SQLite URL: sqlite://mlflow.db"),
+        ("postgresql://bob:hunter2@db/mlflow", "it needs the package psycopg2, which is not installed"),
+    ],
+)
+def test_an_address_that_is_none_of_a_store_is_one_message(tmp_path, monkeypatch, address, said):
+    """A traceback otherwise; of a stage, after its training."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(StoreUnavailable, match=re.escape(said)) as told:
+        store.connect(tmp_path)
+    assert "hunter2" not in str(told.value) and "records wait in .sluice/spool" in str(told.value)
 
 
 def test_what_is_no_address_is_told_without_the_login(tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ AWAY = (429, 502, 503, 504)  # answers of a proxy or server that is there and ca
 REFUSED = {401: "does not know this log-in", 403: "does not let this log-in do that"}
 UNADDRESSED = re.compile(r"[?#]|%[0-9A-Fa-f]{2}")  # of a path, what ends an address, or is a code in one
 LOGIN_VARIABLES = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+ADDRESSES = "a server, http://HOST:PORT, or a database, sqlite:////PATH/mlflow.db"
 # What stands before the host: `user:password@`, or, with a slash in the password, what cannot be a host and a port.
 LOGIN = re.compile(r"(?<=://)(?:[^/\s]*@|[^/\s:]*:(?!\d+(?:/|\s|$))\S*@)")
 
@@ -100,8 +101,7 @@ def connect(root: Path) -> tuple[Any, str]:
     home = (root / STATE / "mlflow").resolve()
     artifacts = store_files.uri(home) if embedded(root) else None
     with answering(root), locked(root, "store"):
-        client = mlflow.MlflowClient()
-        found = client.get_experiment_by_name(EXPERIMENT)
+        client, found = _dialled(root)
         if found is None:
             try:
                 return client, str(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
@@ -133,6 +133,8 @@ def probe(root: Path) -> None:
         if database.is_file() and not SQLITE.startswith(_head(database)):
             raise unavailable(root, f"{database} is no SQLite database: bring back a copy, or remove it for a new one")
         return
+    if _is_folder(uri) and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in ("true", "1"):
+        raise unavailable(root, f"MLflow keeps no runs in a folder of files any more: name {ADDRESSES}")
     if urlsplit(uri).scheme not in ("http", "https"):
         return
     try:  # without the log-in, which urllib would take for a part of the host; nobody is asked for one here
@@ -184,6 +186,34 @@ def unavailable(root: Path, why: str, status: int = 0) -> StoreUnavailable:
         f"the MLflow store {place(root)} {told}. Nothing is lost: records wait in {STATE}/spool, finished models in "
         f"artifacts/; `sluice run` delivers and registers them once it {then}."
     )
+
+
+def _dialled(root: Path) -> tuple[Any, Any]:
+    """A client of the store, and our experiment there, if it has one.
+
+    Raises:
+        StoreUnavailable: nothing is dialled by such an address, or not without a package that is not here.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        client = mlflow.MlflowClient()
+        return client, client.get_experiment_by_name(EXPERIMENT)
+    except ModuleNotFoundError as error:
+        raise unavailable(root, f"it needs the package {error.name}, which is not installed") from None
+    except ArgumentError as error:
+        raise unavailable(root, f"{_first_line(error)}: name {ADDRESSES}") from None
+    except MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        raise unavailable(root, f"MLflow knows no such address: name {ADDRESSES}") from None
+
+
+def _is_folder(uri: str) -> bool:
+    """Whether an address is one of MLflow's stores of files."""
+    return uri.startswith("file:") or not (":" in uri or uri.startswith("databricks"))
 
 
 def _head(place: Path) -> bytes:
