@@ -27,7 +27,7 @@ def show(root: Path, reference: str, console: Console) -> None:
     client, experiment = store.connect(root)
     with store.answering(root):
         entry = references.resolve(client, reference)
-        origins = provenance.trace(client, experiment, entry)
+        origins = provenance.trace(root, client, experiment, entry)
         table = _verdict(root, entry)
     for line in _lines(root, entry, origins, table):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -258,7 +258,7 @@ def test_a_run_that_was_purged_is_told_where_its_numbers_are_needed_and_only_the
     assert said.exit_code == 0 and "B better" in said.stdout and "bits_per_byte" not in said.stdout
     told = sluice("lineage", f"{NAME}/1")
     assert told.exit_code == 0 and "sluice-base version 1: gate passed" in told.stdout
-    (last,) = [one for one in provenance.trace(client, "0", entry(root, "1")) if one.name == NAME]
+    (last,) = [one for one in provenance.trace(root, client, "0", entry(root, "1")) if one.name == NAME]
     assert not last.known and "the store has no run that made it" in " ".join(provenance.doubts(root, [last]))
     assert sluice("rollback", NAME, "--why", "bad").exit_code == 0
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,26 @@ def test_files_are_told_by_their_names_whatever_those_are_and_artifacts_are_none
     ]
 
 
+def test_a_folder_of_ones_own_is_no_artifact_whatever_it_is_called(committed):
+    """As `path: texts/*.txt.gz` makes a dep of `texts`, or of `data`: it was told as what no run in the store made."""
+    root, commit = committed
+    text = (ROOT / "dvc.yaml").read_text()
+    start = text.index("  data:")
+    (root / "dvc.yaml").write_text(  # as `sluice run` writes it, and nobody has committed it
+        text[:start] + text[start:].replace("    deps:\n", "    deps:\n    - texts\n    - data\n", 1)
+    )
+    tags = {"sluice.stage": "data", "git.commit": commit, "git.dirty": "false"}
+    tags |= {"sluice.input.texts": "a" * 64, "sluice.input.data": "b" * 64, "sluice.input.gone": "c" * 64}
+    one = Origin("data", "d" * 64, (), tags, {}, True)
+    assert provenance._files(root, one) == {"texts": "texts", "data": "data"}
+    assert provenance._files(root, replace(one, tags=tags | {"sluice.stage": "sft"})) == {}, "there data is an artifact"
+    lines = [line for line in provenance.doubts(root, [one]) if "put it there" in line]
+    assert lines == [
+        f"data: reads texts, which the commit has not: put it there (SHA-256 {'a' * 64})",
+        f"data: reads data, which the commit has not: put it there (SHA-256 {'b' * 64})",
+    ]
+
+
 def test_a_folder_of_a_larger_repository_is_cloned_with_it(tmp_path):
     root = tmp_path / "team/models"
     root.mkdir(parents=True)
@@ -223,7 +244,7 @@ def test_the_commands_make_the_same_bytes_in_a_clean_clone(make_workspace: Calla
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/.sluice/mlflow/mlflow.db")
     client, experiment = store.connect(root)
     (entry,) = client.search_model_versions("name = 'sluice-base'")
-    found = provenance.trace(client, experiment, entry)
+    found = provenance.trace(root, client, experiment, entry)
     assert [one.stage for one in found] == ["data", "tokenizer", "pretrain"]
     (tmp_path / "bin").mkdir()
     stand_in = tmp_path / "bin/make"

@@ -50,7 +50,7 @@ class Origin:
         }
 
 
-def trace(client: Any, experiment: str, entry: Any) -> list[Origin]:
+def trace(root: Path, client: Any, experiment: str, entry: Any) -> list[Origin]:
     """A version and everything it was made from, parents first, each once.
 
     Raises:
@@ -59,8 +59,9 @@ def trace(client: Any, experiment: str, entry: Any) -> list[Origin]:
     found: dict[str, Origin] = {}
 
     def visit(origin: Origin) -> None:
+        files = _files(root, origin)
         for name, digest in origin.inputs.items():
-            if digest not in found and not _is_file(name):
+            if digest not in found and name not in files:
                 visit(_artifact(client, experiment, name, digest))
         found[origin.content] = origin
 
@@ -111,7 +112,7 @@ def doubts(root: Path, origins: list[Origin]) -> list[str]:
             lines.append(f"{one.stage}: {one.tags['sluice.restored']}; on which machine it was made is not recorded")
         if any(len(text) >= lineage.VALUE_LIMIT for text in one.params.values()):
             lines.append(f"{one.stage}: a param is longer than what the store keeps")
-        lines += _missing(one, specs.get(one.stage), there) if there else []
+        lines += _missing(root, one, specs.get(one.stage), there) if there else []
     wanted = {key: last.tags[f"package.{key}"] for key in ("python", "torch") if f"package.{key}" in last.tags}
     here = lineage.package_versions()
     lines += [
@@ -141,21 +142,32 @@ def changed_params(root: Path, commit: str, origins: list[Origin]) -> dict[str, 
     return changes
 
 
-def _is_file(name: str) -> bool:
-    """Whether something that a stage read is a file of the repository, or a person's: no artifact, no part of one."""
-    return bool({".", "/"} & set(name)) and not name.startswith("artifacts/")
+def _files(root: Path, origin: Origin) -> dict[str, str]:
+    """What a stage read that is no artifact, and no part of one, but a file or folder of the repository, or a person's.
+
+    By its name in the tags -> path, as the graph of its commit has it, or today's, which nobody may have committed.
+    """
+    commit = origin.tags.get("git.commit", "none")
+    called: dict[str, str] = {}
+    today = root / "dvc.yaml"
+    for specs in (_parsed(today.read_text(encoding="utf-8") if today.exists() else ""), _graph_at(root, commit)):
+        if origin.stage in specs:
+            for name, path in specs[origin.stage].inputs.items():
+                called[lineage.tag_name(lineage.INPUT, name).removeprefix(lineage.INPUT)] = path
+    # Of a graph that is neither, the name has to do: those of artifacts are plain
+    paths = {name: called.get(name, name if {".", "/"} & set(name) else f"artifacts/{name}") for name in origin.inputs}
+    return {name: path for name, path in paths.items() if not path.startswith("artifacts/")}
 
 
-def _missing(origin: Origin, spec: graph.StageSpec | None, there: frozenset[str]) -> list[str]:
+def _missing(root: Path, origin: Origin, spec: graph.StageSpec | None, there: frozenset[str]) -> list[str]:
     """Files that a stage read, or ran though they are the user's own, and a commit has not, a line each.
 
     Args:
         spec: the stage at the commit, if it has it.
         there: the files and folders of the commit.
     """
-    called = {lineage.tag_name(lineage.INPUT, name): path for name, path in spec.inputs.items()} if spec else {}
     own = [path for path in spec.code if not path.startswith("pipelines/")] if spec else []
-    hashes = {called.get(lineage.INPUT + name, name): value for name, value in origin.inputs.items() if _is_file(name)}
+    hashes = {path: origin.inputs[name] for name, path in _files(root, origin).items()}
     return [
         f"{origin.stage}: reads {path}, which the commit has not: put it there"
         + (f" (SHA-256 {hashes[path]})" if path in hashes else "")
@@ -209,7 +221,11 @@ def _files_at(root: Path, commit: str) -> frozenset[str]:
 
 def _graph_at(root: Path, commit: str) -> dict[str, graph.StageSpec]:
     """The stages of a commit; none where it is not here, or its graph is of another form than today's."""
-    text = _at(root, commit, "dvc.yaml")
+    return _parsed(_at(root, commit, "dvc.yaml"))
+
+
+def _parsed(text: str) -> dict[str, graph.StageSpec]:
+    """The stages of a graph; none where it is empty, or of another form than today's."""
     try:
         return graph.parse(text) if text else {}
     except UserError:
