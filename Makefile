@@ -92,7 +92,8 @@ ui: setup                       ## MLflow's and Prefect's pages over this folder
 	@echo "Prefect  http://127.0.0.1:$(PREFECT_PORT)"
 	@echo "Ctrl-C stops both; logs: .sluice/logs/ui-*.log"
 	@mkdir -p .sluice/logs .sluice/mlflow
-	@mlflow ui --host 127.0.0.1 --port $(MLFLOW_PORT) > .sluice/logs/ui-mlflow.log 2>&1 & first=$$!; \
+	@case $${MLFLOW_TRACKING_URI:-} in sqlite:*) export MLFLOW_BACKEND_STORE_URI=$$MLFLOW_TRACKING_URI;; esac; \
+	  mlflow ui --host 127.0.0.1 --port $(MLFLOW_PORT) > .sluice/logs/ui-mlflow.log 2>&1 & first=$$!; \
 	  PREFECT_UI_API_URL=http://127.0.0.1:$(PREFECT_PORT)/api prefect server start --host 127.0.0.1 --port $(PREFECT_PORT) > .sluice/logs/ui-prefect.log 2>&1 & second=$$!; \
 	  stop() { kill $$first $$second 2>/dev/null || true; wait || true; }; \
 	  trap 'stop; echo; echo "both stopped"; exit 0' INT TERM; \

@@ -134,7 +134,9 @@ def parts(root: Path, prefect_port: int, mlflow_port: int) -> list[Part]:
         found.append(Part("prefect", command, f"http://{HOST}:{prefect_port}/api/health", prefect_port))
     if not _another("MLFLOW_TRACKING_URI", mlflow_port):
         command = [*python, "mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{home}/mlflow.db"]
+        # What runs write to: a database that the environment names, or that of the clone
+        own = os.environ.get("MLFLOW_TRACKING_URI", "").startswith("sqlite:///")
+        command += ["--backend-store-uri", store.address(root) if own else f"sqlite:///{home}/mlflow.db"]
         command += ["--artifacts-destination", f"{home}/artifacts"]
         found.append(Part("mlflow", command, f"http://{HOST}:{mlflow_port}/health", mlflow_port))
     worker = [*python, "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "sluice"]

@@ -37,12 +37,22 @@ MINUTES = 60.0
 
 def test_servers_listen_on_the_loopback_address_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///x.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     found = servers.parts(tmp_path, 4200, 5000)
     assert [part.name for part in found] == ["prefect", "mlflow", "worker"]
     for part in found[:2]:
         assert part.command[part.command.index("--host") + 1] == "127.0.0.1"
     assert f"sqlite:///{tmp_path}/.sluice/mlflow/mlflow.db" in found[1].command
+
+
+def test_the_pages_are_those_of_the_database_that_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that the environment names is no server, and another one than the clone's: its pages were empty."""
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for address, used in (("sqlite:///x.db", "x.db"), ("http://127.0.0.1:5000", ".sluice/mlflow/mlflow.db")):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        _, mlflow, _ = servers.parts(tmp_path, 4200, 5000)
+        assert f"sqlite:///{tmp_path}/{used}" in mlflow.command
 
 
 def test_a_server_that_the_environment_names_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
