@@ -40,6 +40,7 @@ def messages() -> Iterator[tuple[Path, Console]]:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         root = find_root(Path.cwd())
+        _warn_of_other_code(root)
         os.chdir(root)  # DVC names files as seen from the current directory
         environment.prepare(root)
         proxies.leave_out_this_machine()
@@ -72,6 +73,17 @@ def find_root(here: Path) -> Path:
         if (folder / "dvc.yaml").exists() and (folder / "params.yaml").exists():
             return folder
     raise UserError(f"no dvc.yaml and params.yaml in {here} or above it: change into the repository")
+
+
+def _warn_of_other_code(root: Path) -> None:
+    """Stages run as they are in the current repository; this command, from another one's environment, does not."""
+    here, own = root / "flows" / "messages.py", Path(__file__)
+    if here.exists() and not here.samefile(own):
+        told = (
+            f"warning: this command is the one of {own.resolve().parents[1]}, gates and records go by what is there; "
+            f"stages run as they are in {root}. `make setup` gives this folder its own."
+        )
+        print(told, file=sys.stderr, flush=True)
 
 
 def _fill_in_streams() -> None:

@@ -1,6 +1,7 @@
 """The command `sluice`: fast help, one message for a mistake, and the views that change nothing."""
 
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -134,6 +135,19 @@ def test_outside_a_repository(root: Path, tmp_path: Path) -> None:
     assert done.stderr.startswith(f"error: no dvc.yaml and params.yaml in {tmp_path}")
 
 
+def test_the_command_of_another_clone_says_so(root: Path) -> None:
+    """As in a git worktree of one's own, with the clone's environment: flows and gates are not the folder's."""
+    assert "warning" not in sluice(root, "status").stderr
+    (root / "flows").mkdir()
+    (root / "flows/messages.py").write_text("# another branch\n")
+    try:
+        done = sluice(root, "status")
+    finally:
+        shutil.rmtree(root / "flows")
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"warning: this command is the one of {fake.ROOT}, gates and records go by")
+
+
 def test_status_says_what_is_stale_and_why_and_changes_nothing(root: Path) -> None:
     (root / "artifacts").mkdir(exist_ok=True)
     before = sorted(path for path in root.rglob("*") if ".dvc" not in path.parts and ".sluice" not in path.parts)
@@ -146,7 +160,8 @@ def test_status_says_what_is_stale_and_why_and_changes_nothing(root: Path) -> No
 
 def test_status_tells_the_name_of_a_file_as_it_is(root: Path) -> None:
     """`[old]` is what somebody wrote, no colour; it was left out, and the file told of was none."""
-    (root / "dvc.yaml").write_text(fake.GRAPH.replace("    - stage.py\n", '    - stage.py\n    - "[old] notes.txt"\n', 1))
+    own = '    - stage.py\n    - "[old] notes.txt"\n'
+    (root / "dvc.yaml").write_text(fake.GRAPH.replace("    - stage.py\n", own, 1))
     (root / "[old] notes.txt").write_text("notes")
     done = sluice(root, "status")
     assert done.returncode == 0, done.stderr
