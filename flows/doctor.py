@@ -123,12 +123,30 @@ def _memory(root: Path) -> Iterator[Finding]:
 
 
 def _disk(root: Path) -> Iterator[Finding]:
-    free = shutil.disk_usage(root).free / 1e9
-    verdict: Literal["ok", "warn", "fail"] = "ok"
-    if free < FREE_GB_COMFORTABLE:
-        verdict = "fail" if free < FREE_GB_NEEDED else "warn"
-    remedy = "" if verdict == "ok" else "`sluice gc` shows what nobody needs, `sluice gc --yes` removes it"
-    yield Finding(verdict, "disk", f"{free:.1f} GB free", remedy)
+    """One line a disk: what takes the room may be linked, or configured, to be on another one."""
+    seen: set[int] = set()
+    for place in (root, root / STATE, root / WORK, root / "artifacts", _cache(root)):
+        if not place.exists() or place.stat().st_dev in seen:
+            continue
+        seen.add(place.stat().st_dev)
+        free = shutil.disk_usage(place).free / 1e9
+        verdict: Literal["ok", "warn", "fail"] = "ok"
+        if free < FREE_GB_COMFORTABLE:
+            verdict = "fail" if free < FREE_GB_NEEDED else "warn"
+        remedy = "" if verdict == "ok" else "`sluice gc` shows what nobody needs, `sluice gc --yes` removes it"
+        yield Finding(verdict, "disk", f"{free:.1f} GB free" + ("" if place == root else f" for {place}"), remedy)
+
+
+def _cache(root: Path) -> Path:
+    """Where DVC keeps outputs."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            return Path(repo.cache.local_cache_dir)
+    except DvcException:  # not initialised, which has a line of its own
+        return root
 
 
 def _writable(root: Path) -> Iterator[Finding]:
