@@ -62,7 +62,8 @@ class Job:
         try:
             with self.seats:
                 row.begin()
-                self.progress[name] = records.progress(name)
+                if (bar := records.progress(name)) is not None:
+                    self.progress[name] = bar
                 state: StageState = self._repro(row) if suspect else "cached"
                 row.metric = outcome.key_metric(self.root, name, self.graph.shows.get(name))
                 self.gate.ask(row, fresh_output=state != "cached")

@@ -15,6 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 import fake_repository as fake
+import httpx
 import psutil
 import pytest
 
@@ -272,6 +273,23 @@ def test_what_passed_is_promoted_but_never_over_a_persons_rollback(
     entry["promote"] = "manual"
     (root / "mlflow" / "registry.yaml").write_text(json.dumps({"models": {"sluice-base": entry}}))
     assert outcome.promote(root, verdict(True), fresh_output) is None
+
+
+def test_what_prefect_shows_of_a_run_does_not_end_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A progress bar that could not be moved, of a server that is away for minutes, stopped every stage of the flow."""
+
+    def away(*_: Any, **__: Any) -> None:
+        raise httpx.ConnectError("connection refused")
+
+    for name in ("create_progress", "update_progress", "create_table", "create_link"):
+        monkeypatch.setattr(records, f"{name}_artifact", away)
+    assert records.progress("data") is None
+    records.update(uuid4(), 0.5)
+    records.metrics("data", {"rows": 1.0})
+    records.verdict(verdict(True))
+    assert capsys.readouterr().err == "warning: Prefect was not told of the run: connection refused\n" * 4
 
 
 def test_the_way_to_a_run_holds_no_login(monkeypatch: pytest.MonkeyPatch) -> None:
