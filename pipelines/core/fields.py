@@ -40,7 +40,7 @@ class Fields:
         return any(self.columns.get(field) is not None for field in fields)
 
     def means(self, form: tuple[str, ...], other: tuple[str, ...]) -> bool:
-        """Whether a record that may have columns of two forms has the first: what is mapped is meant, else what is given.
+        """Whether a record with columns of two forms has the first: what is mapped is meant, else what is given.
 
         The first field of each form is the one that has to be there.
         """
