@@ -180,8 +180,7 @@ def load(base: str, dtype: Any, attention: str) -> Any:
             f"base {base}: {source.path} has no weights, or none of the right shape, for {len(drawn)} of the model's, "
             f"such as {drawn[0]}: they would be random. Its weights and its config.json do not belong together"
         )
-    config = model.config
-    if config.get_text_config() is not config:
+    if (config := model.config).get_text_config() is not config:
         raise ArtifactError(f"base {base}: {config.model_type} reads more than text; accepted: a model of text alone")
     ends = [part.weight.data_ptr() for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part]
     config.tie_word_embeddings &= len(set(ends)) == 1  # a config may say so of weights that differ, which stay apart
