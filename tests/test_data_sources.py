@@ -490,6 +490,8 @@ def test_columns_that_are_mapped_are_meant_whatever_else_a_file_has() -> None:
     record = {"text": "t", "s1": "a", "s2": "b", "label": 1}
     found = canonical("tasks", record, {"premise": "s1", "hypothesis": "s2"})[0]
     assert (found["premise"], found["hypothesis"], "text" in found) == ("a", "b", False)
+    with pytest.raises(BadRow, match="no such column .*: a column 'hypothesis'"):
+        canonical("tasks", record, {"premise": "s1"})
     own = {"text": "t", "premise": "a", "hypothesis": "b", "label": 1}
     assert canonical("tasks", own, {"text": "text"})[0]["text"] == "t"
     with pytest.raises(BadRow, match=r"several kinds of task: text; premise \+ hypothesis; accepted: one; map"):

@@ -133,13 +133,13 @@ def _query(fields: Fields) -> Row:
 
 def _example(fields: Fields) -> Row:
     """One labelled example of a task: its text columns, `label` (a class, or the right choice from 0)."""
-    shapes = [shape for shape in TASK_SHAPES if all(fields.has(name) for name in shape)]
+    # What is mapped is meant; the file may have more, such as a column text beside two sentences.
+    shapes = [shape for shape in TASK_SHAPES if fields.maps(*shape)]
+    shapes = shapes or [shape for shape in TASK_SHAPES if all(fields.has(name) for name in shape)]
     if not shapes:
         there = ", ".join(map(str, fields.record)) or "none"
         accepted = "; ".join(" + ".join(shape) for shape in TASK_SHAPES) + "; map them under columns:"
         raise BadRow("text", f"none of the tasks' columns (there are: {there})", accepted)
-    # What is mapped is meant; the file may have more, such as a column text beside two sentences.
-    shapes = [shape for shape in shapes if fields.maps(*shape)] or shapes
     if len(shapes) > 1:
         told = f"the columns of several kinds of task: {'; '.join(' + '.join(shape) for shape in shapes)}"
         raise BadRow("(row)", told, "one; map the columns of it, and no others, under columns:")
