@@ -375,6 +375,18 @@ HALF = r"half a character \(a lone surrogate\) at position 5 of text .bad \\ud83
             "messages, message 2",
             "a call of a tool, a list .*; accepted: what is said as text alone",
         ),
+        (
+            "demonstrations",
+            {"prompt": MESSAGES[:1], "completion": [{**MESSAGES[1], "function_call": {"name": "f"}}]},
+            "completion, message 1",
+            "a call of a tool, ",
+        ),
+        (
+            "demonstrations",
+            {"prompt": [MESSAGES[0], {**MESSAGES[1], "weight": 0}, MESSAGES[0]], "completion": "a"},
+            "prompt, message 2",
+            "weight 0, an answer that is not to be learned from",
+        ),
         ("prompts", {"prompt": MESSAGES}, "prompt", "last is not the user's"),
         ("prompts", {"prompt": "a", "reference": " "}, "reference", "blank text"),
         ("comparisons", {"prompt": "a", "responses": ["b", "c"], "ranks": [1]}, "ranks", "1 values .* 2 responses"),

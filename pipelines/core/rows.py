@@ -91,12 +91,15 @@ def _demonstration(fields: Fields) -> list[dict[str, str]]:
     prompt, completion = fields.said("prompt"), fields.said("completion")
     column = fields.column("prompt")
     turns = conversation(prompt if isinstance(prompt, list) else messages_of(filled(prompt, column)), column)
+    if isinstance(prompt, list):
+        _refuse_what_is_lost(prompt, column)
     if not _user_begins(turns):
         raise BadRow(column, _roles(turns), "a user's message first (but for system)")
     if isinstance(completion, list):
         answer = conversation(completion, fields.column("completion"))
         if [message["role"] for message in answer] != ["assistant"]:
             raise BadRow(fields.column("completion"), shown(completion), "one message of the assistant")
+        _refuse_what_is_lost(completion, fields.column("completion"))
         return [*turns, *answer]
     return [*turns, {"role": "assistant", "content": fields.text("completion")}]
 
