@@ -285,6 +285,9 @@ def test_a_csv_row_with_two_faults_is_one_bad_row(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes(b'prompt,completion\na,"\xff"b\nc,d\n')
     first, second = sources.read(source("rows.csv"), tmp_path)
     assert isinstance(first.record, BadRow) and second.record == {"prompt": "c", "completion": "d"}
+    (tmp_path / "rows.csv").write_bytes(b'prompt,completion\n"a,b\n\xff,d\ne"\nf,g\n')
+    *bad, last = sources.read(source("rows.csv"), tmp_path)
+    assert [entry.row for entry in bad] == [2, 3, 4] and last.record == {"prompt": "f", "completion": "g"}
 
 
 def test_csv_with_other_marks_between_and_around_its_cells(tmp_path: Path) -> None:

@@ -198,13 +198,11 @@ def _csv(file: IO[bytes], path: Path, given: str | None, quotes: bool, usual: st
                 continue
             if cells is None:
                 return
-            if faults:
-                yield row, faults[0]
-            elif not cells:
-                continue
-            elif len(cells) != len(header):
+            if cells and len(cells) != len(header):
                 yield from lost(row, f"{len(cells)} cells", f"{len(header)} cells, as in the header")
-            else:
+            elif faults:
+                yield row, faults[0]
+            elif cells:
                 yield row, Cells(zip(header, cells, strict=True))
     finally:
         csv.field_size_limit(limit)
