@@ -521,11 +521,15 @@ def test_columns_that_are_mapped_are_meant_whatever_else_a_file_has() -> None:
     assert pair["responses"] == ["c", "d"] and canonical("comparisons", ranked, {})[0]["responses"] == ["a", "b"]
 
 
-def test_whole_numbers_of_pandas_are_ids() -> None:
+def test_whole_numbers_of_pandas_are_ids_and_votes() -> None:
     """A column in which one is missing is one of floats."""
     row = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "labeler": 7.0, "id": 3.0, "worker": 12.0}
     assert comparison(row)["labeler"] == "7" and comparison(row | {"labeler": None})["labeler"] is None
     assert identify(row, {}, "worker") == ("3", "12")
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    for votes, want in ((3.0, [3, 0]), ([3.0, 1.0], [3, 1]), (None, None)):
+        assert comparison(pair | {"votes": votes})["votes"] == want
+    assert comparison(Cells(pair | {"votes": "3.0"}))["votes"] == [3, 0]
     for value in (1.5, float("nan"), float("inf"), 2.0**54):
         with pytest.raises(BadRow, match="found a number .*; accepted: text or a whole number"):
             identify({"id": value}, {}, None)

@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 from pipelines.core.faults import BadRow, shown
-from pipelines.core.fields import Fields, conversation, filled, one_name, prompt_of, transcript, whole
+from pipelines.core.fields import Fields, conversation, counted, filled, one_name, prompt_of, transcript, whole
 from pipelines.core.readers import Cells
 from pipelines.core.transcripts import ANSWER, SPEAKER, messages_of
 
@@ -75,8 +75,7 @@ def dense_ranks(ranks: list[Any], column: str) -> list[int]:
     Raises:
         BadRow: they are no ranking.
     """
-    # pandas counts in floats; 1.5, the mean of tied places, is no rank.
-    ranks = [int(rank) if isinstance(rank, float) and rank.is_integer() else rank for rank in ranks]
+    ranks = [counted(rank) for rank in ranks]  # 1.5, the mean of tied places, is no rank
     dense = _dense(ranks) if all(whole(rank, 1) for rank in ranks) else None
     competition = [1 + sum(other < rank for other in ranks) for rank in ranks] if dense else None
     if dense is None or ranks not in (dense, competition):
@@ -166,10 +165,10 @@ def _votes(fields: Fields) -> list[int] | None:
     """Votes for the chosen and for the rejected one; a single number counts for the chosen one."""
     if not fields.given("votes"):
         return None
-    value = fields.value("votes")
-    if isinstance(fields.record, Cells) and value.isdecimal() and len(value) < 11:
-        value = int(value)
-    votes = [value, 0] if isinstance(value, int) else fields.items("votes")
+    value = counted(fields.value("votes"))
+    if isinstance(fields.record, Cells) and value.removesuffix(".0").isdecimal() and len(value) < 13:
+        value = int(value.removesuffix(".0"))
+    votes = [counted(vote) for vote in ([value, 0] if isinstance(value, int) else fields.items("votes"))]
     if len(votes) != 2 or not all(whole(vote, 0) for vote in votes):
         raise BadRow(fields.column("votes"), shown(value), "a number, or two: for the chosen, for the rejected")
     if votes[0] < votes[1]:

@@ -84,10 +84,8 @@ class Fields:
         return self.key(field) if self.given(field) else None
 
     def key(self, field: str) -> str:
-        """Text or a whole number: an identifier. pandas writes whole numbers of a column with gaps as 3.0."""
-        value = self.value(field)
-        if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:  # beyond, neighbours are one float
-            value = int(value)
+        """Text or a whole number: an identifier."""
+        value = counted(self.value(field))
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str):
@@ -178,6 +176,12 @@ def transcript(messages: list[dict[str, str]], column: str) -> str:
     if len(messages) == 1:
         return messages[0]["content"]
     return "".join(f"\n\n{SPEAKERS[m['role']]}: {SPELLED.sub(' ', m['content'])}" for m in messages) + ANSWER
+
+
+def counted(value: Any) -> Any:
+    """A whole number that is written as 3.0, as pandas does in a column with gaps, as 3; anything else as it is."""
+    exact = isinstance(value, float) and value.is_integer() and abs(value) <= 2**53  # beyond, neighbours are one float
+    return int(value) if exact else value
 
 
 def whole(item: Any, low: int) -> bool:
