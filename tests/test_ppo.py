@@ -240,14 +240,14 @@ def test_a_file_that_the_reward_imports_is_told(
 ) -> None:
     """A stage finds modules of the folder it runs in, and DVC knows the named file alone."""
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "lexicon_of_a_test.py").write_text("LETTER = 'e'\n")
-    body = "import json, lexicon_of_a_test\nreturn [text.count(lexicon_of_a_test.LETTER) for text in responses]"
-    named = function(tmp_path, body)
-    (tmp_path / "own.py").write_text("import lexicon_of_a_test\n" + (tmp_path / "own.py").read_text())
+    monkeypatch.setattr(sys, "base_prefix", "/")  # as /usr is, of a folder such as /usr/src/app
+    (tmp_path / "reward_function_words.py").write_text("LETTER = 'e'\n")
+    named = function(tmp_path, "return [text.count(reward_function_words.LETTER) for text in responses]")
+    (tmp_path / "own.py").write_text("import json, reward_function_words\n" + (tmp_path / "own.py").read_text())
     *_, context = run(inputs, tmp_path, rewards=[named], **SHORT)
     told = [line for line in context.samples if "imports" in line]
-    assert len(told) == 1 and "own.py:reward imports lexicon_of_a_test.py: after a change" in told[0]
-    sys.modules.pop("lexicon_of_a_test")
+    assert len(told) == 1 and "own.py:reward imports reward_function_words.py: after a change" in told[0]
+    sys.modules.pop("reward_function_words")
 
 
 def test_calls_of_a_reward_are_counted_over_both_runs(inputs: dict[str, Path], tmp_path: Path) -> None:

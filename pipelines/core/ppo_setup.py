@@ -104,12 +104,12 @@ def rewards(names: Sequence[str], root: Path, tokenizer: Any, context: StageCont
 
     before = set(sys.modules)
     found = reward_functions.load(names, root, tokenizer, context)
-    ours = ("pipelines", reward_functions.MODULE)  # the second: the files that are named
+    ours = ("pipelines.", reward_functions.MODULE)  # the second: the files that are named
     new = [module for name, module in list(sys.modules.items()) if name not in before and not name.startswith(ours)]
     files = {Path(file) for module in new if (file := getattr(module, "__file__", None))}
-    own = [file for file in files if file.is_relative_to(root)]
-    installed = [file for file in own if file.is_relative_to(sys.prefix) or file.is_relative_to(sys.base_prefix)]
-    if strange := sorted(file.relative_to(root).as_posix() for file in set(own) - set(installed)):
+    installed = [Path(prefix) for prefix in (sys.prefix, sys.base_prefix) if Path(prefix).is_relative_to(root)]
+    own = [file for file in files if file.is_relative_to(root) and not any(map(file.is_relative_to, installed))]
+    if strange := sorted(file.relative_to(root).as_posix() for file in own):
         context.say(
             f"ppo.rewards: {', '.join(names)} imports {', '.join(strange)}: after a change of that DVC runs stage ppo "
             "again only if you have named it among the stage's deps in dvc.yaml"

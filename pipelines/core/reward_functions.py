@@ -36,7 +36,7 @@ from pipelines.core.params.ppo import reward_source
 Score = Callable[[list[str], list[str]], Sequence[float]]
 LARGEST = 1e15  # the squares of a million of them, which the value loss adds up, are what fp32 can hold
 ACCEPTED = "accepted in ppo.rewards: a reward model's directory, or path/to/file.py:function"
-MODULE = "reward_function_"  # and a number: what a file is called while it is used
+MODULE = "sluice_reward_"  # and a number: what a file is called while it is used; no name of a file of the user's
 
 
 class Reward(NamedTuple):
