@@ -387,6 +387,16 @@ def test_packages_that_say_little_are_no_classes(tmp_path: Path, monkeypatch: py
     assert sorted(path.name for path in (outputs / "tasks").iterdir()) == ["choice", "entailment"]
 
 
+def test_a_class_too_many_is_a_bad_row_and_spoils_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "MOST_LABELS", 2)
+    jsonl(tmp_path / "t.jsonl", [{"text": sentence(n), "label": "other" if n == 9 else "ab"[n % 2]} for n in range(60)])
+    source = {"path": "t.jsonl", "table": "tasks", "task": "topic"}
+    with pytest.raises(DataError, match=r"row 10, column label: found class number 3; accepted: at most 2 classes"):
+        run(tmp_path, params(source))
+    outputs, _ = run(tmp_path, params(source, on_bad_row="quarantine", quarantine_budget=0.05), "aside")
+    assert sum(map(len, table(outputs, "tasks/topic").values())) == 59
+
+
 def judged(expectation: Any, frame: pd.DataFrame) -> Any:
     from pipelines.core.validation import Judge
 

@@ -49,10 +49,11 @@ class Labels:
             found = shown(row["label_text"] if row["label"] is None else row["label"])
             kind = "text" if self.named else "a whole number"
             raise BadRow(column, found, f"{kind}, as in the task's first row")
-        if "choices" not in self.shape and not self.scores:
-            self.classes.add(row["label_text"])
-        if limited and len(self.classes) > MOST_LABELS:
-            raise BadRow(column, f"class number {len(self.classes)}", f"at most {MOST_LABELS} classes in a task")
+        if "choices" in self.shape or self.scores or row["label_text"] in self.classes:
+            return
+        if limited and len(self.classes) >= MOST_LABELS:
+            raise BadRow(column, f"class number {len(self.classes) + 1}", f"at most {MOST_LABELS} classes in a task")
+        self.classes.add(row["label_text"])
 
 
 @dataclass
