@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -310,6 +311,25 @@ def test_delivered_runs_leave_the_spool_when_a_newer_one_is_there(repository, mo
         run_stage(root, model, bits)
         drain(root)
     assert len(tracking.spools(root)) == 1 and len(runs(root)) == 3 and tracking.backlog(root) == []
+
+
+def test_a_spool_whose_removal_was_cut_off_is_none(repository, monkeypatch):
+    """Its run was delivered once more, with files that were no more there, and each delivery ended in a traceback."""
+    root, model = repository
+    monkeypatch.setattr(tracking, "KEPT_SECONDS", 0.0)
+    for bits in (2.5, 2.4):
+        run_stage(root, model, bits)
+
+    def cut_off(place):
+        shutil.rmtree(place / "files")
+        (place / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(tracking, "shutil", SimpleNamespace(rmtree=cut_off))
+        drain(root)
+    drain(root)
+    assert len(tracking.spools(root)) == 1 and len(runs(root)) == 2 and tracking.backlog(root) == []
 
 
 def test_spools_that_go_while_they_are_looked_at_are_none(tmp_path, monkeypatch):

@@ -220,6 +220,7 @@ def prune(root: Path) -> None:
         for spool in every:
             kept = spool.place == newest[spool.stage] or spool.owned() or _just_ended(spool)
             if spool.settled() and not kept:
+                (spool.place / "events.jsonl").unlink()  # first: cut off behind it, what is left is no run to deliver
                 shutil.rmtree(spool.place)
 
 
