@@ -177,6 +177,17 @@ def test_a_version_that_was_judged_by_other_rules_is_asked_todays(repository):
     assert versions.alias(store.connect(root)[0], NAME, "champion") == "1"
 
 
+def test_what_another_clone_has_found_by_its_rules_is_asked_again(repository):
+    """In a store that both share; the verdict at hand was given again, and the version refused for the other's."""
+    root, model = repository
+    run(root, model, 2.5)
+    client, _ = store.connect(root)
+    for tag, value in ((versions.GATE_RULES, "0" * 16), (versions.GATE, "failed")):
+        client.set_model_version_tag(NAME, "1", tag, value)
+    commands.promote(root, NAME, "1", "by ours", None, Console(quiet=True))
+    assert versions.alias(client, NAME, "champion") == "1" and entry(root, "1").tags["gate"] == "passed"
+
+
 def test_both_are_measured_again_when_their_examples_differ(repository):
     root, model = repository
     run(root, model, 2.5)

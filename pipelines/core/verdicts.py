@@ -99,6 +99,7 @@ def judge(candidate: Candidate, client: Any, entry: Any, measure: Measure | None
     version, run_id = str(entry.version), entry.run_id
     if (
         known is not None
+        and entry.tags.get(versions.GATE_RULES) in (None, known.gate)  # else another clone, with other rules, has asked
         and (known.version, known.run_id) == (version, run_id)
         and champion in (known.champion, str(entry.version))
         and not any(row.note == NOT_MEASURED for row in known.rows)
