@@ -274,6 +274,31 @@ def test_large_curves_are_delivered_in_batches(repository, monkeypatch):
     assert losses(root, runs(root)[0].info.run_id)[-1] == (699, 699.0)
 
 
+def test_runs_of_another_clone_in_a_database_that_both_share_are_not_ended(repository, monkeypatch):
+    """Their spools are not here, as that of a run whose spool was deleted is not."""
+    root, _ = repository
+    shared = root.with_name("shared.db")
+    shutil.copyfile(root / ".sluice/mlflow/mlflow.db", shared)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shared}")
+    for place in (make_root(root.with_name("other"), None), root):
+        Recorder(place, "pretrain", "f" * 16, courier=False)
+        drain(place)
+    assert [run.info.status for run in runs(root)] == ["RUNNING", "RUNNING"]
+
+
+def test_a_run_whose_spool_was_deleted_is_ended(repository):
+    root, _ = repository
+    recorder = Recorder(root, "pretrain", "f" * 16, courier=False)
+    drain(root)
+    shutil.rmtree(recorder.spool.place)
+    Recorder(root, "sft", "f" * 16, courier=False)
+    drain(root)
+    assert {run.info.run_name: run.info.status for run in runs(root)} == {
+        "pretrain-ffffffffffff-1": "KILLED",
+        "sft-ffffffffffff-1": "RUNNING",
+    }
+
+
 def test_run_in_the_bin_is_taken_out_and_a_run_that_is_gone_is_made_again(repository):
     root, _ = repository
     recorder = Recorder(root, "pretrain", "f" * 16, courier=False)

@@ -181,8 +181,8 @@ def _finish(client: Any, run_id: str, spool: tracking.Spool, event: dict[str, An
 
 
 def _close_orphans(client: Any, experiment: str, root: Path) -> None:
-    """End the runs whose spool was deleted while they ran. Only in a store that is this machine's alone."""
-    if store.embedded(root) is None:
+    """End runs whose spool was deleted while they ran. Only in the clone's own store: another one has others' runs."""
+    if store.embedded(root) != (root / environment.STATE / "mlflow" / "mlflow.db").resolve():
         return
     known = {spool.key for spool in tracking.spools(root)}
     for run in client.search_runs([experiment], "attributes.status = 'RUNNING'"):
