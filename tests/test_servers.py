@@ -24,7 +24,7 @@ import fake_repository as fake
 import psutil
 import pytest
 import station
-from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, Settings, temporary_settings
 from station import Api, Receiver, until
 from typer.testing import CliRunner
 
@@ -53,6 +53,22 @@ def test_the_pages_are_those_of_the_database_that_is_used(tmp_path: Path, monkey
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         _, mlflow, _ = servers.parts(tmp_path, 4200, 5000)
         assert f"sqlite:///{tmp_path}/{used}" in mlflow.command
+
+
+def test_prefect_knows_by_name_what_the_server_of_one_run_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that a later Prefect has changed would be passed over without a word."""
+
+    def on() -> set[str]:
+        found = Settings().server
+        names = {
+            f"PREFECT_SERVER_SERVICES_{name.upper()}_ENABLED" for name, one in found.services if one.enabled is True
+        }
+        return names | ({"PREFECT_API_BLOCKS_REGISTER_ON_START"} if found.register_blocks_on_start else set())
+
+    before = on()
+    for name in server.UNNEEDED:
+        monkeypatch.setenv(name, "false")
+    assert before - on() == set(server.UNNEEDED)
 
 
 def test_a_server_that_the_environment_names_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
