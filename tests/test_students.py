@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import model, prepared, tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipelines.core import int8, language_models, student_checks, students, tuning
 from pipelines.core.errors import ArtifactError, ParamsError
@@ -190,6 +191,17 @@ def test_a_head_that_only_the_configuration_ties_stays_the_teachers(known: Any, 
         exact = apart(ids).logits
         assert torch.allclose(student(ids).logits, exact, atol=1e-5)
         assert (int8.quantize(teacher)(ids).logits - exact).norm() < 0.1 * exact.norm()
+
+
+def test_a_configuration_that_says_nothing_of_a_tied_head(tmp_path: Path) -> None:
+    """As inkling's, which has no such field: loading it ended in a traceback."""
+    heads = {f"{kind}num_{part}": 1 for kind in ("", "swa_") for part in ("attention_heads", "key_value_heads")}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "head_dim": 32}
+    few = {"vocab_size": 300, "num_hidden_layers": 2, "n_routed_experts": 2, "num_experts_per_tok": 1}
+    config = AutoConfig.for_model("inkling_text", **few, **sizes, **heads, swa_head_dim=32)
+    assert not hasattr(config, "tie_word_embeddings")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert language_models.load(str(tmp_path), torch.float32, "eager").config.tie_word_embeddings is False
 
 
 def test_student_has_the_teachers_type_and_mode(known: Any) -> None:

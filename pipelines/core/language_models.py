@@ -182,8 +182,8 @@ def load(base: str, dtype: Any, attention: str) -> Any:
         )
     if (config := model.config).get_text_config() is not config:
         raise ArtifactError(f"base {base}: {config.model_type} reads more than text; accepted: a model of text alone")
-    ends = [part.weight.data_ptr() for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part]
-    config.tie_word_embeddings &= len(set(ends)) == 1  # a config may say so of weights that differ, which stay apart
+    ends = {part.weight.data_ptr() for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part}
+    config.tie_word_embeddings = len(ends) == 1 and getattr(config, "tie_word_embeddings", False)  # weights may differ
     if source.kind != "gguf":
         return model
     del config.quantization_config
