@@ -99,6 +99,15 @@ def test_a_token_without_a_row_is_refused(tmp_path: Path) -> None:
         gguf_export.export(place, tmp_path / "m.gguf", "f16")
 
 
+def test_a_special_token_that_nothing_writes_is_left_out(tmp_path: Path) -> None:
+    place = directory(tmp_path / "m")
+    known = tokenizer()
+    known.add_tokens(["<image>"], special_tokens=True)
+    known.save_pretrained(place)
+    gguf_export.export(place, tmp_path / "m.gguf", "f16")
+    assert len(field(tmp_path / "m.gguf", "tokenizer.ggml.tokens")) == 300
+
+
 def test_rows_without_a_token_are_named(tmp_path: Path) -> None:
     gguf_export.export(directory(tmp_path / "m", more_rows=2), tmp_path / "m.gguf", "q8_0")
     assert field(tmp_path / "m.gguf", "tokenizer.ggml.tokens")[299:][1:] == ["[PAD300]", "[PAD301]"]

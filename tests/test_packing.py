@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +118,21 @@ def test_special_tokens_spelled_in_text_stay_text(known: object) -> None:
     ids = packing.encode(known, ["a <|endoftext|> b"])[0]
     assert packing.separator_id(known) not in ids
     assert known.decode(ids) == "a <|endoftext|> b"  # type: ignore[attr-defined]
+
+
+def test_a_special_token_that_nothing_writes_needs_no_row() -> None:
+    """As Gemma 3's for images, in its models of text alone."""
+    known: Any = tokenizer()
+    rows = len(known)
+    known.add_tokens(["<image>"], special_tokens=True)
+    packing.check_rows(known, rows)
+    told = rf"1 tokens of the tokenizer have no row .* {rows} rows, for example '<image>'"
+    known.chat_template = "{{ '<image>' + messages[0]['content'] }}"
+    with pytest.raises(ArtifactError, match=told):
+        packing.check_rows(known, rows)
+    known.chat_template, known.pad_token = None, "<image>"
+    with pytest.raises(ArtifactError, match=told):
+        packing.check_rows(known, rows)
 
 
 def test_a_tokenizer_with_nothing_between_documents_is_refused() -> None:

@@ -44,20 +44,22 @@ def read(tokenizer: Any, rows: int) -> Vocabulary:
 
     Raises:
         ArtifactError: it is no byte-level BPE, splits or wraps text in a way llama.cpp has no name for, or has a
-            token beyond the embedding.
+            token beyond the embedding that it can make of a text.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ArtifactError(f"tokenizer: {type(tokenizer).__name__} has no tokenizer.json; a byte-level BPE is needed")
     told = json.loads(backend.to_str())
     pre = splitting_rule(told)
-    vocabulary = tokenizer.get_vocab()
     packing.check_rows(tokenizer, rows)
+    vocabulary = {token: index for token, index in tokenizer.get_vocab().items() if index < rows}
     tokens = [f"[PAD{index}]" for index in range(rows)]  # llama.cpp's name for a row without a token
     types = [UNUSED] * rows
     for token, index in vocabulary.items():
         tokens[index], types[index] = token, NORMAL
     for index, added in tokenizer.added_tokens_decoder.items():
+        if index >= rows:  # which nothing writes
+            continue
         if added.lstrip or added.rstrip or added.single_word:
             raise ArtifactError(
                 f"tokenizer: token {added.content!r} (id {index}) swallows spaces or wants word boundaries "
