@@ -24,7 +24,7 @@ def tiny(kind: str = "llama", tied: bool = True, **more: object) -> torch.nn.Mod
     else:
         sizes |= {"num_key_value_heads": 2, "head_dim": 16}
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = AutoConfig.for_model(kind, vocab_size=96, tie_word_embeddings=tied, **(sizes | ids | more))
+    config = AutoConfig.for_model(kind, tie_word_embeddings=tied, **({"vocab_size": 96} | sizes | ids | more))
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
