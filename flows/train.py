@@ -13,13 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from prefect import Task, flow
-from prefect.futures import PrefectFuture, wait
+from prefect.futures import PrefectConcurrentFuture
 from prefect.runtime import flow_run
 from rich.console import Console
 
@@ -138,12 +139,14 @@ def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False,
         _conclude(job, needed)
 
 
-def _submit(job: Job, needed: list[str], suspects: set[str]) -> list[PrefectFuture[None]]:
+def _submit(job: Job, needed: list[str], suspects: set[str]) -> list[PrefectConcurrentFuture[None]]:
     """One task a stage, parents first."""
-    futures: dict[str, PrefectFuture[None]] = {}
+    futures: dict[str, PrefectConcurrentFuture[None]] = {}
     for name in needed:
         parents = [futures[parent] for parent in job.graph.parents[name] if parent in futures]
-        futures[name] = _task(job, name).submit(name, name in suspects, wait_for=parents, return_state=False)
+        future = _task(job, name).submit(name, name in suspects, wait_for=parents, return_state=False)
+        assert isinstance(future, PrefectConcurrentFuture)  # of the flow's thread pool
+        futures[name] = future
     return list(futures.values())
 
 
@@ -164,10 +167,15 @@ def _task(job: Job, name: str) -> Task[[str, bool], None]:
     )
 
 
-def _watch(job: Job, futures: list[PrefectFuture[None]], update: Callable[[], None]) -> None:
-    """Keep the terminal and Prefect's progress bars up to date until every task is over."""
+def _watch(job: Job, futures: list[PrefectConcurrentFuture[None]], update: Callable[[], None]) -> None:
+    """Keep the terminal and Prefect's progress bars up to date until every task is over.
+
+    Prefect's own `wait` ends by an alarm, which may come while the lock of what it waits on is taken and never given
+    back: a task that ends then waits for it for ever. And each call leaves a callback with every task.
+    """
     published = time.monotonic()
-    while wait(futures, timeout=POLL_SECONDS).not_done:
+    tasks = [future.wrapped_future for future in futures]
+    while wait(tasks, timeout=POLL_SECONDS).not_done:
         update()
         if time.monotonic() - published >= PUBLISH_SECONDS:
             published = time.monotonic()

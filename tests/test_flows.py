@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -18,8 +20,9 @@ import fake_repository as fake
 import httpx
 import psutil
 import pytest
+from prefect.futures import PrefectConcurrentFuture
 
-from flows import failures, outcome, overrides, records, stages
+from flows import failures, outcome, overrides, records, stages, train
 from flows.board import Board, Row
 from flows.gate import Gate
 from flows.measure import NOT_MEASURABLE
@@ -407,3 +410,20 @@ def _pid(root: Path, stage: str) -> int:
             return int(place.read_text())
         time.sleep(0.1)
     raise AssertionError(f"stage {stage} never started")
+
+
+def test_watching_takes_no_alarm_and_leaves_nothing_with_the_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An alarm could end the wait while a lock was taken: the task that ended then waited for it for ever."""
+    monkeypatch.setattr(train, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr("signal.setitimer", lambda *_: pytest.fail("an alarm was set"))
+    work: Future[None] = Future()
+    task: PrefectConcurrentFuture[None] = PrefectConcurrentFuture(uuid4(), work)
+    polls: list[int] = []
+
+    def update() -> None:
+        polls.append(len(task._prefect_done_callbacks))
+        if len(polls) == 20:
+            work.set_result(None)
+
+    train._watch(SimpleNamespace(board=SimpleNamespace(rows={}), progress={}), [task], update)  # type: ignore[arg-type]
+    assert polls == [0] * 20
