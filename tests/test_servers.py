@@ -325,6 +325,13 @@ def _flow_process(root: Path) -> psutil.Process | None:
     return None
 
 
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # of a zombie too, such as what is left of an engine that was killed
+        return []
+
+
 def _files(process: psutil.Process) -> list[Any]:
     try:
         return process.open_files()
@@ -395,7 +402,7 @@ def test_servers_that_are_killed_come_back_with_every_record(clone: Path, api: A
     prefect = next(
         process
         for process in psutil.Process(servers.state(clone)["pid"]).children(recursive=True)  # type: ignore[index]
-        if "uvicorn" in process.cmdline() and "supervise" not in " ".join(process.cmdline())
+        if "uvicorn" in (line := _command(process)) and "supervise" not in " ".join(line)
     )
     prefect.kill()
     assert before <= until(lambda: {one["id"] for one in api.runs("train")}, 5 * MINUTES)
