@@ -182,7 +182,7 @@ def _finish(client: Any, run_id: str, spool: tracking.Spool, event: dict[str, An
 
 def _close_orphans(client: Any, experiment: str, root: Path) -> None:
     """End runs whose spool was deleted while they ran. Only in the clone's own store: another one has others' runs."""
-    if store.embedded(root) != (root / environment.STATE / "mlflow" / "mlflow.db").resolve():
+    if store.embedded(root) != store.own(root):
         return
     known = {spool.key for spool in tracking.spools(root)}
     for run in client.search_runs([experiment], "attributes.status = 'RUNNING'"):

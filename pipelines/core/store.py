@@ -49,8 +49,13 @@ def locked(root: Path, name: str) -> Iterator[None]:
 
 def address(root: Path) -> str:
     """The tracking URI in use; that of a file without links, so that every worktree of a clone has the same one."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / STATE}/mlflow/mlflow.db"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{own(root)}"
     return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}" if uri.startswith("sqlite:///") else uri
+
+
+def own(root: Path) -> Path:
+    """The database of the clone's own store, which no other clone writes to."""
+    return (root / STATE / "mlflow" / store_files.DATABASE).resolve()
 
 
 def place(root: Path) -> str:
@@ -64,8 +69,8 @@ def is_meant(root: Path, name: str) -> bool:
 
     Another clone's, which stands where it was, is another one.
     """
-    own, recorded = Path(STATE) / "mlflow" / "mlflow.db", Path(name.removeprefix("sqlite:///"))
-    moved = name.startswith("sqlite:///") and name.endswith(f"/{own}") and embedded(root) == (root / own).resolve()
+    ending, recorded = f"/{STATE}/mlflow/{store_files.DATABASE}", Path(name.removeprefix("sqlite:///"))
+    moved = name.startswith("sqlite:///") and name.endswith(ending) and embedded(root) == own(root)
     return (moved and not recorded.exists()) or without_login(name) == place(root)
 
 
