@@ -21,6 +21,7 @@ import httpx
 import psutil
 import pytest
 from prefect.futures import PrefectConcurrentFuture
+from processes import has_ended
 
 from flows import failures, outcome, overrides, records, stages, train
 from flows.board import Board, Row
@@ -391,7 +392,7 @@ def test_a_flow_that_is_stopped_leaves_nothing_running(root: Path, number: int, 
     process.send_signal(number)
     assert process.wait(30) == code
     _, alive = psutil.wait_procs(family, timeout=10)
-    assert [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
+    assert [one for one in alive if not has_ended(one)] == []
     output.seek(0)
     printed = output.read()
     assert "Traceback" not in printed

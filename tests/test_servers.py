@@ -25,6 +25,7 @@ import psutil
 import pytest
 import station
 from prefect.settings import PREFECT_API_AUTH_STRING, Settings, temporary_settings
+from processes import has_ended
 from station import Api, Receiver, until
 from typer.testing import CliRunner
 
@@ -410,7 +411,7 @@ def test_servers_that_are_killed_come_back_with_every_record(clone: Path, api: A
     family = keeper.children(recursive=True)
     os.kill(keeper.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(family, timeout=90)
-    assert [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
+    assert [one for one in alive if not has_ended(one)] == []
     again = Api(_start(clone)["prefect"])
     assert before <= {one["id"] for one in again.runs("train")}
     assert len(again("/automations/filter")) == 3  # set up twice, there once

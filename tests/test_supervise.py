@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fake_repository import ROOT
+from processes import exists
 
 from flows.supervise import STOPPED, Crew, child_environment
 
@@ -49,7 +50,7 @@ def appears(place: Path) -> int:
 def is_gone(pid: int, seconds: float = 5.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+        if not exists(pid):
             return True
         time.sleep(0.05)
     return False
