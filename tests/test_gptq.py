@@ -29,8 +29,8 @@ def test_of_two_columns_by_hand() -> None:
     """H = [[2, 1], [1, 1]]: rounding w0 = 0.4 to 0 leaves an error that w1 takes up: w1 + 0.4 x H01 / H11."""
     weight = torch.tensor([[0.4, 0.2]])
 
-    def whole(values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return values.round().to(torch.uint8), values.round()
+    def whole(values: gptq.Vector, column: int) -> tuple[gptq.Vector, gptq.Vector]:
+        return values.round(), values.round()
 
     square = torch.tensor([[2.0, 1.0], [1.0, 1.0]])
     _, exact = gptq.solve(weight, gptq.root(square), whole)

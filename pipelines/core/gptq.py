@@ -18,7 +18,9 @@ from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers.pytorch_utils import Conv1D
 
 from pipelines.core import int4, int8, tuning
@@ -28,8 +30,9 @@ DAMPING = 0.01  # of the mean diagonal
 DRIFT_SHARE = 0.25  # of the drift; all of it fits the calibration rows and nothing else
 LAZY = 32  # columns after which the others are updated
 
+Vector = NDArray[np.float32]
 # Values (out,) of column j of a layer -> codes (out,) and what they stand for (out,)
-Round = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+Round = Callable[[Vector, int], tuple[NDArray[Any], Vector]]
 # A layer's name and weight (out, in) -> how its columns are rounded; None: it stays
 Rounding = Callable[[str, torch.Tensor], Round | None]
 
@@ -157,41 +160,48 @@ def solve(weight: torch.Tensor, found: Root, one: Round) -> tuple[torch.Tensor, 
     """Codes (out, in) uint8 of a weight (out, in) in fp32, and what they stand for; `one` rounds a column."""
     order, upper = found
     left = weight.t()[order].clone()  # a column of the weight is a row here, whose entries lie side by side
-    codes, exact = torch.empty(left.shape, dtype=torch.uint8), torch.empty_like(left)
+    wrong = torch.empty(LAZY, left.shape[1])
+    # Columns are short: numpy calls, on the same memory, take a third of the time that torch's do.
+    values, errors, factors = left.numpy(), wrong.numpy(), upper.numpy()
+    codes, exact = np.empty(values.shape, dtype=np.uint8), np.empty_like(values)
     for start in range(0, len(left), LAZY):
         end = min(start + LAZY, len(left))
-        block, inside = left[start:end], upper[start:end, start:end]
-        wrong = torch.empty_like(block)
-        for place, column in enumerate(order[start:end].tolist()):
-            codes[column], exact[column] = one(block[place], column)
-            torch.sub(block[place], exact[column], out=wrong[place]).div_(inside[place, place])
-            block[place + 1 :].addr_(inside[place, place + 1 :], wrong[place], alpha=-1)
-        left[end:].addmm_(upper[start:end, end:].t(), wrong, alpha=-1)
-    return codes.t().contiguous(), exact.t().contiguous()
+        for place, column in zip(range(start, end), order[start:end].tolist(), strict=True):
+            codes[column], exact[column] = one(values[place], column)
+            error = np.subtract(values[place], exact[column], out=errors[place - start])
+            error /= factors[place, place]
+            values[place + 1 : end] -= factors[place, place + 1 : end, None] * error
+        left[end:].addmm_(upper[start:end, end:].t(), wrong[: end - start], alpha=-1)
+    return torch.from_numpy(codes.T.copy()), torch.from_numpy(exact.T.copy())
 
 
 def of_grid(found: int4.Grid, group: int) -> Round:
     """Rounding onto a grid of `int4`."""
-    scales, zeros = (part.float().t().contiguous() for part in found)
+    scales, zeros = (part.float().t().contiguous().numpy() for part in found)
 
-    def one(values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def one(values: Vector, column: int) -> tuple[NDArray[Any], Vector]:
         scale, zero = scales[column // group], zeros[column // group]
-        codes = ((values - zero) / scale).round_().clamp_(-int4.MIDDLE, int4.LEVELS - int4.MIDDLE)
-        return (codes + int4.MIDDLE).to(torch.uint8), codes.mul_(scale).add_(zero)
+        codes = values - zero
+        codes /= scale
+        np.rint(codes, out=codes)
+        np.clip(codes, -int4.MIDDLE, int4.LEVELS - int4.MIDDLE, out=codes)
+        exact = codes * scale
+        exact += zero
+        return codes + np.float32(int4.MIDDLE), exact
 
     return one
 
 
 def of_code_book(book: torch.Tensor, scales: torch.Tensor, group: int) -> Round:
     """Rounding to the nearest of a code book's values (ascending) times a scale (out, in / group)."""
-    middles = ((book[1:] + book[:-1]) / 2)[:, None]
-    columns = scales.t().contiguous()
-    divisors = columns.where(columns != 0, 1.0)
+    values_of = book.float().numpy()
+    middles = (values_of[1:] + values_of[:-1]) / 2
+    columns = scales.float().t().contiguous().numpy()
+    divisors = np.where(columns != 0, columns, np.float32(1.0))
 
-    def one(values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
-        scale = columns[column // group]
-        codes = (values / divisors[column // group] > middles).sum(dim=0)  # `bucketize` takes twice as long
-        return codes.to(torch.uint8), book[codes] * scale
+    def one(values: Vector, column: int) -> tuple[NDArray[Any], Vector]:
+        codes = np.searchsorted(middles, values / divisors[column // group])
+        return codes, values_of[codes] * columns[column // group]
 
     return one
 
