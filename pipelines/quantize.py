@@ -101,7 +101,7 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
             context.stop_if_asked()
         if subject.classifier:
             del original
-            metrics |= quantize_evaluation.reward(subject, own, prompts, [*told[""].said.values()], context)
+            metrics |= quantize_evaluation.reward(subject, own, prompts, place, params, context)
             continue
         asked = (subject, own, original, tokenizer, held_out, prompts, rows[:LAYER_ROWS], params, context)
         told[subject.name] = quantize_evaluation.language_model(*asked)

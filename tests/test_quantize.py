@@ -318,12 +318,13 @@ def test_pairs_ranked_alike() -> None:
     assert agreement([[1, 2, 3], [1, 1]], [[1, 3, 2], [5, 6]]) == (1 + 1 + 0 + 0.5) / 4
 
 
-def test_one_and_the_same_answer_is_no_order(context: StageContext) -> None:
+def test_one_and_the_same_answer_is_no_order(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [completions.Prompt("p", "p", "test", "what?", None, [1])]
     same = policy_answers.Answers([["w", "w"]], [[[1], [1]]], [[0.0, 0.0]], [[True, True]])
+    monkeypatch.setattr(quantize_evaluation, "ask", lambda *_, **__: policy_answers.Said(same, same))
     subject = quantization.Subject("reward", Path("m"), ["int8"], classifier=True)
     with pytest.raises(DataError, match=r"one and the same answer to each of the 1 held-out prompts"):
-        quantize_evaluation.reward(subject, {}, prompts, [policy_answers.Said(same, same)], context)
+        quantize_evaluation.reward(subject, {}, prompts, Path("policy"), QuantizeParams(**TINY), context)
 
 
 def test_bad_input_is_told_before_anything_is_made(inputs: dict[str, Path], tmp_path: Path) -> None:

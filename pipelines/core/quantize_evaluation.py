@@ -31,6 +31,8 @@ from pipelines.core.params.quantize import QuantizeParams
 from pipelines.core.policy_answers import Said, ask, kept
 from pipelines.core.quantization import Subject, full_name, whole_name
 
+RANKED = 8  # answers drawn for a prompt to be ranked
+
 
 class Told(NamedTuple):
     """What is known of a subject's variants, by full name."""
@@ -141,26 +143,31 @@ def reward(
     subject: Subject,
     made: Mapping[str, Path],
     prompts: Sequence[Prompt],
-    said: Sequence[Said],
+    policy: Path,
+    params: QuantizeParams,
     context: StageContext,
 ) -> dict[str, float]:
     """Whether a smaller reward model puts answers into the same order as the original.
 
-    The answers are what the policy and all its variants said to the held-out prompts, and people's. Agreement is over
-    all pairs of different answers to one prompt; a pair that either model finds equal counts one half.
+    The answers are some that the policy draws for each held-out prompt, as where a reward model is used, its greedy
+    one, and people's. What the policy's variants say does not count: they draw with the same luck, so that pairs would
+    differ by a word, and by less in score than bf16 rounds it. Agreement is over all pairs of different answers to one
+    prompt; a pair that either model finds equal counts one half.
 
     Raises:
         DataError: there is no such pair.
     """
+    more = params.model_copy(update={"eval_samples": RANKED})
+    said = ask(more, list(prompts), policy, "the policy, to be ranked", context, keep="ranked")
     items = []
     for number, prompt in enumerate(prompts):
-        answers = [text for one in said for part in one for text in part.texts[number]]
+        answers = [text for part in said for text in part.texts[number]]
         known = [] if prompt.reference is None else [prompt.reference]
         items.append((prompt.text, list(dict.fromkeys([*answers, *known]))))
     asked = [item for item in items if len(item[1]) > 1]
     if not asked:
         raise DataError(
-            f"quantize: the models gave one and the same answer to each of the {len(prompts)} held-out prompts, so the "
+            f"quantize: the policy gave one and the same answer to each of the {len(prompts)} held-out prompts, so the "
             "reward model has nothing to put into an order; raise quantize.eval_prompts, or set reward_variants: []"
         )
     model, tokenizer = reward_model.load(subject.place, context)
