@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from pipelines.core import few_rows
 
-needs_bf16 = pytest.mark.skipif(not few_rows._there(), reason="this processor has no products in bf16")
+needs_bf16 = pytest.mark.skipif(not few_rows._helps("bf16"), reason="this processor has no products in bf16")
 
 
 def layers(dtype: torch.dtype) -> torch.nn.Sequential:
@@ -51,3 +53,20 @@ def test_an_error_leaves_nothing_behind() -> None:
     with pytest.raises(RuntimeError), few_rows.quick(model, "bf16"):
         model(torch.ones(2, 95, dtype=torch.bfloat16))
     assert not any("forward" in vars(part) for part in model)
+
+
+@needs_bf16
+def test_weights_that_are_not_used_are_not_reordered(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    noted = SimpleNamespace(
+        _reorder_linear_weight=lambda weight, rows: (seen.append(len(weight)), reorder(weight, rows))[1],
+        _linear_pointwise=torch.ops.mkldnn._linear_pointwise,
+        _is_mkldnn_bf16_supported=lambda: True,
+    )
+    monkeypatch.setattr(torch.ops, "mkldnn", noted)
+    model = layers(torch.bfloat16)
+    with torch.inference_mode(), few_rows.quick(model, "bf16"):
+        for _ in range(2):
+            model[0](torch.ones(2, 96, dtype=torch.bfloat16))
+    assert seen == [200]

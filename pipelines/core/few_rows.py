@@ -20,10 +20,10 @@ def quick(model: Any, precision: str) -> Iterator[None]:
 
     Without gradients, and while the weights do not change. Where it is computed in anything but bf16, nothing happens.
     """
-    parts = model.modules() if precision == "bf16" and _there() else ()
+    parts = model.modules() if _helps(precision) else ()
     linear = [part for part in parts if type(part) is torch.nn.Linear and part.weight.device.type == "cpu"]
     for part in linear:
-        part.forward = _forward(part)  # type: ignore[assignment]
+        part.forward = product(part.weight.detach(), part.bias, precision)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -31,22 +31,27 @@ def quick(model: Any, precision: str) -> Iterator[None]:
             del part.forward
 
 
-def _there() -> bool:
-    """Whether this processor and this torch have the product."""
-    there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return bool(there and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def product(weight: torch.Tensor, bias: torch.Tensor | None, precision: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x -> x W^T + b, as `torch.autocast` has it where it helps: in bf16 whatever the weights' type.
 
+    The copy is made when it is first needed: of the layers of a model, such as its adapters, not all are.
+    """
+    ordered: list[torch.Tensor] = []
+    quick = _helps(precision) and weight.device.type == "cpu"
+    added = bias.detach().bfloat16() if quick and bias is not None else None
 
-def _forward(part: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The layer's product, as `torch.autocast` has it: in bf16 whatever the weights' type."""
-    weight, bias = part.weight.detach(), part.bias
-    ordered = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), ROWS)
-    added = None if bias is None else bias.detach().bfloat16()
-
-    def forward(rows: torch.Tensor) -> torch.Tensor:
-        if rows.numel() > ROWS * part.in_features:
+    def multiply(rows: torch.Tensor) -> torch.Tensor:
+        if not quick or rows.numel() > ROWS * weight.shape[1]:
             return torch.nn.functional.linear(rows, weight, bias)
-        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows.bfloat16(), ordered, added, "none", [], "")
+        if not ordered:
+            ordered.append(torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), ROWS))
+        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows.bfloat16(), ordered[0], added, "none", [], "")
         return found
 
-    return forward
+    return multiply
+
+
+def _helps(precision: str) -> bool:
+    """Whether this processor and this torch have the product."""
+    there = precision == "bf16" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(there and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -35,11 +35,11 @@ class Samples(NamedTuple):
 
 
 class Decoder(NamedTuple):
-    """The parts of a model that sampling uses, and room for one token's logits of all samples."""
+    """The parts of a model that sampling uses, and room for all samples."""
 
     body: Any
     head: torch.Tensor  # (vocabulary, width), in the type to compute in
-    logits: torch.Tensor  # (rows, vocabulary), same type
+    logits: Callable[[torch.Tensor], torch.Tensor]  # of last hidden states (rows, width): their products with it
     room: torch.Tensor  # for `draw`
 
 
@@ -217,17 +217,14 @@ def _next(
     decoder: Decoder, hidden: torch.Tensor, uniforms: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The next token of each row of hidden states (rows, width), by `draw`."""
-    logits = decoder.logits[: len(hidden)]
-    torch.mm(hidden, decoder.head.t(), out=logits)
-    return draw(logits, uniforms, temperature, decoder.room)
+    return draw(decoder.logits(hidden), uniforms, temperature, decoder.room)
 
 
 def _decoder(body: Any, head: torch.Tensor, samples: int, precision: str) -> Decoder:
     """Made ready for as many samples at a time, and the branches that a layout may leave unused."""
     head = head.detach().to(torch.bfloat16 if precision == "bf16" else head.dtype)
-    rows = math.ceil(samples / (1 - SPARE_SHARE))
-    logits = head.new_empty(rows, len(head))
-    return Decoder(body, head, logits, room_to_draw(rows, len(head), head.device))
+    room = room_to_draw(math.ceil(samples / (1 - SPARE_SHARE)), len(head), head.device)
+    return Decoder(body, head, few_rows.product(head, None, precision), room)
 
 
 def _batches(lengths: list[int], count: int, tokens: int) -> Iterator[list[int]]:
