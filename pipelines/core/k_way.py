@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,11 @@ import torch
 from pipelines.core import attention, chats, language_models, losses, segments
 from pipelines.core.context import StageContext
 
-ROW_TOKENS = 128  # rows are filled up to this: attention grows with the square of a row
+ROW_TOKENS = 256  # a row is filled up to this at most: attention's work grows with the square of it
+WIDTHS = 12  # of rows that are tried, from half of that on: the one that leaves least empty depends on the sequences
+FEW = 64  # sequences for which they are: of many, some fit any row
+ATTENTION = 1200  # tokens of a row from which a token takes twice as long
+PASS = 64  # tokens whose time a forward pass takes whatever it reads
 SCORED_TOKENS = 4096  # tokens of a forward pass without gradients
 
 Tell = Callable[[int, int], None]
@@ -64,15 +69,33 @@ def batches(sequences: Sequence[segments.Sequence], tokens: int, pad: int) -> li
     """
     shared = segments.shared_prefix(sequences) if len(sequences) > 1 else 0
     lengths = [len(one.ids) - shared for one in sequences]
-    bins = segments.bins(lengths, max(1, min(ROW_TOKENS, tokens) - shared))
-    filled = [shared + sum(lengths[number] for number in one) for one in bins]
-    passes: list[list[int]] = []
-    for place in sorted(range(len(bins)), key=lambda place: (-filled[place], place)):
-        if passes and (len(passes[-1]) + 1) * filled[passes[-1][0]] <= tokens:
-            passes[-1].append(place)
+    widest = max(max(lengths), min(ROW_TOKENS, tokens) - shared)
+    narrowest = max(max(lengths), widest // 2) if len(lengths) <= FEW else widest
+    step = max(1, (widest - narrowest) // WIDTHS)
+    ways = (_passes(lengths, width, shared, tokens) for width in range(widest, narrowest - 1, -step))
+    return [of_bins(sequences, bins, pad, shared) for bins in min(ways, key=partial(_work, lengths, shared))]
+
+
+def _passes(lengths: Sequence[int], width: int, shared: int, tokens: int) -> list[list[list[int]]]:
+    """Which sequences share a row of at most `shared + width` tokens, and which rows a forward pass."""
+    passes: list[list[list[int]]] = []
+    for row in sorted(segments.bins(lengths, width), key=lambda one: -sum(lengths[number] for number in one)):
+        if passes and (len(passes[-1]) + 1) * _filled(passes[-1][0], lengths, shared) <= tokens:
+            passes[-1].append(row)
         else:
-            passes.append([place])
-    return [of_bins(sequences, [bins[place] for place in one], pad, shared) for one in passes]
+            passes.append([row])
+    return passes
+
+
+def _filled(row: Sequence[int], lengths: Sequence[int], shared: int) -> int:
+    """Tokens of a row; the first row of a forward pass is its longest."""
+    return shared + sum(lengths[number] for number in row)
+
+
+def _work(lengths: Sequence[int], shared: int, passes: Sequence[Sequence[Sequence[int]]]) -> float:
+    """What forward passes cost, about, in tokens of short rows."""
+    sizes = [(len(rows), _filled(rows[0], lengths, shared)) for rows in passes]
+    return sum(PASS + rows * length * (1 + length / ATTENTION) for rows, length in sizes)
 
 
 def by_sequence(values: torch.Tensor, batch: Responses) -> list[list[float]]:
