@@ -275,7 +275,7 @@ def _experience(
         name = ", ".join(params.rewards) or "the reward model"
         reward_functions.refuse_constant(found.proxy.tolist(), name, group)
         self_test.check(actors, found, params, task.tokenizer.eos_token_id, context)
-        task.begun[iteration] = found
+        task.begun[iteration] = found._replace(ahead=[])
     return found
 
 

@@ -11,8 +11,8 @@ from models import LORA
 from test_ppo_params import PLAIN
 from test_reward_adapter import disturb
 
-from pipelines.core import actors, episodes, segments
-from pipelines.core.actors import Actors
+from pipelines.core import actors, episodes, k_way, segments
+from pipelines.core.actors import Actors, Role
 from pipelines.core.completions import Prompt
 from pipelines.core.context import StageContext
 from pipelines.core.params.ppo import PpoParams
@@ -74,6 +74,12 @@ def roles(root: Path, method: str, context: StageContext, reward: bool = True) -
     for role in ("policy", "value"):
         disturb(made._named[role].items(), scale=0.02)
     return made
+
+
+def states(made: Actors, role: Role, batch: k_way.Responses, context: StageContext) -> torch.Tensor:
+    """Hidden states of a role that passes alone."""
+    (hidden,) = made.hidden((role,), batch.rows, context)
+    return hidden
 
 
 def plain_logits(made: Actors, role: Any, prompt: list[int], said: list[int], temperature: float) -> torch.Tensor:

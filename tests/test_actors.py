@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from models import LORA, model, tokenizer
+from rollouts import states
 from test_reward_adapter import ARCHITECTURES, MEAN, disturb, store
 
-from pipelines.core import actors, k_way, sampling, segments, training
+from pipelines.core import actors, k_way, low_rank, sampling, segments, training
 from pipelines.core.actors import Actors
 from pipelines.core.context import StageContext
 
@@ -46,8 +47,18 @@ def make(places: dict[str, Path], context: StageContext) -> Make:
     return made
 
 
-def scores(made: Actors, role: Any, context: StageContext, temperature: float = 1.0) -> torch.Tensor:
-    return made.log_probabilities(role, BATCH, context, temperature).log_probabilities
+def scores(
+    made: Actors, role: Any, context: StageContext, temperature: float = 1.0, batch: k_way.Responses = BATCH
+) -> torch.Tensor:
+    return made.log_probabilities(role, batch, states(made, role, batch, context), temperature).log_probabilities
+
+
+def values(made: Actors, context: StageContext) -> torch.Tensor:
+    return made.values(BATCH, states(made, "value", BATCH, context))
+
+
+def rewards(made: Actors, context: StageContext) -> torch.Tensor:
+    return made.rewards(BATCH, states(made, "reward", BATCH, context))
 
 
 def in_order(values: torch.Tensor) -> torch.Tensor:
@@ -117,28 +128,28 @@ def test_rewards_and_values_are_the_reward_models(
         return float(judge(input_ids=torch.tensor([ids])).logits) - MEAN
 
     with torch.no_grad():
-        values = in_order(made.values(BATCH, context))
+        found = in_order(values(made, context))
         expected = [told(prompt + said[:place]) for prompt, said in TEXTS for place in range(len(said))]
-        assert values.tolist() == pytest.approx(expected, abs=1e-5)
+        assert found.tolist() == pytest.approx(expected, abs=1e-5)
         expected = [told(PROMPTS[number] + said) for number in BATCH.numbers for said in RESPONSES[number]]
-        assert made.rewards(BATCH, context).tolist() == pytest.approx(expected, abs=1e-5)
+        assert rewards(made, context).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_without_a_reward_model_values_start_at_zero(make: Make, context: StageContext, method: str) -> None:
     made = make(method, reward=False)
     assert made.reward_head is None and "reward" not in made.models
-    assert not made.values(BATCH, context).any()
+    assert not values(made, context).any()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_values_on_another_scale(make: Make, context: StageContext, method: str) -> None:
     made = make(method)
     with torch.no_grad():
-        before, rewards = made.values(BATCH, context), made.rewards(BATCH, context)
+        before, said = values(made, context), rewards(made, context)
         made.rescale_values(0.5, 3.0)
-        torch.testing.assert_close(made.values(BATCH, context), 0.5 * before + 3.0)
-        assert torch.equal(made.rewards(BATCH, context), rewards), "the reward keeps its own"
+        torch.testing.assert_close(values(made, context), 0.5 * before + 3.0)
+        assert torch.equal(rewards(made, context), said), "the reward keeps its own"
 
 
 # --- who learns ----------------------------------------------------------------------------------------------
@@ -148,18 +159,17 @@ def everything(made: Actors, context: StageContext) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         return {
             **{role: scores(made, role, context) for role in ("policy", "reference")},
-            "value": made.values(BATCH, context),
-            "reward": made.rewards(BATCH, context),
+            "value": values(made, context),
+            "reward": rewards(made, context),
         }
 
 
 def learn(made: Actors, role: str, optimizer: torch.optim.Optimizer, context: StageContext) -> None:
     """One step of one role; both roles' gradients are computed after another role has been used."""
-    found = made.log_probabilities("policy", BATCH, context, 1.0).log_probabilities
-    values = made.values(BATCH, context)
-    made.rewards(BATCH, context)
-    made.log_probabilities("reference", BATCH, context, 1.0)
-    (found if role == "policy" else (values - 3.0).square()).mean().backward()  # type: ignore[no-untyped-call]
+    found, expected = scores(made, "policy", context), values(made, context)
+    rewards(made, context)
+    scores(made, "reference", context)
+    (found if role == "policy" else (expected - 3.0).square()).mean().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad()
 
@@ -184,12 +194,47 @@ def test_a_role_learns_alone(make: Make, context: StageContext, method: str, rol
 def test_every_adapter_weight_of_a_role_gets_a_gradient(make: Make, context: StageContext) -> None:
     made = make()
     disturb(made._named["policy"].items())
-    made.log_probabilities("policy", BATCH, context, 1.0).log_probabilities.mean().backward()  # type: ignore[no-untyped-call]
-    made.values(BATCH, context).square().mean().backward()  # type: ignore[no-untyped-call]
+    scores(made, "policy", context).mean().backward()  # type: ignore[no-untyped-call]
+    values(made, context).square().mean().backward()  # type: ignore[no-untyped-call]
     for role in ("policy", "value"):
         named = made._named[role]
         assert len(named) == 2 * 7 * 2 + 2 * (role == "value"), "A and B of 7 linear layers in 2 blocks; the head"
         assert [name for name, value in named.items() if value.grad is None or not value.grad.any()] == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_roles_side_by_side_say_and_learn_what_each_does_alone(
+    make: Make, context: StageContext, architecture: str
+) -> None:
+    made = make("shared", architecture)
+    disturb(made._named["policy"].items())
+    assert made.side_by_side and made.groups(actors.JUDGES) == [("reference", "reward")]
+    for group in (actors.LEARNERS, actors.JUDGES):
+        alone = [made.hidden((role,), BATCH.rows, context)[0] for role in group]
+        beside = made.hidden(group, BATCH.rows, context)
+        assert not torch.allclose(*beside, atol=1e-2)
+        for one, two in zip(alone, beside, strict=True):
+            torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+
+    trained = [*made.trained("policy"), *made.trained("value")[:-2]]  # without the value head, which only reads
+    weights = torch.linspace(-1, 1, alone[0].shape[-1])
+
+    def gradients(states: list[torch.Tensor]) -> list[torch.Tensor]:
+        loss = torch.stack([(one @ weights).square().sum() * place for place, one in enumerate(states, 1)]).sum()
+        found = torch.autograd.grad(loss, trained)
+        assert all(one.any() for one in found)
+        return list(found)
+
+    expected = gradients([made.hidden((role,), BATCH.rows, context)[0] for role in actors.LEARNERS])
+    for one, two in zip(gradients(made.hidden(actors.LEARNERS, BATCH.rows, context)), expected, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+
+
+def test_adapters_on_other_layers_pass_one_by_one(make: Make, context: StageContext) -> None:
+    made = make()
+    layer = next(part for part in made.models["policy"].modules() if hasattr(part, "lora_A"))
+    del layer.lora_A["value"], layer.lora_variant["value"]
+    assert not low_rank.fits_side_by_side(made.models["policy"])
 
 
 def test_one_backbone(make: Make, places: dict[str, Path], known: Any) -> None:
@@ -241,7 +286,7 @@ def test_samples_of_a_role_have_its_probabilities(make: Make, context: StageCont
     """Whichever role was used last, the sampler and `log_probabilities` see the same adapter."""
     made = make()
     disturb(made._named["policy"].items())
-    made.rewards(BATCH, context)
+    rewards(made, context)
     with made.using(role) as lm:
         found = sampling.sample(
             lm, PROMPTS, count=2, tokens=8, stops=[1], pad=0, temperature=TEMPERATURE, seed=3, precision="fp32",
@@ -251,7 +296,7 @@ def test_samples_of_a_role_have_its_probabilities(make: Make, context: StageCont
     (batch,) = k_way.batches(said, 512, pad=0)
     with torch.no_grad():
         ours, theirs = (
-            made.log_probabilities(one, batch, context, TEMPERATURE).log_probabilities.tolist()
+            scores(made, one, context, TEMPERATURE, batch).tolist()
             for one in (role, "reference" if role == "policy" else "policy")
         )
     drawn = [value for number in batch.numbers for one in found.log_probabilities[number] for value in one]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from models import tokenizer
-from rollouts import METHODS, PARAMS, case, plain_hidden, plain_logits, plain_scores, plain_values, roles
+from rollouts import METHODS, PARAMS, case, plain_hidden, plain_logits, plain_scores, plain_values, roles, states
 from test_reward_adapter import ARCHITECTURES, MEAN, store
 
-from pipelines.core import distributed, episodes, k_way, losses
+from pipelines.core import distributed, episodes, k_way, losses, segments
 from pipelines.core.actors import Actors
 from pipelines.core.completions import Prompt
 from pipelines.core.context import StageContext
@@ -62,7 +62,9 @@ def test_tables_and_flat_vectors(seed: int, micro_tokens: int) -> None:
     tokens = made.ragged([torch.tensor(said) for _, said in made.said])
     noise = torch.where(made.rollout.mask, torch.randn(tokens.shape), 0.0)
     again = torch.zeros(tokens.shape)
-    for batch in (one for minibatch in episodes.passes(made.rollout, params, 0) for one in minibatch):
+    for batch in (
+        one for minibatch in episodes.passes(made.rollout, params, 0, params.micro_tokens) for one in minibatch
+    ):
         labels = batch.rows.labels[batch.rows.labels != losses.IGNORE]
         assert episodes.flat(tokens, made.rollout.mask, batch).tolist() == labels.tolist()
         last = [made.said[number][1][-1] for number in episodes.episodes_of(batch)]
@@ -76,7 +78,7 @@ def test_tables_and_flat_vectors(seed: int, micro_tokens: int) -> None:
 def test_each_prompt_is_in_one_minibatch(minibatches: int, micro_tokens: int) -> None:
     made = case(5)
     params = PARAMS.model_copy(update={"micro_tokens": micro_tokens, "minibatches": minibatches})
-    found = episodes.passes(made.rollout, params, 0)
+    found = episodes.passes(made.rollout, params, 0, params.micro_tokens)
     each = [sorted(number for batch in minibatch for number in batch.numbers) for minibatch in found]
     assert sorted(number for one in each for number in one) == list(range(6))
     assert [len(one) for one in each] == [6 // minibatches] * minibatches, "each step learns from as many"
@@ -222,6 +224,16 @@ def test_the_score_of_a_response_that_does_not_end(
     assert found.scores.tolist() == pytest.approx(rule) and 0 < sum(ended) < 18
 
 
+def test_rows_are_as_wide_as_leaves_least_empty() -> None:
+    """Six sequences of 60 tokens: two rows of 180, not one of 240 beside one of 120."""
+    sequences = [segments.of_completions([number, 7, 8], [[9] * 56]) for number in range(6)]
+    assert {len(one.ids) for one in sequences} == {59}
+    (batch,) = k_way.batches(sequences, 512, pad=0)
+    assert batch.rows.ids.shape == (2, 3 * 59) and sorted(batch.numbers) == list(range(6))
+    wide = k_way.batches(sequences * 20, 512, pad=0)
+    assert {len(one.rows.ids[0]) for one in wide} == {4 * 59}, "of many, some fit the widest"
+
+
 def test_two_processes_share_the_scoring(
     places: dict[str, Path], context: StageContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +272,8 @@ def fitted(made: Actors, slope: float, level: float, noise: float, discount: flo
     assert torch.equal(found.proxy, before.proxy) and not found.values[~rollout.mask].any()
     (batch,) = k_way.batches(rollout.sequences, 4096, 0)
     with torch.no_grad():
-        here, there = made.values(batch, context), episodes.flat(found.values, rollout.mask, batch)
+        here = made.values(batch, states(made, "value", batch, context))
+        there = episodes.flat(found.values, rollout.mask, batch)
         torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
     left = (returns - found.values)[rollout.mask].square().mean()
     return float(left / returns[rollout.mask].var(correction=0))

@@ -78,3 +78,39 @@ def test_adapters_of_another_kind_stay_as_they_are() -> None:
     kind = type(model[0].lora_variant["default"])
     low_rank.fuse(model)
     assert type(model[0].lora_variant["default"]) is kind
+
+
+def test_parts_of_a_batch_pass_through_adapters_of_their_own() -> None:
+    model = adapted("linear")
+    model[0].update_layer("other", r=2, lora_alpha=3, config=LoraConfig(r=2, lora_alpha=3))
+    torch.nn.init.normal_(model[0].lora_B["other"].weight)
+    low_rank.fuse(model)
+    x, layer = torch.arange(72.0).view(6, 2, 6).sin(), model[0]
+    expected = []
+    for part, name in zip(x.chunk(3), ("default", None, "other"), strict=True):
+        layer.enable_adapters(name is not None)
+        if name is not None:
+            layer.set_adapter(name)
+        expected.append(model(part))
+    with torch.no_grad(), low_rank.side_by_side(("default", None, "other")):
+        layer.set_adapter("default")
+        torch.testing.assert_close(model(x), torch.cat(expected))
+        torch.testing.assert_close(model(x.flatten(0, 1)), torch.cat(expected).flatten(0, 1))
+    assert torch.equal(model(x[:2]), expected[0]), "outside, all of a batch passes through the active one"
+
+
+@pytest.mark.parametrize("changed", ["dora", "layers", "experts"])
+def test_where_adapters_cannot_stand_side_by_side(changed: str) -> None:
+    model = adapted("linear")
+    low_rank.fuse(model)
+    assert low_rank.fits_side_by_side(model)
+    if changed == "dora":
+        model = adapted("linear", use_dora=True)
+        low_rank.fuse(model)
+    elif changed == "layers":
+        model.append(adapted("linear")[0])
+        model[1].update_layer("other", r=2, lora_alpha=3, config=LoraConfig(r=2, lora_alpha=3))
+        low_rank.fuse(model)
+    else:
+        model.add_module("experts", torch.nn.Linear(6, 10))
+    assert not low_rank.fits_side_by_side(model)

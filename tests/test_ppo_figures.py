@@ -33,7 +33,7 @@ def example(prompts: list[Prompt], responses: list[list[str]]) -> Episodes:
     ended = [[True, False]] if len(prompts) == 1 else [[True], [False]]
     rollout = Rollout(prompts, [], responses, ended, sampled, mask)
     scores, proxy = torch.tensor([0.25, -1.0]), torch.tensor([0.25, 0.75])
-    return Episodes(rollout, [], old, reference, entropies, values, scores, proxy, external=True)
+    return Episodes(rollout, [], old, reference, entropies, values, scores, proxy, external=True, ahead=[])
 
 
 def prompt(text: str = "say", reference: str | None = None) -> Prompt:
@@ -125,7 +125,7 @@ def silent(external: bool) -> Episodes:
     rollout = case().rollout
     nothing = torch.zeros(rollout.mask.shape)
     none = nothing[:, 0]
-    return Episodes(rollout, [], nothing, nothing, nothing, nothing, none, none, external)
+    return Episodes(rollout, [], nothing, nothing, nothing, nothing, none, none, external, [])
 
 
 def iterate(one: Phases, found: Episodes, first: int, last: int, wait: Callable[[float], None]) -> None:

@@ -74,6 +74,10 @@ def known() -> Any:
     return tokenizer()
 
 
+def trained(lm: Any) -> list[torch.nn.Parameter]:
+    return [value for value in lm.parameters() if value.requires_grad]
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("micro_tokens", [32, 64, 1024])
 def test_the_gradient_is_the_sum_of_both(
@@ -83,7 +87,7 @@ def test_the_gradient_is_the_sum_of_both(
     plain, added = gradients(lm, some_loss(lm, 0)), gradients(lm, reference(lm, text))
     some_loss(lm, 0).backward()  # type: ignore[no-untyped-call]
     params = PARAMS.model_copy(update={"micro_tokens": micro_tokens})
-    told = ptx.accumulate(lm, text, STEP, params, COEFFICIENT, context)
+    told = ptx.accumulate(lm, trained(lm), text, STEP, params, COEFFICIENT, context)
     for name, value in lm.named_parameters():
         if value.requires_grad:
             torch.testing.assert_close(value.grad, plain[name] + COEFFICIENT * added[name], atol=1e-6, rtol=1e-4)
@@ -98,7 +102,7 @@ def test_the_gradient_is_the_sum_of_both(
 def test_where_ppo_gives_no_gradient_the_added_one_stands(known: Any, tmp_path: Path, context: StageContext) -> None:
     lm, text = policy(known, "full"), stream(known, tmp_path / "t")
     added = gradients(lm, reference(lm, text))
-    told = ptx.accumulate(lm, text, STEP, PARAMS, COEFFICIENT, context)
+    told = ptx.accumulate(lm, trained(lm), text, STEP, PARAMS, COEFFICIENT, context)
     assert told.ppo_norm == 0.0
     for name, value in lm.named_parameters():
         torch.testing.assert_close(value.grad, COEFFICIENT * added[name], atol=1e-6, rtol=1e-4)
@@ -110,9 +114,13 @@ def test_another_role_on_the_same_backbone_is_left_alone(known: Any, tmp_path: P
     lm.add_adapter("value", lm.peft_config["default"])
     for name, value in lm.named_parameters():
         value.requires_grad_("lora" in name)
-    told = ptx.accumulate(lm, text, STEP, PARAMS, COEFFICIENT, context)
+        if ".value." in name and value.requires_grad:
+            value.grad = torch.ones_like(value)  # of its own loss, in the same minibatch
+    ours = [value for name, value in lm.named_parameters() if ".default." in name]
+    told = ptx.accumulate(lm, ours, text, STEP, PARAMS, COEFFICIENT, context)
     assert told.ptx_norm == pytest.approx(COEFFICIENT * norm(added), rel=1e-4)
-    assert all(value.grad is None for name, value in lm.named_parameters() if ".value." in name)
+    others = [value.grad for name, value in lm.named_parameters() if ".value." in name]
+    assert told.ppo_norm == 0.0 and others and all(one is not None and (one == 1).all() for one in others)
 
 
 def test_every_step_has_rows_of_its_own(
@@ -129,7 +137,7 @@ def test_every_step_has_rows_of_its_own(
     monkeypatch.setattr(packing.PackedRows, "batch", watched)
     lm = policy(known, "lora")
     for step in (0, 1, 1):
-        ptx.accumulate(lm, text, step, PARAMS, COEFFICIENT, context)
+        ptx.accumulate(lm, trained(lm), text, step, PARAMS, COEFFICIENT, context)
     numbers = [first + n for first, count in seen for n in range(count)]
     assert numbers == [*range(5), *range(5, 10), *range(5, 10)] and max(count for _, count in seen) == 2
 
@@ -143,10 +151,10 @@ def _process(rank: int, root: Path) -> None:
     text = packing.PackedRows(root / "t", PARAMS.ptx_length, packing.separator_id(tokenizer()), PARAMS.seed)
     context = StageContext(stage="test", root=root, fingerprint="0" * 64, world=World(rank, 2))
     some_loss(lm, rank).backward()  # type: ignore[no-untyped-call]
-    told = ptx.accumulate(lm, text, STEP, PARAMS, COEFFICIENT, context)
-    trained = {name: value for name, value in lm.named_parameters() if value.requires_grad}
-    distributed.average_gradients(list(trained.values()), context.world)
-    torch.save((tuple(told), {name: value.grad for name, value in trained.items()}), root / f"found-{rank}")
+    told = ptx.accumulate(lm, trained(lm), text, STEP, PARAMS, COEFFICIENT, context)
+    named = {name: value for name, value in lm.named_parameters() if value.requires_grad}
+    distributed.average_gradients(list(named.values()), context.world)
+    torch.save((tuple(told), {name: value.grad for name, value in named.items()}), root / f"found-{rank}")
     torch.distributed.destroy_process_group()
 
 

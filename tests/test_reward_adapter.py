@@ -83,17 +83,20 @@ def test_variants_go_onto_the_policys_backbone(known: Any, context: StageContext
     merged, _ = reward_model.load(root / "reward/model", context)
     with torch.no_grad():
         expected = reward_model.rewards(merged, batch, context) - MEAN
-        torch.testing.assert_close(roles.rewards(batch, context), expected, atol=1e-5, rtol=1e-4)
+        found = roles.rewards(batch, roles.hidden(("reward",), batch.rows, context)[0])
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     names = set(roles.trained_state())
     assert {name.split(".")[-4] for name in names if ".policy" in name} == {"q_proj", "v_proj"}
     assert sum("lora_magnitude_vector.value" in name for name in names) == 2 * 7, "DoRA's lengths are learned too"
     assert roles.report().parameters == sum(value.numel() for value in roles.trained_state().values())
     disturb(roles._named["policy"].items())
     with torch.no_grad():
-        wanted = roles.log_probabilities("policy", batch, context, 1.0).log_probabilities
+        (states,) = roles.hidden(("policy",), batch.rows, context)
+        wanted = roles.log_probabilities("policy", batch, states, 1.0).log_probabilities
         roles.save(tmp_path / "policy", known, context)
         plain = actors.separate(tmp_path / "policy", None, 64, 1, context)
-        ours = plain.log_probabilities("policy", batch, context, 1.0).log_probabilities
+        (states,) = plain.hidden(("policy",), batch.rows, context)
+        ours = plain.log_probabilities("policy", batch, states, 1.0).log_probabilities
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -41,11 +41,14 @@ from pipelines.core.errors import ArtifactError
 from pipelines.core.params.tuning import Tuning
 
 Role = Literal["policy", "reference", "value", "reward"]
+LEARNERS: tuple[Role, ...] = ("policy", "value")
+JUDGES: tuple[Role, ...] = ("reference", "reward")
 
 
 class Actors:
     """The roles. `shared` and `separate` make them.
 
+    What a role says is read from its last hidden states, which two on one backbone compute in one pass, side by side.
     `value_head` is fp32, its bias takes the mean of the demonstrations off as the reward does, so values and rewards
     have one scale.
     """
@@ -56,6 +59,7 @@ class Actors:
         self.sft, self.adapters = sft, adapters
         for model in models.values():
             model.eval()
+        self.side_by_side = self.shared and low_rank.fits_side_by_side(models["policy"])
         # Looked up once: a walk through the modules of 30 layers takes a hundredth of a second, a step makes many.
         self._named = {role: self._of(role) for role in ("policy", "value")}
         learned = {id(value) for named in self._named.values() for value in named.values()}
@@ -109,27 +113,43 @@ class Actors:
                     layer.get_base_layer().weight.data = weights
                     layer.merged_adapters.clear()
 
-    def hidden(self, role: Role, rows: segments.Rows, context: StageContext) -> torch.Tensor:
-        """Last hidden states (rows, length, width)."""
-        with self.using(role) as model:
-            return segments.hidden_states(model, rows, context)
+    def groups(self, roles: Sequence[Role]) -> list[tuple[Role, ...]]:
+        """Those of the roles that there are, as they pass through the model: side by side where they can.
+
+        One alone passes beside itself: a forward pass over fewer rows may round otherwise, and the KL would not be 0.
+        """
+        there = tuple(role for role in roles if role in self.models)
+        return [(there * 2)[:2]] if self.side_by_side else [(role,) for role in there]
+
+    def micro_tokens(self, most: int) -> int:
+        """Tokens of a batch of which a forward pass has `most` for all of its roles."""
+        return max(1, most // 2) if self.side_by_side else most
+
+    def hidden(self, roles: Sequence[Role], rows: segments.Rows, context: StageContext) -> list[torch.Tensor]:
+        """Last hidden states (rows, length, width) of each role of a group, by one forward pass."""
+        if len(roles) == 1:
+            with self.using(roles[0]) as model:
+                return [segments.hidden_states(model, rows, context)]
+        adapters = [None if role == "reference" else role for role in roles]
+        every = segments.Rows(*(part.repeat(len(roles), 1) for part in rows))
+        active: Role = next((role for role in roles if role != "reference"), "reference")
+        with self.using(active) as model, low_rank.side_by_side(adapters):
+            return list(segments.hidden_states(model, every, context).chunk(len(roles)))
 
     def log_probabilities(
-        self, role: Literal["policy", "reference"], batch: k_way.Responses, context: StageContext, temperature: float,
+        self, role: Literal["policy", "reference"], batch: k_way.Responses, hidden: torch.Tensor, temperature: float,
         entropies: bool = False,
     ) -> losses.TokenScores:  # fmt: skip
         """Of the response tokens of a forward pass, (tokens,), in the order of its responses."""
         _, head = language_models.body_and_head(_inner(self.models[role]))
-        labels = batch.rows.labels.to(context.device)
+        labels = batch.rows.labels.to(hidden.device)
         said = labels != losses.IGNORE
-        hidden = self.hidden(role, batch.rows, context)[said]
-        return losses.token_log_probabilities(hidden, head, labels[said], temperature, entropies)
+        return losses.token_log_probabilities(hidden[said], head, labels[said], temperature, entropies)
 
-    def values(self, batch: k_way.Responses, context: StageContext) -> torch.Tensor:
+    def values(self, batch: k_way.Responses, hidden: torch.Tensor) -> torch.Tensor:
         """What is expected before each response token, (tokens,) fp32."""
-        said = batch.rows.labels.to(context.device) != losses.IGNORE
-        hidden = self.hidden("value", batch.rows, context)[said]
-        found: torch.Tensor = self.value_head(hidden.float())[:, 0]
+        said = batch.rows.labels.to(hidden.device) != losses.IGNORE
+        found: torch.Tensor = self.value_head(hidden[said].float())[:, 0]
         return found
 
     def rescale_values(self, slope: float, intercept: float) -> None:
@@ -138,11 +158,10 @@ class Actors:
             self.value_head.weight.mul_(slope)
             self.value_head.bias.mul_(slope).add_(intercept)
 
-    def rewards(self, batch: k_way.Responses, context: StageContext) -> torch.Tensor:
+    def rewards(self, batch: k_way.Responses, hidden: torch.Tensor) -> torch.Tensor:
         """Reward of each response, read at its last token: (N,) fp32, demonstrations being 0 on average."""
         assert self.reward_head is not None, "there is no reward role"
-        hidden = self.hidden("reward", batch.rows, context)
-        ends = hidden[batch.row.to(context.device), batch.column.to(context.device)]
+        ends = hidden[batch.row.to(hidden.device), batch.column.to(hidden.device)]
         return (ends.float() @ self.reward_head.t())[:, 0] - self.reward_mean
 
     def trained(self, role: Literal["policy", "value"]) -> list[torch.nn.Parameter]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pipelines.core import chats, distributed, k_way, policy_gradient, sampling, segments
-from pipelines.core.actors import Actors
+from pipelines.core.actors import JUDGES, LEARNERS, Actors, Role
 from pipelines.core.completions import Prompt
 from pipelines.core.context import StageContext
 from pipelines.core.params.ppo import PpoParams
@@ -35,6 +35,14 @@ class Rollout(NamedTuple):
     mask: torch.Tensor  # (N, T) bool: where there is a token
 
 
+class Ahead(NamedTuple):
+    """A forward pass that scoring shares with the first update: its hidden states, with their graph."""
+
+    batch: k_way.Responses
+    group: tuple[Role, ...]
+    states: list[torch.Tensor]
+
+
 class Episodes(NamedTuple):
     """A rollout, scored. N episodes, prompt by prompt; tables are fp32 (N, T) on the CPU, 0 where there is no token."""
 
@@ -47,6 +55,7 @@ class Episodes(NamedTuple):
     scores: torch.Tensor  # (N,): the reward of each response, with the rule for those that did not end applied
     proxy: torch.Tensor  # (N,): the same before that rule
     external: bool  # whether something else than the actors' own reward role gave them
+    ahead: list[Ahead]  # at most one; whoever goes on from it takes it away
 
     @property
     def log_ratios(self) -> torch.Tensor:
@@ -106,13 +115,13 @@ def generate(
     )
 
 
-def passes(rollout: Rollout, params: PpoParams, pad: int) -> list[list[k_way.Responses]]:
-    """The forward passes of each minibatch: prompts in the order they came, which is random."""
+def passes(rollout: Rollout, params: PpoParams, pad: int, tokens: int) -> list[list[k_way.Responses]]:
+    """The forward passes of each minibatch, of `tokens` at most: prompts in the order they came, which is random."""
     parts = np.array_split(np.arange(len(rollout.prompts)), params.minibatches)
     return [
         [
             batch._replace(numbers=[int(part[number]) for number in batch.numbers])
-            for batch in k_way.batches([rollout.sequences[number] for number in part], params.micro_tokens, pad)
+            for batch in k_way.batches([rollout.sequences[number] for number in part], tokens, pad)
         ]
         for part in parts
     ]
@@ -131,21 +140,33 @@ def score(
     Args:
         proxy: what gives the rewards (N,), episode by episode; None: the actors' own reward role.
     """
-    minibatches = passes(rollout, params, pad)
+    minibatches = passes(rollout, params, pad, actors.micro_tokens(params.micro_tokens))
     tables = {name: torch.zeros(rollout.mask.shape) for name in ("old", "reference", "entropies", "values")}
     rewards = torch.zeros(len(rollout.mask))
+    ahead: list[Ahead] = []
     with torch.no_grad():
         every = [batch for minibatch in minibatches for batch in minibatch]
         for batch in every[context.world.rank :: context.world.size]:
-            policy = actors.log_probabilities("policy", batch, context, params.temperature, entropies=True)
-            assert policy.entropies is not None
-            reference = actors.log_probabilities("reference", batch, context, params.temperature)
-            put(tables["old"], rollout.mask, batch, policy.log_probabilities)
-            put(tables["entropies"], rollout.mask, batch, policy.entropies)
-            put(tables["reference"], rollout.mask, batch, reference.log_probabilities)
-            put(tables["values"], rollout.mask, batch, actors.values(batch, context))
-            if proxy is None:
-                rewards[episodes_of(batch)] = actors.rewards(batch, context).cpu()
+            for group in actors.groups(LEARNERS) + actors.groups(JUDGES):
+                # Processes that split a model pass through it together: none of them is ahead
+                first = batch is every[0] and group == actors.groups(LEARNERS)[0] and context.world.size == 1
+                with torch.set_grad_enabled(first):
+                    states = actors.hidden(group, batch.rows, context)
+                if first:
+                    ahead.append(Ahead(batch, group, states))
+                found = dict(zip(group, states, strict=True))
+                if "policy" in found:
+                    said = actors.log_probabilities("policy", batch, found["policy"], params.temperature, True)
+                    assert said.entropies is not None
+                    put(tables["old"], rollout.mask, batch, said.log_probabilities)
+                    put(tables["entropies"], rollout.mask, batch, said.entropies)
+                if "value" in found:
+                    put(tables["values"], rollout.mask, batch, actors.values(batch, found["value"]))
+                if "reference" in found:
+                    said = actors.log_probabilities("reference", batch, found["reference"], params.temperature)
+                    put(tables["reference"], rollout.mask, batch, said.log_probabilities)
+                if "reward" in found:
+                    rewards[episodes_of(batch)] = actors.rewards(batch, found["reward"]).cpu()
             context.stop_if_asked()
     for table in (*tables.values(), *([rewards] if proxy is None else [])):
         distributed.add_up(context.world, table)
@@ -154,7 +175,9 @@ def score(
         rewards = torch.tensor(given, dtype=torch.float32)
     ended = torch.tensor([end for of_prompt in rollout.ended for end in of_prompt])
     scores = torch.where(ended, rewards, rewards - params.missing_eos_penalty)
-    return Episodes(rollout, minibatches, **tables, scores=scores, proxy=rewards, external=proxy is not None)
+    return Episodes(
+        rollout, minibatches, **tables, scores=scores, proxy=rewards, external=proxy is not None, ahead=ahead
+    )
 
 
 def credited(found: Episodes, params: PpoParams) -> torch.Tensor:

@@ -6,6 +6,7 @@ another way; the norms of the two gradients tell what it amounts to.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,20 +39,21 @@ def rows(params: PpoParams, steps: int, data: Path, tokenizer: Any, context: Sta
 
 
 def accumulate(
-    model: Any, text: packing.PackedRows, step: int, params: PpoParams, coefficient: float, context: StageContext
-) -> PtxStep:
+    model: Any, trained: Sequence[torch.nn.Parameter], text: packing.PackedRows, step: int, params: PpoParams,
+    coefficient: float, context: StageContext,
+) -> PtxStep:  # fmt: skip
     """Add `coefficient` times the gradient of the language-model loss on the rows of a step to what is in `.grad`.
 
     Called after this process has accumulated its share of PPO's gradient, before gradients are averaged: it averages
     both parts itself, to tell their norms, and averaging their sum again changes nothing.
 
     Args:
-        model: the policy. Of adapters of other roles on the same backbone, gradients must have been cleared.
+        model: the policy.
+        trained: its parameters that are.
         step: of the optimizer, from 0 over the whole run: which rows these are.
         coefficient: more than 0.
     """
     world = context.world
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     distributed.average_gradients(trained, world)
     ppo_norm = _norm(trained)
     aside = [parameter.grad for parameter in trained]
@@ -76,7 +78,7 @@ def accumulate(
     return PtxStep(distributed.mean_of(world, loss), ppo_norm, ptx_norm)
 
 
-def _norm(trained: list[torch.Tensor]) -> float:
+def _norm(trained: Sequence[torch.Tensor]) -> float:
     """Norm of all gradients together, of weights that are whole and of those that are split."""
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     norms = [torch.nn.utils.get_total_norm(same) for same in distributed.by_kind(gradients)]

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from pipelines.core import episodes, k_way, policy_gradient, segments
-from pipelines.core.actors import Actors
+from pipelines.core.actors import LEARNERS, Actors, Role
 from pipelines.core.context import StageContext
 from pipelines.core.episodes import Episodes
 from pipelines.core.errors import ArtifactError
@@ -41,8 +41,9 @@ def check(actors: Actors, found: Episodes, params: PpoParams, eos: int, context:
     )  # fmt: skip
 
     # The update's own forward pass, gradients and all, gives what scoring gave.
-    batch = found.minibatches[0][0]
-    new = actors.log_probabilities("policy", batch, context, params.temperature).log_probabilities
+    batch, group = found.minibatches[0][0], actors.groups(LEARNERS)[0]
+    states = dict(zip(group, actors.hidden(group, batch.rows, context), strict=True))
+    new = actors.log_probabilities("policy", batch, states["policy"], params.temperature).log_probabilities
     old = episodes.flat(found.old, mask, batch).to(context.device)
     step = policy_gradient.policy_loss(new, old, torch.ones_like(old), params.clip, len(old))
     measured["ratio"] = float((new.detach() - old).abs().max())
@@ -93,7 +94,7 @@ def _misread(found: Episodes, eos: int) -> list[int]:
 
 
 def _alone(actors: Actors, found: Episodes, params: PpoParams, context: StageContext) -> dict[str, float]:
-    """How much the first prompts' episodes change when nothing is beside them but padding: means over tokens."""
+    """How much the first prompts' episodes change with nothing but padding beside them, each role alone: means."""
     sequences, mask = found.rollout.sequences, found.rollout.mask
     alone = k_way.of_bins(sequences, [[number] for number in range(min(2, len(sequences)))], pad=0)
     fillers = (0, segments.UNSUPERVISED, 0, segments.PADDING, 0)
@@ -103,14 +104,18 @@ def _alone(actors: Actors, found: Episodes, params: PpoParams, context: StageCon
     def change(here: torch.Tensor, there: torch.Tensor) -> float:
         return float(((here.cpu() - there).abs() / (1 + there.abs())).mean())
 
+    def states(role: Role) -> torch.Tensor:
+        return actors.hidden((role,), alone.rows, context)[0]
+
     with torch.no_grad():
-        said = actors.log_probabilities("policy", alone, context, params.temperature).log_probabilities
+        said = actors.log_probabilities("policy", alone, states("policy"), params.temperature).log_probabilities
         measured = {
             "log-probabilities": change(said, episodes.flat(found.old, mask, alone)),
-            "values": change(actors.values(alone, context), episodes.flat(found.values, mask, alone)),
+            "values": change(actors.values(alone, states("value")), episodes.flat(found.values, mask, alone)),
         }
         if not found.external:
-            measured["rewards"] = change(actors.rewards(alone, context), found.proxy[episodes.episodes_of(alone)])
+            rewards = actors.rewards(alone, states("reward"))
+            measured["rewards"] = change(rewards, found.proxy[episodes.episodes_of(alone)])
     return measured
 
 
