@@ -225,11 +225,11 @@ def test_the_score_of_a_response_that_does_not_end(
 
 
 def test_rows_are_as_wide_as_leaves_least_empty() -> None:
-    """Six sequences of 60 tokens: two rows of 180, not one of 240 beside one of 120."""
+    """Six sequences of 59 tokens: rows of 256 would be two, of four and of two; in rows of two nothing is empty."""
     sequences = [segments.of_completions([number, 7, 8], [[9] * 56]) for number in range(6)]
     assert {len(one.ids) for one in sequences} == {59}
     (batch,) = k_way.batches(sequences, 512, pad=0)
-    assert batch.rows.ids.shape == (2, 3 * 59) and sorted(batch.numbers) == list(range(6))
+    assert batch.rows.ids.shape == (3, 2 * 59) and sorted(batch.numbers) == list(range(6))
     wide = k_way.batches(sequences * 20, 512, pad=0)
     assert {len(one.rows.ids[0]) for one in wide} == {4 * 59}, "of many, some fit the widest"
 
