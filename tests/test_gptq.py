@@ -114,7 +114,7 @@ def test_sums_of_bf16_inputs_are_those_of_fp32() -> None:
     drift = (exact.double() - smaller.double()).t() @ smaller.double()
     torch.testing.assert_close(found.drift.double(), drift, rtol=1e-5, atol=1e-3)
     square = smaller.double().t() @ smaller.double()
-    order, upper = found.root
+    order, upper = found.root.order, found.root.upper
     damped = square + gptq.DAMPING * square.diagonal().mean() * torch.eye(48, dtype=torch.float64)
     inverse = torch.linalg.inv(damped)[order][:, order]
     torch.testing.assert_close((upper.t() @ upper).double(), inverse, rtol=1e-4, atol=1e-7)

@@ -78,7 +78,8 @@ def train(arm: Arm, params: DistillParams, plan: Plan, student: Any, context: St
             f"{arm.name.rstrip('_') or 'with the teacher'}: resuming after step {state['step']} of {plan.steps}"
         )
         training.load_trained_state(trained, state["trained"])
-        training.load_optimizer_state(optimizer, state["optimizer"])
+        if "optimizer" in state:
+            training.load_optimizer_state(optimizer, state["optimizer"])
         training.set_random_state(state["random"])
         context.resume(state["history"])
     order = _order(arm, params, plan)
@@ -95,9 +96,10 @@ def train(arm: Arm, params: DistillParams, plan: Plan, student: Any, context: St
         context.progress(step + 1, plan.steps, loss=loss)
         due, stop = context.after_step(checkpoints.due(step + 1) or step + 1 == plan.steps)
         if due:
-            learned = {"trained": training.trained_state(trained), "optimizer": training.optimizer_state(optimizer)}
-            reached = {"step": step + 1, "random": training.random_state(), "history": context.history}
-            checkpoints.save(step + 1, learned | reached)
+            state = {"step": step + 1, "trained": training.trained_state(trained), "history": context.history}
+            if step + 1 < plan.steps:  # two thirds of its bytes
+                state |= {"optimizer": training.optimizer_state(optimizer)}
+            checkpoints.save(step + 1, state | {"random": training.random_state()})
         if stop:
             context.stop_if_asked()
 

@@ -97,7 +97,8 @@ class Root(NamedTuple):
     """What the inputs of a layer ask of the order and of the errors of its columns."""
 
     order: torch.Tensor  # columns, the one with the largest inputs first
-    upper: torch.Tensor  # (in, in), in that order: U with U^T U = H^-1
+    inverse: torch.Tensor  # (in, in), in that order: H^-1
+    upper: torch.Tensor  # U with U^T U = H^-1
 
 
 class Seen(NamedTuple):
@@ -139,9 +140,8 @@ def restored(weight: torch.Tensor, found: Seen) -> torch.Tensor:
 
     ||X W^T - X' V^T|| is least for V = W + W (X - X')^T X' H^-1; what rounding V costs adds to that.
     """
-    (order, upper), drift = found
-    missing = (weight @ drift)[:, order] @ upper.t() @ upper
-    return weight.index_add(1, order, missing, alpha=DRIFT_SHARE)
+    missing = (weight @ found.drift)[:, found.root.order] @ found.root.inverse
+    return weight.index_add(1, found.root.order, missing, alpha=DRIFT_SHARE)
 
 
 def root(square: torch.Tensor) -> Root:
@@ -153,12 +153,12 @@ def root(square: torch.Tensor) -> Root:
     diagonal[diagonal == 0] = 1.0
     diagonal += damping
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return Root(order, torch.linalg.cholesky(inverse, upper=True))
+    return Root(order, inverse, torch.linalg.cholesky(inverse, upper=True))
 
 
 def solve(weight: torch.Tensor, found: Root, one: Round) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (out, in) uint8 of a weight (out, in) in fp32, and what they stand for; `one` rounds a column."""
-    order, upper = found
+    order, upper = found.order, found.upper
     left = weight.t()[order].clone()  # a column of the weight is a row here, whose entries lie side by side
     wrong = torch.empty(LAZY, left.shape[1])
     # Columns are short: numpy calls, on the same memory, take a third of the time that torch's do.

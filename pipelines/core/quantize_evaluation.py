@@ -32,6 +32,7 @@ from pipelines.core.policy_answers import Said, ask, kept
 from pipelines.core.quantization import Subject, full_name, whole_name
 
 RANKED = 8  # answers drawn for a prompt to be ranked
+ROUNDS = 8  # of decoding in turns: there are many models, and no gate asks how fast they are
 
 
 class Told(NamedTuple):
@@ -210,7 +211,7 @@ def speeds(models: Mapping[str, tuple[Path, str]], context: StageContext) -> Non
     def tell(done: int, total: int) -> None:
         context.progress(done, total, timing="decoding")
 
-    for name, one in speed.measure(models, context.threads, tell).items():
+    for name, one in speed.measure(models, context.threads, tell, ROUNDS).items():
         context.measure(**{
             f"{name}/decode_tokens_per_second": one.decode,
             f"{name}/decode_tokens_per_second_low": min(one.rounds),
