@@ -230,6 +230,7 @@ def test_rows_are_as_wide_as_leaves_least_empty() -> None:
     assert {len(one.ids) for one in sequences} == {59}
     (batch,) = k_way.batches(sequences, 512, pad=0)
     assert batch.rows.ids.shape == (3, 2 * 59) and sorted(batch.numbers) == list(range(6))
+    assert k_way.batches([], 512, pad=0) == []
     wide = k_way.batches(sequences * 20, 512, pad=0)
     assert {len(one.rows.ids[0]) for one in wide} == {4 * 59}, "of many, some fit the widest"
 

@@ -67,6 +67,8 @@ def batches(sequences: Sequence[segments.Sequence], tokens: int, pad: int) -> li
 
     What they all begin with opens each row, once.
     """
+    if not sequences:
+        return []
     shared = segments.shared_prefix(sequences) if len(sequences) > 1 else 0
     lengths = [len(one.ids) - shared for one in sequences]
     widest = max(max(lengths), min(ROW_TOKENS, tokens) - shared)
