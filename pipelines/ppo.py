@@ -215,15 +215,15 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
         targets = ppo_step.Targets(found, whitened, estimates.returns)
 
         # 3. Update: `epochs` times over the minibatches, one step of either optimizer on each.
-        share = iteration / params.warmup_iterations if iteration < params.warmup_iterations else 1.0
-        warm = START + (1 - START) * share
+        warm = START + (1 - START) * min(1.0, iteration / max(1, params.warmup_iterations))
         learner = learner._replace(lr=warm * plan.lr, value_lr=warm * plan.value_lr)
         seen: list[dict[str, float]] = []
         step = iteration * params.epochs * params.minibatches
+        ahead = episodes.tokens_ahead(found)
         with phases.of("update"):
             for minibatch in found.minibatches * params.epochs:
                 seen.append(ppo_step.take(learner, targets, minibatch, pretraining, step + len(seen), params, context))
-        phases.end(iteration, found, pretraining is not None)
+        phases.end(iteration, found, pretraining is not None, ahead)
 
         # 4. Tell, and stop before the policy is spoiled.
         told = {

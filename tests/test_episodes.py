@@ -13,7 +13,7 @@ from models import tokenizer
 from rollouts import METHODS, PARAMS, case, plain_hidden, plain_logits, plain_scores, plain_values, roles, states
 from test_reward_adapter import ARCHITECTURES, MEAN, store
 
-from pipelines.core import distributed, episodes, k_way, losses, segments
+from pipelines.core import distributed, episodes, k_way, losses, ppo_step, segments
 from pipelines.core.actors import Actors
 from pipelines.core.completions import Prompt
 from pipelines.core.context import StageContext
@@ -231,8 +231,30 @@ def test_rows_are_as_wide_as_leaves_least_empty() -> None:
     (batch,) = k_way.batches(sequences, 512, pad=0)
     assert batch.rows.ids.shape == (3, 2 * 59) and sorted(batch.numbers) == list(range(6))
     assert k_way.batches([], 512, pad=0) == []
-    wide = k_way.batches(sequences * 20, 512, pad=0)
-    assert {len(one.rows.ids[0]) for one in wide} == {4 * 59}, "of many, some fit the widest"
+    long = segments.of_completions([3, 7, 8], [[9] * 700])
+    alone, *others = k_way.batches([*sequences, long], 512, pad=0)
+    assert alone.numbers == [6] and alone.rows.ids.shape == (1, len(long.ids)), "a long one widens no row but its own"
+    assert max(one.rows.ids.numel() for one in others) <= 512
+
+
+def test_the_first_update_goes_on_from_the_pass_that_scored_it(
+    places: dict[str, Path], context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, known = roles(places["llama"], "shared", context), case()
+    found = episodes.score(made, known.rollout, None, PARAMS, 0, context)
+    first, asked = found.minibatches[0], []
+    assert [one.batch is first[0] for one in found.ahead] == [True]
+    assert episodes.tokens_ahead(found) == 2 * int((first[0].rows.documents != segments.PADDING).sum())
+    hidden = made.hidden
+    monkeypatch.setattr(made, "hidden", lambda *given: (asked.append(given[1]), hidden(*given))[1])
+    optimizers = (torch.optim.SGD(made.trained(role), lr=0.0) for role in ("policy", "value"))
+    learner = ppo_step.Learner(made, *optimizers, 0.0, 0.0)
+    targets = ppo_step.Targets(found, found.old, found.values)
+    for _ in range(2):
+        told = ppo_step.take(learner, targets, first, None, 0, PARAMS, context)
+        assert told["approx_kl"] == 0.0
+    assert [one is batch.rows for one, batch in zip(asked, [*first[1:], *first], strict=True)] == [True] * len(asked)
+    assert found.ahead == []
 
 
 def test_two_processes_share_the_scoring(

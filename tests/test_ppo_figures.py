@@ -134,7 +134,7 @@ def iterate(one: Phases, found: Episodes, first: int, last: int, wait: Callable[
             with one.of(name):
                 wait(seconds * (iteration + 1))
             wait(9.0)  # belongs to none
-        one.end(iteration, found, pretraining=True)
+        one.end(iteration, found, pretraining=True, ahead=0)
 
 
 @pytest.mark.parametrize("method", ["shared", "separate"])

@@ -135,7 +135,7 @@ def score(
     pad: int,
     context: StageContext,
 ) -> Episodes:
-    """What policy, reference, value and reward say; no gradients.
+    """What policy, reference, value and reward say; no gradients, but of the pass that the first update goes on from.
 
     Args:
         proxy: what gives the rewards (N,), episode by episode; None: the actors' own reward role.
@@ -178,6 +178,11 @@ def score(
     return Episodes(
         rollout, minibatches, **tables, scores=scores, proxy=rewards, external=proxy is not None, ahead=ahead
     )
+
+
+def tokens_ahead(found: Episodes) -> int:
+    """Tokens, of each of its roles, whose forward pass the first update need not make."""
+    return sum(len(one.group) * int((one.batch.rows.documents != segments.PADDING).sum()) for one in found.ahead)
 
 
 def credited(found: Episodes, params: PpoParams) -> torch.Tensor:

@@ -37,11 +37,11 @@ def product(weight: torch.Tensor, bias: torch.Tensor | None, precision: str) -> 
     The copy is made when it is first needed: of the layers of a model, such as its adapters, not all are.
     """
     ordered: list[torch.Tensor] = []
-    quick = _helps(precision) and weight.device.type == "cpu"
-    added = bias.detach().bfloat16() if quick and bias is not None else None
+    helps = _helps(precision) and weight.device.type == "cpu"
+    added = bias.detach().bfloat16() if helps and bias is not None else None
 
     def multiply(rows: torch.Tensor) -> torch.Tensor:
-        if not quick or rows.numel() > ROWS * weight.shape[1]:
+        if not helps or rows.numel() > ROWS * weight.shape[1]:
             return torch.nn.functional.linear(rows, weight, bias)
         if not ordered:
             ordered.append(torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), ROWS))

@@ -17,8 +17,8 @@ from pipelines.core import attention, chats, language_models, losses, segments
 from pipelines.core.context import StageContext
 
 ROW_TOKENS = 256  # a row is filled up to this at most: attention's work grows with the square of it
-WIDTHS = 12  # of rows that are tried, from half of that on: the one that leaves least empty depends on the sequences
-FEW = 64  # sequences for which they are: of many, some fit any row
+WIDTHS = 12  # of rows that are tried, from half of that on: which one leaves least empty depends on the sequences
+FEW = 64  # sequences for which they are: many fill rows of any width
 ATTENTION = 1200  # tokens of a row from which a token takes twice as long
 PASS = 64  # tokens whose time a forward pass takes whatever it reads
 SCORED_TOKENS = 4096  # tokens of a forward pass without gradients
@@ -71,9 +71,9 @@ def batches(sequences: Sequence[segments.Sequence], tokens: int, pad: int) -> li
         return []
     shared = segments.shared_prefix(sequences) if len(sequences) > 1 else 0
     lengths = [len(one.ids) - shared for one in sequences]
-    widest = max(max(lengths), min(ROW_TOKENS, tokens) - shared)
-    narrowest = max(max(lengths), widest // 2) if len(lengths) <= FEW else widest
-    step = max(1, (widest - narrowest) // WIDTHS)
+    widest = max(1, min(ROW_TOKENS, tokens) - shared)
+    narrowest = max(1, widest // 2)
+    step = max(1, (widest - narrowest) // (WIDTHS if len(lengths) <= FEW else 1))
     ways = (_passes(lengths, width, shared, tokens) for width in range(widest, narrowest - 1, -step))
     return [of_bins(sequences, bins, pad, shared) for bins in min(ways, key=partial(_work, lengths, shared))]
 

@@ -100,6 +100,7 @@ def _parts(
     rows: int, factors: Sequence[float], weights: Sequence[torch.Tensor | None]
 ) -> Iterator[tuple[slice, torch.Tensor | None, torch.Tensor | None, float]]:
     """Rows, A, B and s of each part."""
+    assert rows % len(factors) == 0, f"{rows} rows are not {len(factors)} equal parts"
     size = rows // len(factors)
     for number, factor in enumerate(factors):
         yield slice(number * size, (number + 1) * size), weights[2 * number], weights[2 * number + 1], factor

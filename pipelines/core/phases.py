@@ -51,8 +51,12 @@ class Phases:
         yield
         self.last[name] = time.perf_counter() - began
 
-    def end(self, iteration: int, found: Episodes, pretraining: bool) -> None:
-        """Add up an iteration, tell how long its phases took, and measure the machine now and then."""
+    def end(self, iteration: int, found: Episodes, pretraining: bool, ahead: int) -> None:
+        """Add up an iteration, tell how long its phases took, and measure the machine now and then.
+
+        Args:
+            ahead: tokens whose forward pass the update took from scoring.
+        """
         params = self.params
         prompts = sum(len(prompt.ids) for prompt in found.rollout.prompts)
         new = int(found.rollout.mask.sum())
@@ -62,7 +66,8 @@ class Phases:
         work = {
             "generate": 2.0 * (self.body * (prompts + new) + self.head * new),
             "score": 2.0 * (self.body * rows * roles + self.head * new * 2),
-            "update": 6.0 * params.epochs * (self.body * (2 * rows + text) + self.head * (new + text)),
+            "update": 6.0 * params.epochs * (self.body * (2 * rows + text) + self.head * (new + text))
+            - 2.0 * self.body * ahead,
         }
         for name in NAMES:
             self.spent[name][0] += self.last[name]

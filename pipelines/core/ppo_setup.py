@@ -82,7 +82,11 @@ def roles(params: PpoParams, inputs: dict[str, Path], context: StageContext) -> 
     if params.method == "full":
         return actors.separate(sft, reward / "model" if own else None, longest, params.seed, context)
     adapted = own and (reward / "adapter").is_dir()  # one that was trained whole is a model of its own
-    return actors.shared(sft, reward if adapted else None, params, longest, params.seed, context)
+    made = actors.shared(sft, reward if adapted else None, params, longest, params.seed, context)
+    made.side_by_side &= (
+        2 * (need + (params.samples_per_prompt - 1) * (params.max_new_tokens + 1)) < params.micro_tokens
+    )
+    return made
 
 
 def plan(params: PpoParams, actors: Actors) -> Plan:

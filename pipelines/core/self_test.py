@@ -33,6 +33,7 @@ def check(actors: Actors, found: Episodes, params: PpoParams, eos: int, context:
     Raises:
         ArtifactError: a law is broken; the message says which, and by how much.
     """
+    found.ahead.clear()  # the law of the ratio is about another pass, and two would take twice the memory
     mask, rounding = found.rollout.mask, ROUNDING[context.precision]
     measured = {"KL to the SFT model": float(found.log_ratios.abs().max())}
     _law(
@@ -40,15 +41,9 @@ def check(actors: Actors, found: Episodes, params: PpoParams, eos: int, context:
         "the reference is another model, an adapter does not start at zero, or dropout",
     )  # fmt: skip
 
-    # The update's own forward pass, gradients and all, gives what scoring gave.
-    batch, group = found.minibatches[0][0], actors.groups(LEARNERS)[0]
-    states = dict(zip(group, actors.hidden(group, batch.rows, context), strict=True))
-    new = actors.log_probabilities("policy", batch, states["policy"], params.temperature).log_probabilities
-    old = episodes.flat(found.old, mask, batch).to(context.device)
-    step = policy_gradient.policy_loss(new, old, torch.ones_like(old), params.clip, len(old))
-    measured["ratio"] = float((new.detach() - old).abs().max())
+    measured["ratio"], clipped = _ratio(actors, found, params, context)
     _law("before an update the ratio is 1", measured["ratio"], EXACT, "dropout, or another mode of the model")
-    _law("before an update nothing is clipped", float(step.clip_fraction), 0.0, "the ratio is not 1")
+    _law("before an update nothing is clipped", clipped, 0.0, "the ratio is not 1")
 
     # The sampler draws from the distribution that is trained.
     apart = (found.rollout.sampled - found.old)[mask]
@@ -75,6 +70,16 @@ def check(actors: Actors, found: Episodes, params: PpoParams, eos: int, context:
         _law(f"{name} do not depend on padding or on what else is in the batch", change, rounding,
              "padding or another text is seen, or positions do not start over")  # fmt: skip
     return measured | alone
+
+
+def _ratio(actors: Actors, found: Episodes, params: PpoParams, context: StageContext) -> tuple[float, float]:
+    """How far the update's own forward pass, gradients and all, is from what scoring gave; the share it would clip."""
+    batch, group = found.minibatches[-1][-1], actors.groups(LEARNERS)[0]  # scored without gradients
+    states = dict(zip(group, actors.hidden(group, batch.rows, context), strict=True))
+    new = actors.log_probabilities("policy", batch, states["policy"], params.temperature).log_probabilities
+    old = episodes.flat(found.old, found.rollout.mask, batch).to(context.device)
+    step = policy_gradient.policy_loss(new, old, torch.ones_like(old), params.clip, len(old))
+    return float((new.detach() - old).abs().max()), float(step.clip_fraction)
 
 
 def _misread(found: Episodes, eos: int) -> list[int]:
