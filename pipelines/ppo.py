@@ -215,11 +215,11 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
         targets = ppo_step.Targets(found, whitened, estimates.returns)
 
         # 3. Update: `epochs` times over the minibatches, one step of either optimizer on each.
-        warm = START + (1 - START) * min(1.0, iteration / max(1, params.warmup_iterations))
+        share = iteration / params.warmup_iterations if iteration < params.warmup_iterations else 1.0
+        warm = START + (1 - START) * share
         learner = learner._replace(lr=warm * plan.lr, value_lr=warm * plan.value_lr)
-        seen: list[dict[str, float]] = []
+        seen, ahead = list[dict[str, float]](), episodes.tokens_ahead(found)
         step = iteration * params.epochs * params.minibatches
-        ahead = episodes.tokens_ahead(found)
         with phases.of("update"):
             for minibatch in found.minibatches * params.epochs:
                 seen.append(ppo_step.take(learner, targets, minibatch, pretraining, step + len(seen), params, context))
