@@ -33,7 +33,6 @@ def check(actors: Actors, found: Episodes, params: PpoParams, eos: int, context:
     Raises:
         ArtifactError: a law is broken; the message says which, and by how much.
     """
-    found.ahead.clear()  # the law of the ratio is about another pass, and two would take twice the memory
     mask, rounding = found.rollout.mask, ROUNDING[context.precision]
     measured = {"KL to the SFT model": float(found.log_ratios.abs().max())}
     _law(
@@ -73,9 +72,14 @@ def check(actors: Actors, found: Episodes, params: PpoParams, eos: int, context:
 
 
 def _ratio(actors: Actors, found: Episodes, params: PpoParams, context: StageContext) -> tuple[float, float]:
-    """How far the update's own forward pass, gradients and all, is from what scoring gave; the share it would clip."""
-    batch, group = found.minibatches[-1][-1], actors.groups(LEARNERS)[0]  # scored without gradients
-    states = dict(zip(group, actors.hidden(group, batch.rows, context), strict=True))
+    """How far a forward pass with gradients, as in an update, is from one without, as in scoring; what it would clip.
+
+    One pass of scoring had gradients, where the update goes on from it: it is made again without.
+    """
+    group = actors.groups(LEARNERS)[0]
+    batch = found.ahead[0].batch if found.ahead else found.minibatches[-1][-1]
+    with torch.set_grad_enabled(not found.ahead):
+        states = dict(zip(group, actors.hidden(group, batch.rows, context), strict=True))
     new = actors.log_probabilities("policy", batch, states["policy"], params.temperature).log_probabilities
     old = episodes.flat(found.old, found.rollout.mask, batch).to(context.device)
     step = policy_gradient.policy_loss(new, old, torch.ones_like(old), params.clip, len(old))
