@@ -10,7 +10,7 @@ import torch
 from models import model
 from prompt_toys import chat_model
 
-from pipelines.core import chats, k_way, prompt_calls
+from pipelines.core import chats, prompt_calls
 from pipelines.core.context import StageContext
 
 OPTIONS = ["yes", "no, not at all", "area_3"]
@@ -75,5 +75,5 @@ def test_passes_hold_every_sequence_once_and_keep_to_their_bounds(shared: int) -
     for bins in made:
         widths = [shared + sum(lengths[number] - shared for number in one) for one in bins]
         assert len(bins) == 1 or len(bins) * max(widths) <= prompt_calls.PASS_TOKENS
-        room = min(max(k_way.ROW_TOKENS, shared), prompt_calls.ROW_LIMIT)
+        room = min(max(128, shared), prompt_calls.ROW_LIMIT)
         assert all(len(one) == 1 or width - shared <= room for one, width in zip(bins, widths, strict=True))

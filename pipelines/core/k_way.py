@@ -74,19 +74,22 @@ def batches(sequences: Sequence[segments.Sequence], tokens: int, pad: int) -> li
     widest = max(1, min(ROW_TOKENS, tokens) - shared)
     narrowest = max(1, widest // 2)
     step = max(1, (widest - narrowest) // (WIDTHS if len(lengths) <= FEW else 1))
-    ways = (_passes(lengths, width, shared, tokens) for width in range(widest, narrowest - 1, -step))
+    ways = (passes(lengths, width, shared, tokens) for width in range(widest, narrowest - 1, -step))
     return [of_bins(sequences, bins, pad, shared) for bins in min(ways, key=partial(_work, lengths, shared))]
 
 
-def _passes(lengths: Sequence[int], width: int, shared: int, tokens: int) -> list[list[list[int]]]:
-    """Which sequences share a row of at most `shared + width` tokens, and which rows a forward pass."""
-    passes: list[list[list[int]]] = []
+def passes(lengths: Sequence[int], width: int, shared: int, tokens: int) -> list[list[list[int]]]:
+    """Which sequences share a row of at most `shared + width` tokens, and which rows a forward pass of `tokens`.
+
+    `lengths`: tokens of each behind the `shared` ones that all begin with. What is longer stands alone.
+    """
+    found: list[list[list[int]]] = []
     for row in sorted(segments.bins(lengths, width), key=lambda one: -sum(lengths[number] for number in one)):
-        if passes and (len(passes[-1]) + 1) * _filled(passes[-1][0], lengths, shared) <= tokens:
-            passes[-1].append(row)
+        if found and (len(found[-1]) + 1) * _filled(found[-1][0], lengths, shared) <= tokens:
+            found[-1].append(row)
         else:
-            passes.append([row])
-    return passes
+            found.append([row])
+    return found
 
 
 def _filled(row: Sequence[int], lengths: Sequence[int], shared: int) -> int:

@@ -20,6 +20,7 @@ from pipelines.core.context import StageContext
 from pipelines.core.prompt_rendering import Message
 from pipelines.core.prompt_tasks import Question
 
+ROW_LEAST = 128  # tokens that a row is filled up to beside what its questions share, where that is less
 ROW_LIMIT = 384  # tokens of a row beside what its questions share: attention grows with its square
 PASS_TOKENS = 2048  # of a forward pass, padding included: what a killed stage loses at most
 BATCH = 32  # prompts that are sampled together
@@ -168,13 +169,4 @@ def passes(lengths: Sequence[int], shared: int) -> list[list[list[int]]]:
     Beside what is shared a row has as much again, within bounds: less would compute the shared part too often.
     """
     rest = [length - shared for length in lengths]
-    bins = segments.bins(rest, min(max(k_way.ROW_TOKENS, shared), ROW_LIMIT))
-    filled = [shared + sum(rest[number] for number in one) for one in bins]
-    found: list[list[list[int]]] = []
-    for place in sorted(range(len(bins)), key=lambda number: (-filled[number], number)):
-        widest = shared + sum(rest[number] for number in found[-1][0]) if found else 0
-        if found and (len(found[-1]) + 1) * widest <= PASS_TOKENS:
-            found[-1].append(bins[place])
-        else:
-            found.append([bins[place]])
-    return found
+    return k_way.passes(rest, min(max(ROW_LEAST, shared), ROW_LIMIT), shared, PASS_TOKENS)
