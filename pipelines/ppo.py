@@ -214,21 +214,16 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
         whitened = policy_gradient.whiten(estimates.advantages, mask)
         targets = ppo_step.Targets(found, whitened, estimates.returns)
 
-        # 3. Update: `epochs` times over the minibatches, one step of either optimizer on each.
+        # 3. Update, at the rate of this iteration.
         share = iteration / params.warmup_iterations if iteration < params.warmup_iterations else 1.0
         warm = START + (1 - START) * share
         learner = learner._replace(lr=warm * plan.lr, value_lr=warm * plan.value_lr)
-        seen, ahead = list[dict[str, float]](), episodes.tokens_ahead(found)
-        step = iteration * params.epochs * params.minibatches
-        with phases.of("update"):
-            for minibatch in found.minibatches * params.epochs:
-                seen.append(ppo_step.take(learner, targets, minibatch, pretraining, step + len(seen), params, context))
-        phases.end(iteration, found, pretraining is not None, ahead)
+        seen = ppo_step.take_all(learner, targets, pretraining, iteration, params, phases, context)
 
         # 4. Tell, and stop before the policy is spoiled.
         told = {
             **ppo_figures.figures(found, coefficient, estimates.returns, params.judge),
-            **{name: sum(one[name] for one in seen) / len(seen) for name in seen[0]},
+            **seen,
             "kl_coefficient": coefficient,
             "lr": learner.lr,
         }

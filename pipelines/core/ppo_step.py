@@ -1,4 +1,4 @@
-"""One optimizer step of PPO's policy and value model, on the episodes of a minibatch."""
+"""Optimizer steps of PPO's policy and value model, each on the episodes of a minibatch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pipelines.core.actors import LEARNERS, Actors
 from pipelines.core.context import StageContext
 from pipelines.core.episodes import Episodes
 from pipelines.core.params.ppo import PpoParams
+from pipelines.core.phases import Phases
 
 
 class Learner(NamedTuple):
@@ -96,6 +97,21 @@ def take(
                 _, norm = training.update(trained, one.optimizer, one.lr, params.clip_norm, told, step, world)
                 seen[one.norm] = norm
     return {name: distributed.mean_of(world, value) for name, value in seen.items()}
+
+
+def take_all(
+    learner: Learner, targets: Targets, pretraining: Pretraining | None, iteration: int, params: PpoParams,
+    phases: Phases, context: StageContext,
+) -> dict[str, float]:  # fmt: skip
+    """An iteration's steps, `epochs` times over its minibatches; means of what they tell."""
+    found = targets.episodes
+    ahead, first = episodes.tokens_ahead(found), iteration * params.epochs * params.minibatches
+    seen: list[dict[str, float]] = []
+    with phases.of("update"):
+        for step, minibatch in enumerate(found.minibatches * params.epochs, first):
+            seen.append(take(learner, targets, minibatch, pretraining, step, params, context))
+    phases.end(iteration, found, pretraining is not None, ahead)
+    return {name: sum(one[name] for one in seen) / len(seen) for name in seen[0]}
 
 
 def check_count(learner: Learner, planned: int) -> None:
