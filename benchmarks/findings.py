@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,15 @@ def kept(place: Path, make: Callable[[], Any]) -> Any:
     return json.loads(place.read_text(encoding="utf-8"))
 
 
+@cache
+def precision() -> str:
+    """What the workspace's stages compute with on this machine."""
+    from pipelines.core import hardware
+    from pipelines.core.params import whole
+
+    return hardware.choose(whole.load(Path("params.yaml")).compute, Path()).precision
+
+
 def stage(name: str, out: Path, inputs: dict[str, Path], changes: dict[str, Any]) -> dict[str, Any]:
     """A stage of the workspace with some params changed, its output in `out`: metrics and curves."""
     import hashlib
@@ -55,7 +64,7 @@ def stage(name: str, out: Path, inputs: dict[str, Path], changes: dict[str, Any]
     said = getattr(whole.load(Path("params.yaml")), name)
     params = type(said).model_validate(said.model_dump() | changes)
     fingerprint = hashlib.sha256(str(out).encode()).hexdigest()
-    context = StageContext(name, out.parent / "work", fingerprint, precision="bf16")
+    context = StageContext(name, out.parent / "work", fingerprint, precision=precision())
     context.root.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     metrics = importlib.import_module(f"pipelines.{name}").run(params, inputs, out, context)
@@ -95,7 +104,7 @@ def best_of_n(root: Path, seed: int) -> dict[str, Any]:
     from pipelines.core.params import whole
 
     inputs = paths(root, seed, SIZES[-1])
-    context = StageContext("ppo", root / "work", f"bon-{seed}", precision="bf16")
+    context = StageContext("ppo", root / "work", f"bon-{seed}", precision=precision())
     tokenizer = language_models.load_tokenizer(str(inputs["sft"] / "model"))
     limits = completions.Limits("ppo", seed, 128, "drop")
     prompts, _ = completions.choose(limits, inputs["data"], "test", PROMPTS, tokenizer, with_reference=False)

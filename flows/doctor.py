@@ -96,9 +96,9 @@ def _installed() -> Iterator[tuple[str, str]]:
 
 
 def _processor(root: Path) -> Iterator[Finding]:
-    from pipelines.core.hardware import cores
+    from pipelines.core.hardware import cores, cpu_flags
 
-    flags = _cpu_flags()
+    flags = cpu_flags()
     fast = [name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")) if flag in flags]
     fast += ["bf16"] if "bf16" in flags else []  # as ARM calls it
     yield Finding("ok", "cores", f"{cores()} usable of {os.cpu_count()}")
@@ -228,13 +228,6 @@ def _params(root: Path) -> Iterator[Finding]:
         yield Finding("fail", "settings", str(error), "correct the file that the message names")
     else:
         yield Finding("ok", "settings", "params.yaml and mlflow/registry.yaml are accepted")
-
-
-def _cpu_flags() -> set[str]:
-    """Feature flags as Linux lists them; empty elsewhere."""
-    place = Path("/proc/cpuinfo")
-    text = place.read_text(encoding="utf-8") if place.exists() else ""
-    return {flag for line in re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE) for flag in line.split()}
 
 
 def _normal(name: str) -> str:

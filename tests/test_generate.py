@@ -240,7 +240,7 @@ def test_a_served_model_answers_with_every_param(kind: str, tmp_path: Path, monk
     served = serving.of(tmp_path)
     beside = [Path(name).stem for name in served.beside]
     assert beside == ["int8"] * (kind == "packed") + [
-        *("decoding", "generate", "citing", "grounding", "transcripts", "serving_cells")
+        *("decoding", "generate", "citing", "grounding", "transcripts", "cpu", "serving_cells")
     ]
     for name in beside:  # as MLflow lays them beside
         monkeypatch.setitem(sys.modules, name, importlib.import_module(f"pipelines.core.{name}"))

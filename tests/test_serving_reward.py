@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import model, tokenizer
 
-from pipelines.core import int8, reward_model, serving, serving_reward
+from pipelines.core import cpu, int8, reward_model, serving, serving_reward
 from pipelines.core.context import StageContext
 from pipelines.tokenizer import CHAT_TEMPLATE
 
@@ -38,9 +38,9 @@ def test_rewards_are_those_of_the_project(
     served = serving.of(place)
     assert served.code.endswith("serving_reward.py")
     assert [column.name for column in served.signature.inputs.inputs] == ["prompt", "response"]
-    names = [*("int8", "decoding") * packed, "citing", "grounding", "transcripts", "serving_cells"]
+    names = [*("int8", "decoding") * packed, "citing", "grounding", "transcripts", "cpu", "serving_cells"]
     assert served.beside == [str(Path(serving.__file__).with_stem(name)) for name in names]
-    for name in ("serving_cells", "grounding", "transcripts", "int8"):  # as MLflow lays them beside
+    for name in ("serving_cells", "cpu", "grounding", "transcripts", "int8"):  # as MLflow lays them beside
         monkeypatch.setitem(sys.modules, name, importlib.import_module(f"pipelines.core.{name}"))
     judge = serving_reward.RewardModel()
     judge.load_context(SimpleNamespace(artifacts={"model": str(place)}))
@@ -49,9 +49,10 @@ def test_rewards_are_those_of_the_project(
     items += [(spelled, ["the width"]), ("\n\nHuman: w?\n\nAssistant: h.\n\nHuman: and h?\n\nAssistant:", ["return h"])]
     table = pd.DataFrame([{"prompt": prompt, "response": one} for prompt, many in items for one in many])
     found = judge.predict(None, table)["reward"].tolist()
-    asked = exact(place, context)[0] if exact else int8.dense(int8.load(place, classifier=True))
+    asked = exact(place, context)[0] if exact else int8.dense(cpu.ready(int8.load(place, classifier=True)))
     wanted = reward_model.score(asked, known, items, context, lambda done, total: None)
-    assert found == pytest.approx([value for one in wanted for value in one], abs=0.05 if packed else 1e-4)
+    rounding = {"abs": 0.05, "rel": 2**-8} if packed else {"abs": 1e-4}  # the packed kernel's inputs are in bf16
+    assert found == pytest.approx([value for one in wanted for value in one], **rounding)
     assert json.loads((place / "config.json").read_text())["reward_mean"] == 0.25
     for row, told in (
         ({"prompt": "a", "response": None}, "row 1: column response holds (None|nan); accepted: a text"),

@@ -293,8 +293,4 @@ def load(place: Path) -> Any:
     method = (config.get("quantization_config") or {}).get("quant_method", "")
     if method.startswith("sluice-"):
         _ours(method.removeprefix("sluice-")).register()
-    model = AutoModelForCausalLM.from_pretrained(place).eval()
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack the weights in place
-            module.support_avx512bf16_for_cpu = False
-    return model
+    return _ours("cpu").ready(AutoModelForCausalLM.from_pretrained(place).eval())

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from safetensors import safe_open
 
-from pipelines.core import int8
+from pipelines.core import cpu, int8
 from pipelines.core.errors import ArtifactError
 
 BLOCK = 64  # weights that share a scale in NF4
@@ -72,20 +72,12 @@ def llm_int8(source: Path, place: Path, keep: Sequence[str] = ()) -> None:
 
 
 def load(place: Path) -> Any:
-    """The model of a directory, the rest of it in bf16, ready to answer."""
+    """The model of a directory, the rest of it in bf16, guarded."""
     from transformers import AutoModelForCausalLM
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each product: inputs are cast
     model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16, device_map="cpu").eval()
-    return guarded(model)
-
-
-def guarded(model: Any) -> Any:
-    """Switch off what would repack the weights of 4-bit layers in place in the first evaluation."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model
+    return cpu.guarded(model)
 
 
 def dynamic_int8(model: Any) -> Any:
@@ -185,7 +177,7 @@ def _quantized(source: Path, keep: Sequence[str], config: Any) -> Any:
         check(plain, keep)
     head = [name for name, module in plain.named_modules() if module is plain.get_output_embeddings()]
     skipped = head + [name for name, _ in int8.convertible(plain) if int8.kept(name, keep)]
-    return guarded(
+    return cpu.guarded(
         AutoModelForCausalLM.from_pretrained(
             source, quantization_config=config(skipped), dtype=torch.bfloat16, device_map="cpu"
         )

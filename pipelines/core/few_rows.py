@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pipelines.core import cpu
+
 ROWS = 256  # of more the reordering is a small share, and another kernel may sum in another order
 
 
@@ -53,5 +55,4 @@ def product(weight: torch.Tensor, bias: torch.Tensor | None, precision: str) -> 
 
 def _helps(precision: str) -> bool:
     """Whether this processor and this torch have the product."""
-    there = precision == "bf16" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return bool(there and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return precision == "bf16" and cpu.multiplies(torch.bfloat16)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipelines.core import attention, language_models, training, tuning
+from pipelines.core import attention, cpu, language_models, training, tuning
 from pipelines.core.context import StageContext
 from pipelines.core.errors import ArtifactError
 from pipelines.core.params.tuning import WHOLE, Method, Tuning
@@ -147,8 +147,4 @@ def _in_4_bits(place: Path, kind: str, context: StageContext) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{place}: no causal language model could be loaded in 4 bits: {error}") from None
-    for module in model.modules():
-        # bitsandbytes 0.50 would repack the weights in the first evaluation and give no gradient from then on.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model
+    return cpu.guarded(model)

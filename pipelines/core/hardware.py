@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pipelines.core import artifacts, environment
 from pipelines.core.errors import ParamsError
 from pipelines.core.params.compute import ComputeParams
 
+QUICK = frozenset({"avx512f", "avx512_bf16", "amx_bf16", "bf16"})  # flags of a processor that products of bf16 go by
 FASTER = 1.25  # bf16 must beat fp32 by this factor to be worth its rounding
 
 
@@ -120,6 +122,13 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
+def cpu_flags() -> set[str]:
+    """The processor's feature flags as Linux lists them; empty elsewhere."""
+    place = Path("/proc/cpuinfo")
+    text = place.read_text(encoding="utf-8") if place.exists() else ""
+    return {flag for line in re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE) for flag in line.split()}
+
+
 def peak_memory_bytes() -> int:
     """Largest resident set of this process so far."""
     import resource
@@ -146,9 +155,20 @@ def _measured_precision(root: Path, device: str) -> str:
 
     place = root / environment.STATE / "measured" / "precision.json"
     known: dict[str, str] = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
-    key = f"{device}: {processor()}"
+    # Hosts of a cloud give processors of several generations one name, and move a machine from one to another
+    key = ", ".join([f"{device}: {processor()}", *sorted(QUICK & cpu_flags())])
     if key not in known:
-        rates = {precision: matmul_rate(device, precision, size=1024) for precision in ("fp32", "bf16")}
-        known[key] = "bf16" if rates["bf16"] > FASTER * rates["fp32"] else "fp32"
+        known[key] = _faster(device)
         artifacts.write_json(place, known)
     return known[key]
+
+
+def _faster(device: str) -> str:
+    import torch
+
+    from pipelines.core import cpu
+
+    if device == "cpu" and not cpu.multiplies(torch.bfloat16):  # it would take half a minute to see
+        return "fp32"
+    rates = {precision: matmul_rate(device, precision, size=1024) for precision in ("fp32", "bf16")}
+    return "bf16" if rates["bf16"] > FASTER * rates["fp32"] else "fp32"

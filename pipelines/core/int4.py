@@ -122,8 +122,8 @@ class Int4Linear(torch.nn.Module):
         both = torch.stack([self.scales, self.zeros], dim=2).transpose(0, 1).contiguous().bfloat16()
         group, bias, multiply = self.group, self.bias, torch.ops.aten._weight_int4pack_mm_for_cpu
         if bias is None:
-            return lambda x: multiply(x, weight, group, both)
-        return lambda x: multiply(x, weight, group, both) + bias
+            return lambda x: multiply(x.bfloat16(), weight, group, both)
+        return lambda x: multiply(x.bfloat16(), weight, group, both) + bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out), in x's type; the weight is made dense for the moment (`product` does not)."""
@@ -221,7 +221,7 @@ def register() -> None:
 
 
 def load(place: Path, classifier: bool = False) -> Any:
-    """The model of a directory, with packed layers, in bf16, ready to answer."""
+    """The model of a directory, with packed layers, the rest of it in bf16."""
     register()
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     return kind.from_pretrained(place, dtype=torch.bfloat16).eval()

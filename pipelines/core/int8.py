@@ -2,8 +2,8 @@
 
 A weight row w is kept as round(w / s) in int8 and one scale s = max|w| / 127. The error of a weight is at most s / 2;
 for Gaussian rows of K weights its size relative to theirs is about sqrt(2 ln K) / (127 sqrt 12): 0.7 % at K = 576.
-Activations stay in bf16. A token's product runs in torch's packed kernel, which reads one byte a weight; many rows
-are multiplied with the weight made dense for the moment, since the kernel's time grows with them.
+A token's product runs in torch's packed kernel, in bf16, which reads one byte a weight; many rows are multiplied with
+the weight made dense for the moment, since the kernel's time grows with them.
 
 A directory is a normal Hugging Face one: `quantization_config.quant_method` is `sluice-int8`, tensors `*.weight`
 (int8) and `*.scale` (bf16). After `register()`, transformers' `from_pretrained` loads it. This file imports nothing of
@@ -81,8 +81,8 @@ class Int8Linear(torch.nn.Module):
             return self
         weight, scale, bias = self.weight.data, self.scale.data.bfloat16(), self.bias
         if bias is None:
-            return lambda x: torch._weight_int8pack_mm(x, weight, scale)
-        return lambda x: torch._weight_int8pack_mm(x, weight, scale) + bias
+            return lambda x: torch._weight_int8pack_mm(x.bfloat16(), weight, scale)
+        return lambda x: torch._weight_int8pack_mm(x.bfloat16(), weight, scale) + bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out), in x's type."""
@@ -206,7 +206,7 @@ def register() -> None:
 
 
 def load(place: Path, classifier: bool = False) -> Any:
-    """The model of a directory, with int8 layers, in bf16, ready to answer."""
+    """The model of a directory, with int8 layers, the rest of it in bf16."""
     register()
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     return kind.from_pretrained(place, dtype=torch.bfloat16).eval()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 CELLS = str(HERE / "serving_cells.py")  # what every one of them needs
+READY = str(HERE / "cpu.py")  # what every one with weights of a language model needs
 SPEAKING = [str(HERE / f"{name}.py") for name in ("decoding", "generate")]  # what makes a text
 TURNS = str(HERE / "transcripts.py")  # what a prompt is that holds a conversation
 ASKING = [str(HERE / f"{name}.py") for name in ("citing", "grounding")]  # what makes tokens of a chat
@@ -54,7 +55,9 @@ def of(folder: Path) -> Served:
             for kind, names in ((DataType.string, ("prompt", "response")), (DataType.double, ("reward",)))
         )
         return Served(
-            str(HERE / "serving_reward.py"), [*_packed(folder), *ASKING, TURNS, CELLS], ModelSignature(asked, reward)
+            str(HERE / "serving_reward.py"),
+            [*_packed(folder), *ASKING, TURNS, READY, CELLS],
+            ModelSignature(asked, reward),
         )
     if not (folder / "task.json").is_file():
         params = ParamSchema(
@@ -70,7 +73,7 @@ def of(folder: Path) -> Served:
             ]
         )
         prompts, texts = (Schema([ColSpec(DataType.string, name)]) for name in ("prompt", "text"))
-        beside = [name for name in _packed(folder) if name not in SPEAKING] + [*SPEAKING, *ASKING, TURNS, CELLS]
+        beside = [name for name in _packed(folder) if name not in SPEAKING] + [*SPEAKING, *ASKING, TURNS, READY, CELLS]
         return Served(str(HERE / "serving_model.py"), beside, ModelSignature(prompts, texts, params))
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     columns = [
@@ -80,7 +83,7 @@ def of(folder: Path) -> Served:
     if not task["regression"]:
         answers = [ColSpec(DataType.string, "label"), ColSpec(DataType.long, "label_id")]
         answers += [ColSpec(Array(DataType.double), "probabilities")]
-    beside = [str(HERE / "task_sequences.py"), CELLS]
+    beside = [str(HERE / "task_sequences.py"), READY, CELLS]
     return Served(str(HERE / "serving_task.py"), beside, ModelSignature(Schema(columns), Schema(answers)))
 
 
@@ -133,6 +136,7 @@ def _assistant(folder: Path) -> Served:
         *RETRIEVING,
         *SPEAKING,
         *(name for name in _packed(folder / "model") if name not in SPEAKING),
+        READY,
         CELLS,
     ]
     signature = ModelSignature(Schema([ColSpec(DataType.string, "question")]), answers, params)

@@ -38,10 +38,7 @@ class TextModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
         place = context.artifacts["model"]
         _prepare(Path(place))
         self.tokenizer = AutoTokenizer.from_pretrained(place)
-        model = AutoModelForCausalLM.from_pretrained(place).eval()
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack the weights in place
-                module.support_avx512bf16_for_cpu = False
+        model = importlib.import_module("cpu").ready(AutoModelForCausalLM.from_pretrained(place).eval())
         self.longest = getattr(model.config, "max_position_embeddings", None)
         self.decoder, self.free = self.generate.decoder(model), threading.Lock()
 

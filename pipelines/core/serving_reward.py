@@ -38,7 +38,8 @@ class RewardModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow sh
             importlib.import_module(method.removeprefix("sluice-")).register()
         self.mean = float(config["reward_mean"])
         self.tokenizer = AutoTokenizer.from_pretrained(place)
-        self.model = AutoModelForSequenceClassification.from_pretrained(place).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(place).eval()
+        self.model = importlib.import_module("cpu").ready(model)
         self.longest = getattr(self.model.config, "max_position_embeddings", None)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:

@@ -22,36 +22,16 @@ BNB = ("nf4", "llm-int8")
 
 
 def load(place: Path, kind: str, classifier: bool = False, original: Path | None = None) -> Any:
-    """A model ready to answer on the CPU, its floating-point part in bf16.
+    """A model ready to answer on the CPU, its floating-point part in bf16, or in fp32 where bf16 is slow (`cpu.ready`).
 
     Args:
         kind: `PLAIN` or the name of a variant.
         classifier: whether it scores texts rather than continues them (a reward model).
         original: directory that it was made from; what transformers does not read out of a GGUF file is taken from it.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from pipelines.core import cpu
 
-    if kind in PACKED:
-        return _packed(kind).load(place, classifier)
-    if kind in BNB:
-        from pipelines.core import bnb_variants
-
-        return bnb_variants.load(place)
-    if kind == DYNAMIC:
-        from pipelines.core import bnb_variants
-
-        return bnb_variants.dynamic_int8(AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval())
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    if kind in GGUF:  # as transformers reads it: made dense
-        (file,) = place.glob("*.gguf")
-        config = AutoConfig.from_pretrained(place, gguf_file=file.name)
-        known = config if original is None else AutoConfig.from_pretrained(original)
-        for key in UNREAD:
-            if hasattr(known, key):
-                setattr(config, key, getattr(known, key))
-        return auto.from_pretrained(place, gguf_file=file.name, config=config, dtype=torch.bfloat16).eval()
-    return auto.from_pretrained(place, dtype=torch.bfloat16).eval()
+    return cpu.ready(_load(place, kind, classifier, original))
 
 
 def modules(kind: str) -> tuple[str, ...]:
@@ -172,3 +152,29 @@ def _packed(kind: str) -> Any:
     import importlib
 
     return importlib.import_module(f"pipelines.core.{kind}")
+
+
+def _load(place: Path, kind: str, classifier: bool, original: Path | None) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if kind in PACKED:
+        return _packed(kind).load(place, classifier)
+    if kind in BNB:
+        from pipelines.core import bnb_variants
+
+        return bnb_variants.load(place)
+    if kind == DYNAMIC:
+        from pipelines.core import bnb_variants
+
+        return bnb_variants.dynamic_int8(AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval())
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    if kind in GGUF:  # as transformers reads it: made dense
+        (file,) = place.glob("*.gguf")
+        config = AutoConfig.from_pretrained(place, gguf_file=file.name)
+        known = config if original is None else AutoConfig.from_pretrained(original)
+        for key in UNREAD:
+            if hasattr(known, key):
+                setattr(config, key, getattr(known, key))
+        return auto.from_pretrained(place, gguf_file=file.name, config=config, dtype=torch.bfloat16).eval()
+    return auto.from_pretrained(place, dtype=torch.bfloat16).eval()
