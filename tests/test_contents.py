@@ -66,6 +66,20 @@ def test_a_file_that_was_just_written_is_read_every_time(tmp_path: Path, read: l
     assert read == ["weights", "weights"]
 
 
+@pytest.mark.parametrize(("parts", "age", "readings"), [(0, 1.9, 2), (0, 2.1, 1), (1, 0.05, 2), (1, 0.2, 1)])
+def test_a_clock_that_tells_parts_of_a_second_is_a_fine_one(
+    parts: int, age: float, readings: int, tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`parts`: of a second, in the file's time; `age`: seconds from then to when it is read first."""
+    file = written(tmp_path / "artifacts/sft/weights", "one", age=0)
+    changed = 1_700_000_000 * 10**9 + parts
+    os.utime(file, ns=(changed, changed))
+    monkeypatch.setattr(time, "time_ns", lambda: changed + int(age * 1e9))
+    for _ in range(2):
+        contents.content_hash(tmp_path, file)
+    assert read == ["weights"] * readings
+
+
 def test_a_file_that_changes_while_it_is_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a large one that takes longer than the clock's grain, within which a time of change stays the same."""
     file = written(tmp_path / "artifacts/sft/weights", "one", age=0)

@@ -15,6 +15,7 @@ from pipelines.core import artifacts
 from pipelines.core.environment import STATE
 
 GRAIN = 2_000_000_000  # nanoseconds: the coarsest clock of a file system in use
+FINE_GRAIN = 100_000_000  # of one that tells parts of a second: they follow the kernel's, whose step is 10 ms at most
 DEPTH = 2  # parts of a path, as in `artifacts/sft`, below which hashes share a file
 LONGEST = 50  # characters of that file's name: what begins alike shares it, too
 
@@ -37,7 +38,8 @@ def content_hash(root: Path, place: Path) -> str:
         *before, content = known.get(name) or [None]
         if before != facts:
             content = artifacts.content_hash(file)
-            if stat.st_mtime_ns < asked - GRAIN:
+            grain = FINE_GRAIN if stat.st_mtime_ns % 1_000_000_000 else GRAIN
+            if stat.st_mtime_ns < asked - grain:
                 found[name] = [*facts, content]
         return str(content)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -132,13 +133,6 @@ def _log(root: Path, client: Any, experiment: str, intent: Intent) -> str | None
     output = Path(intent.output)
     if not output.exists() or contents.content_hash(root, output) != intent.content_hash:
         return None
-    import mlflow
-    from mlflow.models import Model
-
-    served = serving.of(Path(intent.folder))
-    files = {"model": intent.folder}
-    if intent.evaluation is not None:
-        files["evaluation"] = intent.evaluation
     # Left to itself, MLflow puts a model into the experiment `Default`, whose files lie in the current directory
     made = client.create_logged_model(
         experiment,
@@ -147,21 +141,57 @@ def _log(root: Path, client: Any, experiment: str, intent: Intent) -> str | None
         tags={CONTENT: intent.content_hash},
         params=client.get_run(intent.run_id).data.params,
     )
+    place = store_files.local(str(made.artifact_location)) if store.embedded(root) else None
+    if place is not None:
+        _save(made, intent, place)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            _save(made, intent, Path(folder) / "model")
+            client.log_model_artifacts(made.model_id, str(Path(folder) / "model"))
+    _measure(client, made.model_id, intent)
+    client.finalize_logged_model(made.model_id, "READY")
+    return str(made.model_id)
+
+
+def _save(made: Any, intent: Intent, place: Path) -> None:
+    """Write a logged model's files. `Model.log` would copy them twice, gigabytes in a run."""
+    import mlflow
+    from mlflow.models import Model
+
+    served = serving.of(Path(intent.folder))
+    files = {"model": intent.folder}
+    if intent.evaluation is not None:
+        files["evaluation"] = intent.evaluation
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # advice to guess what is given here: the signature
-        Model.log(
-            artifact_path=None,
-            model_id=made.model_id,
-            flavor=mlflow.pyfunc,
-            run_id=intent.run_id,
-            step=intent.step,
+        mlflow.pyfunc.save_model(
+            path=str(place),
+            mlflow_model=Model(
+                artifact_path=made.artifact_location,
+                model_uuid=made.model_id,
+                run_id=intent.run_id,
+                model_id=made.model_id,
+            ),
             python_model=served.code,
             code_paths=served.beside,
             artifacts=files,
             pip_requirements=requirements(served.needs),
             signature=served.signature,
         )
-    return str(made.model_id)
+
+
+def _measure(client: Any, model_id: str, intent: Intent) -> None:
+    """Name a model as its run's output, with the run's final metrics."""
+    from mlflow.entities import LoggedModelOutput, Metric
+
+    client.log_outputs(intent.run_id, [LoggedModelOutput(model_id, intent.step)])
+    final = [
+        Metric(one.key, one.value, one.timestamp, one.step, model_id=model_id, run_id=intent.run_id)
+        for name in client.get_run(intent.run_id).data.metrics
+        for one in client.get_metric_history(intent.run_id, name)
+        if one.step == intent.step and one.model_id is None
+    ]
+    client.log_batch(intent.run_id, metrics=final)
 
 
 def _create(client: Any, model_id: str, intent: Intent) -> Any:
