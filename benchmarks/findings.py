@@ -2,8 +2,8 @@
 
 `python -m benchmarks.e2e FOLDER && make run PROFILE=e2e` first, in a workspace; then, from that workspace,
 `python -m benchmarks.findings OUT [--seeds 1 2] [--iterations 30]`. Every part that has ended is kept in OUT, so a run
-that was stopped goes on; one of other params, iterations or inputs needs a folder of its own. Writes OUT/findings.json
-and OUT/*.png.
+that was stopped goes on; one of other params, iterations or inputs needs a folder of its own. Writes OUT/findings.json,
+OUT/findings.md and OUT/*.png.
 
 Gold is the judge `slots` (attributes realised less those wrong, a share of those asked for). The reward models learn
 from simulated labelers who look at the same attributes, and at brevity, with slips: the proxy is a proxy of gold.
@@ -81,18 +81,21 @@ def paths(root: Path, seed: int, size: int) -> dict[str, Path]:
     }  # fmt: skip
 
 
-def prepare(root: Path, seed: int) -> None:
-    """Simulated rankings, and a reward model for each size of data."""
+def prepare(root: Path, seed: int) -> dict[str, dict[str, float]]:
+    """Simulated rankings, and a reward model for each size of data; the metrics of each."""
     inputs = paths(root, seed, SIZES[-1])
     asked = {
         "seed": seed, "labeler": "reference", "prompts": SIZES[-1], "test_prompts": PROMPTS, "completions": 5,
         "shared_share": 0.0,
     }  # fmt: skip
     kept(inputs["feedback"].with_suffix(".json"), partial(stage, "feedback", inputs["feedback"], inputs, asked))
+    found = {}
     for size in SIZES:
         place = paths(root, seed, size)["reward"]
         changes = {"seed": seed, "rankings": size, "held_out_labelers": 0, "batch_prompts": 8}
-        kept(place.with_name(place.name + ".json"), partial(stage, "reward", place, inputs, changes))
+        made = kept(place.with_name(place.name + ".json"), partial(stage, "reward", place, inputs, changes))
+        found[str(size)] = made["metrics"]
+    return found
 
 
 def best_of_n(root: Path, seed: int) -> dict[str, Any]:
@@ -230,6 +233,7 @@ def plot(out: Path, found: dict[str, Any]) -> None:
 
 def main() -> None:
     """Make what is missing, and print."""
+    from benchmarks import findings_tables
     from pipelines.core import artifacts
     from pipelines.core.params import whole
 
@@ -246,17 +250,17 @@ def main() -> None:
         parser.error(f"{options.out} holds runs of other params, iterations or inputs (asked.json); name another")
     found: dict[str, Any] = {"seeds": {}}
     for seed in options.seeds:
-        prepare(options.out, seed)
+        rewards = prepare(options.out, seed)
         sampled = kept(options.out / f"seed-{seed}" / "best-of-n.json", partial(best_of_n, options.out, seed))
         runs = policies(options.out, seed, options.iterations)
         every = {str(size): fits(options.out, seed, size, sampled, runs[f"free-{size}"]) for size in SIZES}
         told = {name: one["metrics"] for name, one in runs.items()}
-        found["seeds"][str(seed)] = {"fits": every, "runs": told, "best_of_n": sampled}
+        found["seeds"][str(seed)] = {"fits": every, "runs": told, "best_of_n": sampled, "rewards": rewards}
     (options.out / "findings.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     plot(options.out, found)
-    for seed, one in found["seeds"].items():
-        for size, of_size in one["fits"].items():
-            print(seed, size, {k: (round(v["alpha"], 3), round(v["beta"], 3)) for k, v in of_size.items()})
+    page = findings_tables.page(found)
+    (options.out / "findings.md").write_text(page, encoding="utf-8")
+    print(page)
 
 
 if __name__ == "__main__":

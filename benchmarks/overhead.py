@@ -35,6 +35,7 @@ def run(params: Any, inputs: dict[str, Path], outputs: Path, context: Any) -> di
     (outputs / "nothing").touch()
     return {"done": 1.0}
 '''
+# What `make setup` does, beside git and DVC, in a new workspace
 DATABASE = ["prefect", "server", "database", "upgrade", "-y"]
 GRAPH = """stages:
   report:
@@ -106,7 +107,9 @@ def chain(runs: int) -> dict[str, list[float]]:
             for name, spec in specs.items():
                 with (place / f"pipelines/{name}.py").open("a", encoding="utf-8") as file:
                     file.write(REPLAY.format(made=str(ROOT / spec.output), metrics=str(ROOT / spec.metrics)))
-            subprocess.run(DATABASE, cwd=place, env=environment(), check=True, capture_output=True)  # as `make setup` does
+            subprocess.run(
+                DATABASE, cwd=place, env=environment(), check=True, capture_output=True
+            )  # as `make setup` does
             start = time.perf_counter()
             subprocess.run(["sluice", "run"], cwd=place, env=environment(), check=True, stdout=subprocess.DEVNULL)
             times["run"].append(time.perf_counter() - start)
