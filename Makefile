@@ -34,8 +34,10 @@ PYTEST := OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS)
 # DVC refuses a folder without git, as an archive is unpacked to, unless it is told, and then knows of no git later.
 IN_GIT := { [ -e .git ] || git rev-parse --git-dir > /dev/null 2>&1; }
 NO_SCM := '^[[:blank:]]*no_scm *= *true'
-# A server that starts without a database makes it, in eight seconds or more; not where another's is meant.
-OWN_PREFECT := [ -z "$${PREFECT_HOME:-}$${PREFECT_API_URL:-}$${PREFECT_SERVER_DATABASE_CONNECTION_URL:-}" ]
+# A server that starts without a database makes it, in eight seconds or more. Not where the environment names another
+# server or database; the one of this folder is meant whatever else Prefect is configured with.
+OWN_PREFECT := ! env | grep -qE '^PREFECT_(HOME|API_URL|(SERVER|API)_DATABASE_[A-Z_]+)=.'
+PREFECT_DB := .sluice/prefect/prefect.db
 MLFLOW_PORT ?= 5000
 PREFECT_PORT ?= 4200
 
@@ -53,9 +55,11 @@ setup: $(STAMP)                 ## .venv as constraints.txt says, DVC initialise
 	    dvc config --local core.no_scm true && echo "dvc: no git repository here, so core.no_scm = true in .dvc/config.local"; }; \
 	  elif grep -qsiE $(NO_SCM) .dvc/config.local; then \
 	    dvc config --local --unset core.no_scm && echo "dvc: a git repository now, so core.no_scm is gone from .dvc/config.local"; fi
-	@if [ ! -e .sluice/prefect/prefect.db ] && $(OWN_PREFECT); then mkdir -p $(dir $(LOG)) \
-	  && { prefect server database upgrade -y > $(DATABASE_LOG) 2>&1 && echo "prefect: database made" \
-  || echo "prefect: no database made, which a run will do (log: $(DATABASE_LOG))"; }; fi
+	@if [ ! -e $(PREFECT_DB) ] && $(OWN_PREFECT); then mkdir -p $(dir $(LOG) $(PREFECT_DB)) \
+	  && echo "prefect: making its database, some ten seconds" \
+	  && { PREFECT_SERVER_DATABASE_CONNECTION_URL="sqlite+aiosqlite:///$$(pwd -P)/$(PREFECT_DB)" \
+	    prefect server database upgrade -y > $(DATABASE_LOG) 2>&1 \
+	  || echo "prefect: no database made, which a run will do (log: $(DATABASE_LOG))"; }; fi
 
 $(STAMP): pyproject.toml constraints.txt flows/environment.pth
 	@mkdir -p $(dir $(LOG))

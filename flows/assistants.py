@@ -102,7 +102,7 @@ def opened(what: Found, look_up: bool, precision: str) -> Answering:
     from safetensors import SafetensorError
     from transformers import logging
 
-    from pipelines.core import assistant, grounding, indexing, retrieval
+    from pipelines.core import assistant, cpu, grounding, indexing, retrieval
 
     logging.disable_progress_bar()
     # A model alone gets the question and nothing else.
@@ -120,7 +120,7 @@ def opened(what: Found, look_up: bool, precision: str) -> Answering:
     if not tokenizer.chat_template:
         raise UserError(f"{what.name}: the tokenizer in {what.model} has no chat template, so nothing can be asked")
     if getattr(model.config, "quantization_config", None) is None:  # packed layers stay as they are
-        model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        model = model.to(torch.bfloat16 if cpu.precision(precision) == "bf16" else torch.float32)
     made = assistant.Assistant(index, model, tokenizer, settings)
     return Answering(made, what.name, look_up, time.perf_counter() - began)
 

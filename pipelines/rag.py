@@ -121,7 +121,7 @@ def measure(params: RagParams, inputs: dict[str, Path], context: StageContext, m
 
 def _build(params: RagParams, data: Path, place: Path, context: StageContext) -> dict[str, float]:
     """Fill the folder of the index; its counts."""
-    from pipelines.core import indexing
+    from pipelines.core import cpu, indexing
 
     settings = indexing.Settings(
         params.embedder, params.reranker, params.chunk_tokens, params.chunk_overlap, params.embedded_chunks,
@@ -141,7 +141,7 @@ def _build(params: RagParams, data: Path, place: Path, context: StageContext) ->
         settings,
         # Beside the scratch of this run, which goes when it ends: the next run needs most of the vectors, too.
         cache=context.work.parent / CACHE,
-        precision=context.precision,
+        precision=cpu.precision(context.precision),  # the embedder is on the CPU
         tell=tell,
     )
     seconds = time.perf_counter() - began

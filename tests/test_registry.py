@@ -109,6 +109,41 @@ def test_kill_at_any_moment_ends_in_one_version(repository, moment):
     assert len(folders) == 1 and not list((root / ".sluice/registry/intents").iterdir())
 
 
+def test_a_disk_that_fills_up_leaves_nothing_behind(repository, monkeypatch):
+    root, model = repository
+    run_stage(root, model, 2.5)
+
+    def save(path, **_):
+        Path(path, "artifacts").mkdir(parents=True)
+        Path(path, "artifacts", "half").write_text("of a model")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("mlflow.pyfunc.save_model", save)
+        with pytest.raises(OSError, match="No space left"):
+            registry.settle(root, "pretrain")
+    assert [str(entry.status).rpartition(".")[2] for entry in logged(root)] == ["FAILED"]
+    assert not list((root / ".sluice/mlflow/artifacts/models").rglob("half"))
+    assert the(registry.settle(root, "pretrain")).version == "1"
+
+
+@pytest.mark.parametrize(("own", "inside"), [(None, "3600"), ("55", "55")])
+def test_an_upload_may_take_longer_than_a_question(repository, monkeypatch, own, inside):
+    """A server that keeps files in a bucket answers when all of one is there."""
+    limit = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    monkeypatch.delenv(limit, raising=False)
+    if own is not None:
+        monkeypatch.setenv(limit, own)
+    store.connect(repository[0])
+    before = os.environ[limit]
+    with store.patient():
+        assert os.environ[limit] == inside
+    assert os.environ[limit] == before == (own or "10")
+    monkeypatch.delenv(limit)
+    with store.patient():
+        assert limit not in os.environ
+
+
 def test_begun_version_is_finished_after_the_output_was_replaced(repository):
     root, model = repository
     run_stage(root, model, 2.5)

@@ -16,6 +16,7 @@ from pipelines.core import (
     attention,
     chats,
     context_window,
+    cpu,
     generate,
     grounding,
     language_models,
@@ -128,7 +129,7 @@ def say(one: Speaker, asked: Sequence[list[int]], tokens: int, keep: str | None,
         found = sampling.sample(
             model, [asked[place] for place in batch], count=1, tokens=tokens, temperature=0.0, seed=0,
             stops=sorted(generate.endings(model, one.tokenizer)), pad=one.tokenizer.pad_token_id,
-            precision=context.precision, tell=tell,
+            precision=_precision(model, context), tell=tell,
         )  # fmt: skip
         known.append([chats.decode_response(one.tokenizer, ids[0]) for ids in found.ids])
         if keep:
@@ -139,6 +140,11 @@ def say(one: Speaker, asked: Sequence[list[int]], tokens: int, keep: str | None,
         for place, text in zip(batch, answers, strict=True):
             texts[place] = text
     return texts
+
+
+def _precision(model: Any, context: StageContext) -> str:
+    """That of the stage, unless the model has stayed on a CPU that it is not for."""
+    return cpu.precision(context.precision) if model.device.type == "cpu" else context.precision
 
 
 def _load(one: Speaker, length: int, context: StageContext) -> Any:

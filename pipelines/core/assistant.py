@@ -289,8 +289,4 @@ def load(place: Path) -> Any:
     """A model of a directory, its layers packed or not, on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    method = (config.get("quantization_config") or {}).get("quant_method", "")
-    if method.startswith("sluice-"):
-        _ours(method.removeprefix("sluice-")).register()
-    return _ours("cpu").ready(AutoModelForCausalLM.from_pretrained(place).eval())
+    return _ours("cpu").load(place, AutoModelForCausalLM)

@@ -1,4 +1,4 @@
-"""What a model that was loaded needs before it answers on a CPU.
+"""Models on a CPU: loaded, and computed in a type that the processor multiplies.
 
 This file imports nothing of the project: a registered model carries it along.
 """
@@ -6,6 +6,9 @@ This file imports nothing of the project: a registered model carries it along.
 from __future__ import annotations
 
 import itertools
+import json
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,25 @@ def multiplies(kind: torch.dtype) -> bool:
         return True
     there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return bool(there and getattr(torch.ops.mkldnn, ASKED[kind])())
+
+
+def precision(asked: str) -> str:
+    """`bf16` where it is asked for, of a GPU or by what another machine has made, and multiplied here; else `fp32`."""
+    return asked if asked != "bf16" or multiplies(torch.bfloat16) else "fp32"
+
+
+def load(place: Path, auto: Any) -> Any:
+    """The model of a directory in the type that it names, packed layers of ours or not, ready.
+
+    Args:
+        auto: transformers' class for it, such as `AutoModelForCausalLM`.
+    """
+    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    method = (config.get("quantization_config") or {}).get("quant_method", "")
+    if method.startswith("sluice-"):
+        name = method.removeprefix("sluice-")  # in the project `pipelines.core.NAME`, beside a registered model `NAME`
+        import_module(f"{__package__}.{name}" if __package__ else name).register()
+    return ready(auto.from_pretrained(place).eval())
 
 
 def guarded(model: Any) -> Any:

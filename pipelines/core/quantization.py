@@ -13,6 +13,7 @@ from pipelines.core import (
     artifacts,
     attention,
     bnb_variants,
+    cpu,
     demonstrations,
     gguf_export,
     gptq,
@@ -64,14 +65,16 @@ def whole_name(subject: Subject) -> str:
 
 
 def load(subject: Subject, context: StageContext) -> Any:
-    """The model that is made smaller, in the context's type and on the CPU, where its variants are made and measured.
+    """The model that is made smaller, on the CPU, where its variants are made and measured, and in the context's type
+    where that is quick there.
 
     Raises:
         ArtifactError: no model can be loaded from its directory.
     """
     if subject.classifier:
-        return reward_model.load(subject.place, context)[0].cpu()
-    return language_models.load(str(subject.place), context.dtype, attention.choose("cpu", scoring.WINDOW)).eval()
+        return cpu.ready(reward_model.load(subject.place, context)[0].cpu())
+    kind = attention.choose("cpu", scoring.WINDOW)
+    return cpu.ready(language_models.load(str(subject.place), context.dtype, kind).eval())
 
 
 def calibration_rows(params: QuantizeParams, data: Path, tokenizer: Any) -> list[list[int]]:

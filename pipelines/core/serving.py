@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 CELLS = str(HERE / "serving_cells.py")  # what every one of them needs
-READY = str(HERE / "cpu.py")  # what every one with weights of a language model needs
+READY = str(HERE / "cpu.py")  # what every one with weights needs
 SPEAKING = [str(HERE / f"{name}.py") for name in ("decoding", "generate")]  # what makes a text
 TURNS = str(HERE / "transcripts.py")  # what a prompt is that holds a conversation
 ASKING = [str(HERE / f"{name}.py") for name in ("citing", "grounding")]  # what makes tokens of a chat
 SERVED = "config.json", "assistant.json", "manifest.json", "prompt.yaml"  # which of them says what a directory is
 _, ASSISTANT, INDEX, PROMPT = SERVED
 RETRIEVING = [  # what opens an index
-    str(HERE / f"{name}.py") for name in ("embedding", "fusion", "lexical", "nearest", "reranking", "retrieval")
+    READY,
+    *(str(HERE / f"{name}.py") for name in ("embedding", "fusion", "lexical", "nearest", "reranking", "retrieval")),
 ]
 SEARCH = ("faiss-cpu", "pyarrow")  # packages that it needs
 
@@ -136,7 +137,6 @@ def _assistant(folder: Path) -> Served:
         *RETRIEVING,
         *SPEAKING,
         *(name for name in _packed(folder / "model") if name not in SPEAKING),
-        READY,
         CELLS,
     ]
     signature = ModelSignature(Schema([ColSpec(DataType.string, "question")]), answers, params)

@@ -15,7 +15,6 @@ of a prompt that is too long beside that, the end is continued.
 from __future__ import annotations
 
 import importlib
-import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -35,10 +34,9 @@ class TextModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
         self.cells = importlib.import_module("serving_cells")  # logged beside this file
         self.generate, self.grounding = importlib.import_module("generate"), importlib.import_module("grounding")
         self.transcripts = importlib.import_module("transcripts")
-        place = context.artifacts["model"]
-        _prepare(Path(place))
+        place = Path(context.artifacts["model"])
         self.tokenizer = AutoTokenizer.from_pretrained(place)
-        model = importlib.import_module("cpu").ready(AutoModelForCausalLM.from_pretrained(place).eval())
+        model = importlib.import_module("cpu").load(place, AutoModelForCausalLM)
         self.longest = getattr(model.config, "max_position_embeddings", None)
         self.decoder, self.free = self.generate.decoder(model), threading.Lock()
 
@@ -70,14 +68,6 @@ class TextModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
         if not ids:  # an empty prompt: from the start of a text
             ids = [self.tokenizer.eos_token_id if start is None else start]
         return ids
-
-
-def _prepare(place: Path) -> None:
-    """Make packed layers of ours known to transformers."""
-    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    method = (config.get("quantization_config") or {}).get("quant_method", "")
-    if method.startswith("sluice-"):
-        importlib.import_module(method.removeprefix("sluice-")).register()
 
 
 set_model(TextModel())

@@ -33,13 +33,9 @@ class RewardModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow sh
         self.transcripts = importlib.import_module("transcripts")
         place = Path(context.artifacts["model"])
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        method = (config.get("quantization_config") or {}).get("quant_method", "")
-        if method.startswith("sluice-"):
-            importlib.import_module(method.removeprefix("sluice-")).register()
         self.mean = float(config["reward_mean"])
         self.tokenizer = AutoTokenizer.from_pretrained(place)
-        model = AutoModelForSequenceClassification.from_pretrained(place).eval()
-        self.model = importlib.import_module("cpu").ready(model)
+        self.model = importlib.import_module("cpu").load(place, AutoModelForSequenceClassification)
         self.longest = getattr(self.model.config, "max_position_embeddings", None)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:

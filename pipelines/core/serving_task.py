@@ -32,8 +32,7 @@ class TaskModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow ship
         place = Path(context.artifacts["model"])
         self.task = json.loads((place / "task.json").read_text(encoding="utf-8"))
         self.tokenizer = AutoTokenizer.from_pretrained(place)
-        model = AutoModelForSequenceClassification.from_pretrained(place).eval()
-        self.model = importlib.import_module("cpu").ready(model)
+        self.model = importlib.import_module("cpu").load(place, AutoModelForSequenceClassification)
         self.made = importlib.import_module("task_sequences")  # logged beside this file
         self.special = self.made.Special(*self.tokenizer.convert_tokens_to_ids(list(self.made.SPELLINGS)))
 

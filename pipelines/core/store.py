@@ -31,6 +31,8 @@ SQLITE = b"SQLite format 3\0"  # how every database file begins that is not empt
 AWAY = (429, 502, 503, 504)  # answers of a proxy or server that is there and cannot work now
 REFUSED = {401: "does not know this log-in", 403: "does not let this log-in do that"}
 UNADDRESSED = re.compile(r"[?#]|%[0-9A-Fa-f]{2}")  # of a path, what ends an address, or is a code in one
+LIMIT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+QUESTION, UPLOAD = "10", "3600"  # seconds
 LOGIN_VARIABLES = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 ADDRESSES = "a server, http://HOST:PORT, or a database, sqlite:////PATH/mlflow.db"
 # What stands before the host: `user:password@`, or, with a slash in the password, what cannot be a host and a port.
@@ -94,7 +96,7 @@ def connect(root: Path) -> tuple[Any, str]:
     probe(root)
     # Training waits for nothing here, so a server that is away shall say so soon. A user's own values win.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault(LIMIT, QUESTION)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # a log-in in the address would be in the logs
     import mlflow
@@ -119,6 +121,22 @@ def connect(root: Path) -> tuple[Any, str]:
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
         return client, str(found.experiment_id)
+
+
+@contextlib.contextmanager
+def patient() -> Iterator[None]:
+    """Inside, files are uploaded: a server that keeps them elsewhere answers only when all of one is there.
+
+    A user's own limit stays.
+    """
+    before = os.environ.get(LIMIT)
+    if before == QUESTION:
+        os.environ[LIMIT] = UPLOAD
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[LIMIT] = before
 
 
 def probe(root: Path) -> None:

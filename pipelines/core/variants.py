@@ -158,6 +158,8 @@ def _load(place: Path, kind: str, classifier: bool, original: Path | None) -> An
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from pipelines.core import cpu
+
     if kind in PACKED:
         return _packed(kind).load(place, classifier)
     if kind in BNB:
@@ -169,6 +171,7 @@ def _load(place: Path, kind: str, classifier: bool, original: Path | None) -> An
 
         return bnb_variants.dynamic_int8(AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval())
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    kept = torch.bfloat16 if cpu.multiplies(torch.bfloat16) else torch.float32
     if kind in GGUF:  # as transformers reads it: made dense
         (file,) = place.glob("*.gguf")
         config = AutoConfig.from_pretrained(place, gguf_file=file.name)
@@ -176,5 +179,5 @@ def _load(place: Path, kind: str, classifier: bool, original: Path | None) -> An
         for key in UNREAD:
             if hasattr(known, key):
                 setattr(config, key, getattr(known, key))
-        return auto.from_pretrained(place, gguf_file=file.name, config=config, dtype=torch.bfloat16).eval()
-    return auto.from_pretrained(place, dtype=torch.bfloat16).eval()
+        return auto.from_pretrained(place, gguf_file=file.name, config=config, dtype=kept).eval()
+    return auto.from_pretrained(place, dtype=kept).eval()

@@ -9,6 +9,7 @@ All of it runs under the lock `registry`, held by the caller.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -142,19 +143,30 @@ def _log(root: Path, client: Any, experiment: str, intent: Intent) -> str | None
         params=client.get_run(intent.run_id).data.params,
     )
     place = store_files.local(str(made.artifact_location)) if store.embedded(root) else None
-    if place is not None:
-        _save(made, intent, place)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            _save(made, intent, Path(folder) / "model")
-            client.log_model_artifacts(made.model_id, str(Path(folder) / "model"))
-    _measure(client, made.model_id, intent)
+    try:
+        if place is not None:
+            _save(made, intent, place)
+        else:
+            with tempfile.TemporaryDirectory() as folder, store.patient():
+                _save(made, intent, Path(folder) / "model")
+                client.log_model_artifacts(made.model_id, str(Path(folder) / "model"))
+        _measure(client, made.model_id, intent)
+    except Exception:  # a full disk, a store that goes away: half of it is of no use, and looks as if it still came
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(Exception):
+            client.finalize_logged_model(made.model_id, "FAILED")
+        raise
     client.finalize_logged_model(made.model_id, "READY")
     return str(made.model_id)
 
 
 def _save(made: Any, intent: Intent, place: Path) -> None:
-    """Write a logged model's files. `Model.log` would copy them twice, gigabytes in a run."""
+    """Write a logged model's files.
+
+    `Model.log` would make them in a temporary folder and copy them from there, gigabytes in a run. MLflow still takes
+    them through one, from which they are moved: no copy where that is on the same disk.
+    """
     import mlflow
     from mlflow.models import Model
 
