@@ -179,22 +179,28 @@ def fits(root: Path, seed: int, size: int, sampled: dict[str, Any], ppo: dict[st
         points = [(kl**0.5, (value - start) / unit[which]) for kl, value in of_n[1:]]
         found[f"best_of_n_{which}"] = linear(points, basis_of("best_of_n"))
         curve = "score" if which == "proxy" else "gold"
-        rows = [(row["kl"], row[curve]) for row in ppo["history"]]
-        origin = rows[0][1]
-        points = [(kl**0.5, (value - origin) / unit[which]) for kl, value in rows if kl > 0.05]
-        found[f"ppo_{which}"] = linear(points, basis_of("ppo"))
+        # Each point is another batch of training prompts, the first one, too: where the curve begins is fitted.
+        points = [(row["kl"] ** 0.5, row[curve] / unit[which]) for row in ppo["history"] if row["kl"] > 0.05]
+        found[f"ppo_{which}"] = linear(points, basis_of("ppo"), begins=True)
     return found
 
 
-def linear(points: list[tuple[float, float]], basis: Callable[[Any], tuple[Any, Any]]) -> dict[str, Any]:
-    """Least squares of value = a x basis_1(d) + b x basis_2(d); the points, the coefficients, the residual's spread."""
+def linear(
+    points: list[tuple[float, float]], basis: Callable[[Any], tuple[Any, Any]], begins: bool = False
+) -> dict[str, Any]:
+    """Least squares of value = a x basis_1(d) + b x basis_2(d); the points, the coefficients, the residual's spread.
+
+    Args:
+        begins: fit what the value is at d = 0, too, and tell the points from there.
+    """
     import numpy as np
 
-    design = np.array([basis(d) for d, _ in points])
+    design = np.array([[*basis(d), float(begins)] for d, _ in points])
     values = np.array([value for _, value in points])
-    coefficients, *_ = np.linalg.lstsq(design, values, rcond=None)
-    rest = float(np.std(values - design @ coefficients))
-    return {"points": points, "alpha": float(coefficients[0]), "beta": float(coefficients[1]), "residual": rest}
+    (alpha, beta, start), *_ = np.linalg.lstsq(design, values, rcond=None)
+    rest = float(np.std(values - design @ (alpha, beta, start)))
+    points = [(d, value - float(start)) for d, value in points]
+    return {"points": points, "alpha": float(alpha), "beta": float(beta), "start": float(start), "residual": rest}
 
 
 def basis_of(way: str) -> Callable[[Any], tuple[Any, Any]]:
