@@ -41,6 +41,7 @@ def judge(root: Path, stage: str, measure: Measure | None = None, again: bool = 
 def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
     """Make a version that passed the champion if `promote: auto` says so. Returns what was done, in words.
 
+    Not one whose gate has waived a rule that says `by_hand_without`: what a person has to type for it is returned.
     An output that did not change in this run is promoted only if it never was, as when a run was cut off in between:
     a version that was champion has been rolled back on purpose. One that somebody has gone back from stays out of
     office even when a run makes it, or brings it back, again: nothing new gives the same version every night.
@@ -64,6 +65,8 @@ def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:
     if promotion.was_rolled_back(root, verdict.model, verdict.version):
         asked = f"`sluice promote {verdict.model} {verdict.version} --why ...`"
         return f"{verdict.model} {verdict.version} was rolled back, so it is not promoted by itself: {asked}"
+    if verdict.by_hand:
+        return f"{verdict.model} {verdict.version} is {verdict.by_hand}"
     promotion.promote(
         root,
         verdict.model,
@@ -121,12 +124,19 @@ def point_best(root: Path, stage: str) -> str | None:
 
 
 def cell(judged: Sequence[Verdict]) -> str:
-    """Verdicts of a stage in a table cell; of several models how many passed, and the names of those that did not."""
-    told = [f"{one.model} {one.version} {'passed' if one.passed else 'FAILED'}" for one in judged]
-    failed = [text for text, one in zip(told, judged, strict=True) if not one.passed]
+    """Verdicts of a stage in a table cell; of several models how many passed, and those that did not or wait by name.
+
+    What waits for a person is told with the rules that were not measured (`Verdict.unmeasured`).
+    """
+
+    def told(one: Verdict) -> str:
+        waived = f", not measured: {one.unmeasured}" if one.by_hand else ""
+        return f"{one.model} {one.version} {'passed' if one.passed else 'FAILED'}{waived}"
+
     if len(judged) < 2:
-        return "".join(told)
-    return ", ".join([f"{len(judged) - len(failed)} of {len(judged)} models passed", *failed])
+        return "".join(map(told, judged))
+    named = [told(one) for one in judged if one.by_hand or not one.passed]
+    return ", ".join([f"{sum(one.passed for one in judged)} of {len(judged)} models passed", *named])
 
 
 def metrics(root: Path, stage: str) -> dict[str, float]:

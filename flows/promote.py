@@ -127,21 +127,30 @@ def history(root: Path, model: str | None, console: Console) -> None:
 def _asked(root: Path, client: Any, pairs: list[tuple[Any, str | None]], console: Console) -> None:
     """Ask the gates again of the versions that were judged against another champion, or by other rules.
 
+    Tells what was not measured of those that would not have been promoted without a person.
+
     Raises:
         GateError: some did not pass; the message has their tables.
     """
-    from pipelines.core import rejudging, runner
+    from pipelines.core import rejudging, runner, versions
 
     failed = []
     for entry, champion in pairs:
+        unmeasured = entry.tags.get(versions.GATE_UNMEASURED)
         if (why := rejudging.stale(root, entry, champion)) is not None:
             against = f"champion {champion}" if champion else "no champion"
             _say(console, f"{entry.name} {entry.version}: its gate {why}, asked again: {against}")
             stage = entry.tags.get(rejudging.STAGE)
             measure = runner.measure_for(root, stage) if stage is not None else None
             verdict = rejudging.ask(root, client, entry, measure)
+            unmeasured = verdict.unmeasured
             if not verdict.passed:
                 failed.append(verdict.table())
+        if unmeasured and champion != str(entry.version):
+            _say(
+                console,
+                f"{entry.name} {entry.version}: not measured, which is left to whoever promotes it: {unmeasured}",
+            )
     if failed:
         raise GateError("\n".join(failed))
 

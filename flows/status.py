@@ -10,12 +10,13 @@ from rich.table import Table
 from flows import outcome, stages
 from pipelines.core import graph, policy
 from pipelines.core.errors import UserError
+from pipelines.core.gates import Verdict
 
 REASONS_SHOWN = 4
 
 
 def show(root: Path, console: Console) -> None:
-    """Print stages (fresh, or stale and why), champions and the spool's backlog.
+    """Print stages (fresh, or stale and why), the spool's backlog, champions and what waits for a person to promote it.
 
     Raises:
         StoreUnavailable: after the table, when the registry's store is away.
@@ -24,19 +25,21 @@ def show(root: Path, console: Console) -> None:
 
     state = stages.look(root)
     suspects, declared = state.suspects(), policy.load(root)
+    judged: dict[str, Verdict] = {}
     table = Table(box=None, pad_edge=False)
     for heading in ("stage", "", "why", "metric", "verdict"):
         table.add_column(heading, overflow="fold")
     for name in state.parents:
         word = "stale" if name in state.reasons else "waits" if name in suspects else "fresh"
         output = root / graph.stage(root, name).output
-        every = [verdicts.stored(root, model) for model, _ in declared.of_stage(name, output)]
+        every = [found for model, _ in declared.of_stage(name, output) if (found := verdicts.stored(root, model))]
+        judged |= {one.model: one for one in every}
         table.add_row(
             name,
             word,
             why(state, name),
             outcome.key_metric(root, name, state.shows.get(name)),
-            outcome.cell([one for one in every if one is not None]),
+            outcome.cell(every),
         )
     console.print(table, markup=False)  # a file may be called [old] notes.txt
     waiting = tracking.backlog(root)
@@ -44,6 +47,8 @@ def show(root: Path, console: Console) -> None:
         console.print(f"spool     {len(waiting)} runs not delivered to MLflow yet; `sluice run` delivers them")
     for model, version in registry.champions(root).items():
         console.print(f"champion  {model} {version if version is not None else '(none yet)'}")
+        if (one := judged.get(model)) is not None and one.by_hand and one.version != version:
+            console.print(f"waits     {model} {one.version} is {one.by_hand}", markup=False)
 
 
 def why(state: stages.State, name: str) -> str:

@@ -22,7 +22,8 @@ from rich.console import Console
 from stores import python, repository, run_stage
 
 import flows.run
-from flows import outcome, records, stages
+from flows import outcome, records, stages, status
+from flows import promote as commands
 from flows.board import Row
 from flows.gate import Gate
 from flows.measure import NOT_MEASURABLE
@@ -152,6 +153,36 @@ def test_what_a_person_has_rolled_back_does_not_come_back_with_the_next_nightly_
     assert row.notes == [told]
     promotion.promote(root, NAME, "2", why="it was the data after all", expected_champion="1")
     assert not promotion.was_rolled_back(root, NAME, "2")
+
+
+def test_what_was_not_measured_waits_for_a_person_who_is_told_what(gate, repository, monkeypatch):
+    """Through the store: the run, `sluice status`, the promotion by hand, and a gate that asks for it no more."""
+    root, model = repository
+    monkeypatch.setattr(sys.modules["pipelines.pretrain"], "OPTIONAL", frozenset({"unseen"}), raising=False)
+    place = root / "mlflow/registry.yaml"
+    rules = place.read_text()
+    marked = "    - {metric: unseen, at_least: 0.5, where_measured: true, by_hand_without: labelers}\n    promote: auto"
+    place.write_text(rules.replace("    promote: auto", marked))
+    run_stage(root, model, 2.5)
+    row, unmeasured = Row("pretrain"), "unseen (needs labelers)"
+    gate.ask(row, fresh_output=True)
+    typed = "`sluice promote sluice-base 1 --why ...`"
+    waits = f"sluice-base 1 is promoted by hand alone ({typed}), for what was not measured: {unmeasured}"
+    assert (champion(root), row.notes) == (None, [waits])
+    assert row.verdict == f"sluice-base 1 passed, not measured: {unmeasured}"
+    console = Console(file=io.StringIO(), width=250)
+    monkeypatch.setattr(stages, "look", lambda _: stages.State({"pretrain": ()}, {}, {}))
+    status.show(root, console)
+    assert f"waits     {waits}" in console.file.getvalue()
+    commands.promote(root, NAME, "1", "looked at it", None, console)
+    told = f"sluice-base 1: not measured, which is left to whoever promotes it: {unmeasured}"
+    assert champion(root) == "1" and told in console.file.getvalue()
+    page = Console(file=io.StringIO(), width=250)
+    status.show(root, page)
+    assert "waits     sluice-base" not in page.file.getvalue() and row.verdict in page.file.getvalue()
+    place.write_text(rules)
+    gate.ask(Row("pretrain"), fresh_output=False)
+    assert store.connect(root)[0].get_model_version(NAME, "1").tags[versions.GATE_UNMEASURED] == ""
 
 
 def test_one_that_is_no_better_than_a_champion_moved_meanwhile_fails(gate, repository):

@@ -279,6 +279,41 @@ def test_what_passed_is_promoted_but_never_over_a_persons_rollback(
     assert outcome.promote(root, verdict(True), fresh_output) is None
 
 
+@pytest.mark.parametrize(
+    ("promote", "before", "champion", "waits"),
+    [
+        ("auto", False, None, True),
+        ("auto", False, "2", False),  # a person has promoted it
+        ("auto", True, "1", False),  # and another one since
+        ("manual", False, None, False),  # it always waits for a person
+    ],
+)
+def test_what_passed_unmeasured_is_not_promoted_and_tells_what_to_type(
+    root: Path, monkeypatch: pytest.MonkeyPatch, promote: str, before: bool, champion: str | None, waits: bool
+) -> None:
+    rule = {"metric": "score", "at_most": 1.0, "where_measured": True, "by_hand_without": "references"}
+    entry = {"stage": "data", "model": "model", "gate": [rule], "promote": promote}
+    (root / "mlflow" / "registry.yaml").write_text(json.dumps({"models": {"sluice-base": entry}}))
+    monkeypatch.setattr(registry, "champion", lambda *_: champion)
+    monkeypatch.setattr(promotion, "promote", lambda *_, **__: pytest.fail("nobody was asked"))
+    monkeypatch.setattr(promotion, "was_promoted", lambda *_: before)
+    monkeypatch.setattr(promotion, "was_rolled_back", lambda *_: False)
+    (waived, *_) = verdict(True).rows
+    judged = replace(verdict(True), rows=(replace(waived, by_hand_without="references"),), champion=champion)
+    told: list[str] = []
+    assert outcome.promote_all(root, [judged], False, list, told.append) == [judged]
+    expected = (
+        "sluice-base 2 is promoted by hand alone (`sluice promote sluice-base 2 --why ...`), for what was not "
+        f"measured: {waived.rule} (needs references)"
+    )
+    assert told == [expected] * waits
+    cell = f"sluice-base 2 passed, not measured: {waived.rule} (needs references)"
+    assert outcome.cell([judged]) == cell
+    assert (
+        outcome.cell([verdict(True), judged, verdict(False)]) == f"2 of 3 models passed, {cell}, sluice-base 2 FAILED"
+    )
+
+
 def test_what_prefect_shows_of_a_run_does_not_end_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

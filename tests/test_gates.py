@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -109,6 +110,31 @@ def test_a_metric_that_only_some_data_give():
     rule = {"metric": "accuracy_unseen", "at_least": 0.5, "where_measured": True}
     assert evaluate("m", gate(rule), {}, None, {}).rows[0].note == gates.NOT_MEASURED
     assert not evaluate("m", gate(rule), {"accuracy_unseen": 0.4}, None, {}).passed
+
+
+def test_a_waived_rule_that_only_a_person_may_do_without_is_told_with_what_to_type_and_to_give(tmp_path):
+    wins = {"score": "right", "per": "pairs", "lower_is_better": False, "better_than": "chance", "where_measured": True}
+    tax = {"metric": "tax", "at_least": 0, "where_measured": True}
+    kl = {"metric": "kl", "at_most": 10}
+    marked = gate({**wins, "by_hand_without": "prompts with a reference"}, kl, {**tax, "by_hand_without": "an arm"})
+    nothing = unseen(tmp_path, [0.0] * 20)
+    verdict = replace(evaluate("m", marked, {"kl": 1.0}, nothing, {}), version="3")
+    assert verdict.passed and [bool(row.by_hand_without) for row in verdict.rows] == [True, False, True]
+    told = "right per pairs better than chance (needs prompts with a reference); tax (needs an arm)"
+    assert (
+        verdict.unmeasured == told
+        and f"`sluice promote m 3 --why ...`), for what was not measured: {told}" in (verdict.table().splitlines()[-1])
+    )
+    assert Verdict.from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
+    failed = evaluate("m", marked, {"kl": 11.0}, nothing, {})
+    assert failed.unmeasured and not failed.by_hand and "sluice promote" not in failed.table()
+    for rules, metrics, rows in (
+        (gate(wins, kl, tax), {"kl": 1.0}, nothing),  # waived, and nothing follows from it
+        (marked, {"kl": 1.0, "tax": 0.0}, unseen(tmp_path, [4.0] * 20)),  # measured
+    ):
+        measured = evaluate("m", rules, metrics, rows, {})
+        assert measured.passed and not measured.by_hand and "sluice promote" not in measured.table()
+    assert gates.gate_hash(marked) != gates.gate_hash(gate(wins, kl, tax)), "a verdict without the mark is asked again"
 
 
 def test_where_measured_belongs_to_optional_metrics(tmp_path, monkeypatch):
@@ -219,6 +245,36 @@ def test_registry_of_this_repository_is_well_formed():
     assert name == "sluice-base"
 
 
+def test_the_gates_of_this_repository_leave_to_a_person_what_nothing_judged():
+    """What data may leave unmeasured and nothing else shows: that a policy is preferred, that an index finds better."""
+    declared = policy.load(Path(__file__).parents[1]).models
+    marked = {
+        (name, rule.baseline) for name, model in declared.items() for rule in model.comparisons if rule.by_hand_without
+    }
+    assert marked == {("sluice-policy", "chance"), ("sluice-index", "mrr_bm25")}
+
+
+@pytest.mark.parametrize("judged", [0.0, 1.0])
+def test_a_copy_of_the_sft_model_passes_where_nothing_judges_it_and_takes_a_person(tmp_path, judged):
+    """Prompts without references under `judge: overlap`, and no second arm: rows as `policy_evaluation` writes them."""
+    shipped = policy.load(Path(__file__).parents[1]).models["sluice-policy"]
+    rows = {
+        "id": [f"row-{n}" for n in range(20)],
+        "judged": judged,
+        "gold": judged,
+        "wins": judged,
+        "chance": judged / 2,
+    }
+    pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    copied = {"kl": 0.0, "eos_share": 0.9, "alignment_tax_bits": 0.0}
+    verdict = evaluate("sluice-policy", shipped, copied, tmp_path / "rows.parquet", {"champion": gates.NO_CHAMPION})
+    assert verdict.passed and bool(verdict.by_hand) is (not judged)
+    if not judged:
+        assert verdict.unmeasured.startswith(
+            "wins per judged better than chance (needs held-out prompts with a reference"
+        )
+
+
 def test_check_accepts_what_exists(tmp_path, monkeypatch):
     declare_stages(monkeypatch)
     policy.check(make_root(tmp_path / "root", None))
@@ -236,10 +292,16 @@ def test_check_accepts_what_exists(tmp_path, monkeypatch):
         (["gate", 1, "not_worse_than"], "champion", r"gate.1: a comparison needs one of better_than or"),
         (["gate", 1, "margin"], 0.1, r"gate.1: margin: SHARE belongs to not_worse_than"),
         (["gate", 2, "margin"], 1.5, r"gate.2.margin: .* less than 1 \(found 1.5\)"),
-        (["gate", 0, "at_mots"], 4.0, r"gate.0.at_mots: no such key; accepted here: at_least, at_most, metric"),
+        (
+            ["gate", 0, "at_mots"],
+            4.0,
+            r"gate.0.at_mots: no such key; accepted here: at_least, at_most, by_hand_without, metric",
+        ),
         (["gate", 0, "at_least"], 1.0, r"gate.0: a budget needs one of at_most: NUMBER or at_least"),
         (["gate", 0, "at_most"], "4", r"gate.0.at_most: .*number \(found '4'\)"),
         (["gate", 0], {"x": 1}, r"gate.0: a rule needs metric: NAME \(a budget\) or score: COLUMN"),
+        (["gate", 1, "by_hand_without"], "rows", r"gate.1: by_hand_without: TEXT .* belongs to where_measured: true"),
+        (["gate", 1, "by_hand_without"], True, r"gate.1.by_hand_without: .*string \(found True\)"),
         (["gate"], [], r"models.sluice-base.gate: "),
         (["promote"], "maybe", r"promote: .*'auto' or 'manual' \(found 'maybe'\)"),
         (["promotion"], "auto", r"promotion: no such key; accepted here: best, gate, model, promote, stage"),

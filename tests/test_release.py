@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,19 @@ def test_versions_agree_on_the_content_they_read(root):
         GateError, match=r"(?s)sluice-sft: no version was made from the same artifacts as sluice-policy 4"
     ):
         plan(root)
+
+
+def test_what_was_not_measured_of_a_release_is_told_to_whoever_promotes_it(root):
+    """A release is promoted by a person alone; once in office, it is told no more."""
+    add_chain(root, "a")
+    client, _ = store.connect(root)
+    client.set_model_version_tag("sluice-policy", "1", versions.GATE_UNMEASURED, "wins (needs references)")
+    for told in (1, 0):
+        console = Console(file=io.StringIO(), width=200)
+        commands.promote_release(root, None, None, "looked at it", None, console)
+        line = "sluice-policy 1: not measured, which is left to whoever promotes it: wins (needs references)\n"
+        assert console.file.getvalue().count(line) == console.file.getvalue().count("not measured") == told
+        assert champions(root) == every("1")
 
 
 def test_a_model_that_failed_or_was_judged_against_another_moves_none(root):

@@ -48,6 +48,7 @@ class Row:
     baseline: str | None
     passed: bool
     note: str = ""
+    by_hand_without: str = ""  # what the rule was not measured without, so that a person promotes
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,19 @@ class Verdict:
         """Whether every rule passed."""
         return all(row.passed for row in self.rows)
 
+    @property
+    def unmeasured(self) -> str:
+        """Waived rules without whose evidence only a person promotes, and what they need; empty where none is."""
+        return "; ".join(f"{row.rule} (needs {row.by_hand_without})" for row in self.rows if row.by_hand_without)
+
+    @property
+    def by_hand(self) -> str:
+        """That only a person promotes a version that passed, what to type and why; empty where every rule was asked."""
+        if not (self.passed and self.unmeasured):
+            return ""
+        typed = f"`sluice promote {self.model} {self.version or 'VERSION'} --why ...`"
+        return f"promoted by hand alone ({typed}), for what was not measured: {self.unmeasured}"
+
     def to_json(self) -> dict[str, Any]:
         """As stored in `.sluice/verdicts/<stage>.json`."""
         return {**asdict(self), "rows": [asdict(row) for row in self.rows], "passed": self.passed}
@@ -88,7 +102,7 @@ class Verdict:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
         ]
         title = f"{self.model}{f' version {self.version}' if self.version else ''}: gate "
-        return "\n".join([title + ("passed" if self.passed else "FAILED"), *lines])
+        return "\n".join([title + ("passed" if self.passed else "FAILED"), *lines, *filter(None, [self.by_hand])])
 
 
 def evaluate(
@@ -139,7 +153,7 @@ def rows_hash(evaluation: Path, policy: ModelPolicy, scores: frozenset[str]) -> 
 def _budget(rule: Budget, metrics: Mapping[str, float], stage: str) -> Row:
     if rule.metric not in metrics:
         if rule.where_measured:
-            return Row(f"{rule.metric}", None, None, None, None, None, passed=True, note=NOT_MEASURED)
+            return _waived(rule, rule.metric, None)
         raise GateError(f"metrics of {stage} hold no {rule.metric!r}; there are: {', '.join(sorted(metrics))}")
     value = float(metrics[rule.metric])
     if rule.at_most is not None:
@@ -157,7 +171,7 @@ def _comparison(rule: Comparison, mine: dict[str, NDArray[Any]], baseline: Basel
     every, mine = len(mine["id"]), _weighed(mine, rule)
     if not len(mine["id"]):
         if rule.where_measured:
-            return Row(text, None, None, None, None, rule.baseline, passed=True, note=NOT_MEASURED)
+            return _waived(rule, text, rule.baseline)
         raise GateError(f"{text}: no example has a weight in {rule.per}")
     values, weight = _column(mine, rule.score), _column(mine, rule.per) if rule.per else None
     value = bootstrap(values, weight, resamples=1).estimate
@@ -184,6 +198,12 @@ def _comparison(rule: Comparison, mine: dict[str, NDArray[Any]], baseline: Basel
     bound = allowed if rule.lower_is_better else 0.0 - allowed  # a table is not to say -0
     shown = f"{name}: {reference:.4g}"
     return Row(text, value, difference.low, difference.high, bound, shown, bool(passed) and not note, note)
+
+
+def _waived(rule: Budget | Comparison, text: str, baseline: str | None) -> Row:
+    """The row of a rule that these data do not measure."""
+    by_hand_without = rule.by_hand_without or ""
+    return Row(text, None, None, None, None, baseline, True, NOT_MEASURED, by_hand_without)
 
 
 def _too_few(side: str, count: int, grouped: bool) -> str:

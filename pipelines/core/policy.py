@@ -14,7 +14,9 @@ A budget bounds a key of `metrics/<stage>.json`. A comparison takes columns of `
 is another column of the same file, `stage:NAME` (that stage's evaluation of the same examples) or `champion`.
 An entry with a `*` in its name and its directory (`sluice-transfer-*`, `models/*`) stands for one model a directory;
 in its rules `*` stands for the same, and a rule with `only: [NAME]` is asked of those that one of the names fits.
-`check` holds all of it against the graph and the stages before anything is computed, and imports no MLflow.
+`where_measured: true` waives a rule where data give no such metric, or no example a weight in `per`; one that says
+`by_hand_without: TEXT` as well leaves the promotion to a person then. `check` holds all of it against the graph and
+the stages before anything is computed, and imports no MLflow.
 """
 
 from __future__ import annotations
@@ -39,14 +41,26 @@ ANY = "*"
 STAGE = "stage:"
 
 
-class Budget(Section, strict=True):
+class Asked(Section, strict=True):
+    """Which models a rule is asked of, and what follows where data do not measure it."""
+
+    where_measured: bool = Field(False, description="true, and only then, for what not all data give")
+    by_hand_without: str | None = Field(None, description="what measures the rule: where it was not, a person promotes")
+    only: list[str] = Field([], description="what * stands for in the models that are asked; []: all")
+
+    @model_validator(mode="after")
+    def _waived_by_hand(self) -> Asked:
+        if self.by_hand_without is not None and not (self.where_measured and self.by_hand_without.strip()):
+            raise ValueError("by_hand_without: TEXT (what would measure the rule) belongs to where_measured: true")
+        return self
+
+
+class Budget(Asked, strict=True):
     """A bound on a metric of the stage."""
 
     metric: str
     at_most: float | None = None
     at_least: float | None = None
-    where_measured: bool = Field(False, description="true, and only then, for a metric that not all data give")
-    only: list[str] = Field([], description="what * stands for in the models that are asked; []: all")
 
     @model_validator(mode="after")
     def _one_bound(self) -> Budget:
@@ -55,7 +69,7 @@ class Budget(Section, strict=True):
         return self
 
 
-class Comparison(Section, strict=True):
+class Comparison(Asked, strict=True):
     """Pair by pair against a baseline, on sum(score) / sum(per), or on the mean score without `per`.
 
     Examples whose `per` is 0 have no part in it. `better_than` asks that the 95 % interval of the difference excludes
@@ -69,8 +83,6 @@ class Comparison(Section, strict=True):
     better_than: str | None = None
     not_worse_than: str | None = None
     margin: float | None = Field(None, ge=0.0, lt=1.0)
-    where_measured: bool = Field(False, description="true: not judged where no example has a weight in `per`")
-    only: list[str] = Field([], description="what * stands for in the models that are asked; []: all")
 
     @model_validator(mode="after")
     def _one_baseline(self) -> Comparison:
@@ -148,9 +160,8 @@ class Policy(Section, strict=True):
             raise ValueError(f"one entry a stage, but several name stage {', '.join(twice)}")
         for name, model in self.models.items():
             if name.count(ANY) != model.model.count(ANY) or name.count(ANY) > 1:
-                raise ValueError(
-                    f"{name}: model: {model.model}: one {ANY} in both the name and the directory, or none in either"
-                )
+                told = f"one {ANY} in both the name and the directory, or none in either"
+                raise ValueError(f"{name}: model: {model.model}: {told}")
             if ANY not in name and (model.best or any(rule.only for rule in model.gate)):
                 raise ValueError(f"{name}: only: and best: belong to an entry with {ANY} in its name")
             if model.best is not None and model.best.alias in (CHAMPION, "previous"):
@@ -229,12 +240,8 @@ def _unknown(rule: Budget | Comparison, stage: str, stages: dict[str, graph.Stag
         if not _fits(rule.metric, always | sometimes):
             return [f"metric: {stage} has no metric {rule.metric!r}; known: {', '.join(sorted(always | sometimes))}"]
         if rule.where_measured != _fits(rule.metric, sometimes):
-            told = (
-                "is always measured: leave it out"
-                if rule.where_measured
-                else "is not given by all data: set it to true"
-            )
-            return [f"where_measured: {rule.metric} {told}"]
+            given = "always measured: leave it out" if rule.where_measured else "not given by all data: set it to true"
+            return [f"where_measured: {rule.metric} is {given}"]
         return []
     columns = _declared(stage, "SCORES")
     wanted = {"score": rule.score, "per": rule.per}

@@ -140,6 +140,8 @@ def record(client: Any, entry: Any, verdict: Verdict, rules: policy.ModelPolicy,
     compared = (verdict.champion or "none") if named else "any"
     client.set_model_version_tag(entry.name, str(entry.version), versions.GATE_CHAMPION, compared)
     client.set_model_version_tag(entry.name, str(entry.version), versions.GATE_RULES, verdict.gate)
+    if verdict.unmeasured or versions.GATE_UNMEASURED in entry.tags:
+        client.set_model_version_tag(entry.name, str(entry.version), versions.GATE_UNMEASURED, verdict.unmeasured)
     client.set_model_version_tag(entry.name, str(entry.version), versions.GATE, outcome)
 
 

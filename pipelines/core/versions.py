@@ -31,6 +31,7 @@ ROWS = "sluice.rows_hash"
 GATE = "gate"  # passed | failed
 GATE_CHAMPION = "gate_champion"  # version the gate compared with; "none" yet; "any" when no rule asks for it
 GATE_RULES = "gate_rules"  # hash of the rules that were asked
+GATE_UNMEASURED = "gate_unmeasured"  # rules for whose evidence a person has to stand in; empty or absent: none
 
 
 @dataclass(frozen=True)
