@@ -288,6 +288,32 @@ def test_stopped_and_gone_on_it_ends_with_the_same_bytes(inputs: dict[str, Path]
     assert artifacts.content_hash(out) == artifacts.content_hash(whole)
 
 
+def test_fine_tuning_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    aware = {"variants": ["int4"], "steps": 6, "batch_size": 2, "lr": 1e-3}
+    params, place = QuantizeParams(**TINY | {"aware": aware}), inputs["ppo"] / "model"
+    rows = [[1, 5, 9, 2, 7, 3, 8, 4], [4, 4, 6, 20, 31, 7, 9, 11], [2, 8, 40, 3, 3, 5]]
+    whole = StageContext(stage="quantize", root=tmp_path / "whole", fingerprint="f" * 64)
+    expected = quantization_aware.fine_tuned(place, "int4", rows, params, whole)
+    context = StageContext(stage="quantize", root=tmp_path / "cut", fingerprint="f" * 64)
+    steps, later = iter(range(1000)), context.after_step
+
+    def after_step(due: bool) -> tuple[bool, bool]:
+        if next(steps) in (1, 3):
+            context.signal_number = 15
+        return later(due)
+
+    context.after_step = after_step  # type: ignore[method-assign]
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            quantization_aware.fine_tuned(place, "int4", rows, params, context)
+        context.signal_number = 0
+    found = quantization_aware.fine_tuned(place, "int4", rows, params, context)
+    assert context.samples == ["resuming int4 after step 2 of 6", "resuming int4 after step 4 of 6"]
+    assert artifacts.content_hash(found) == artifacts.content_hash(expected)
+
+
 def test_divergence_and_agreement_are_those_of_the_logits() -> None:
     known = tokenizer()
     first, second = model(known, depth=1), model(known, depth=2)
