@@ -54,7 +54,7 @@ def run(params: DistillParams, inputs: dict[str, Path], outputs: Path, context: 
     Raises:
         ParamsError: a dial that does not fit the teacher.
         ArtifactError: tokenizers that differ, a student larger than the teacher, weights that are not finite, an
-            architecture that cannot be asked.
+            architecture that cannot be asked, more than fits into memory.
         DataError: data that cannot be learned from or measured on.
         Stopped: a signal came; the checkpoint is written.
     """
@@ -66,7 +66,6 @@ def run(params: DistillParams, inputs: dict[str, Path], outputs: Path, context: 
         distill_evaluation,
         distilling,
         policy_answers,
-        sampling,
         student_checks,
     )
 
@@ -76,10 +75,7 @@ def run(params: DistillParams, inputs: dict[str, Path], outputs: Path, context: 
     tokenizer = language_models.load_tokenizer(str(place))
     prompts = policy_answers.held_out(params, inputs["data"], tokenizer, context)
     people = distill_data.of_people(params, inputs["data"], tokenizer)
-    teacher = _load(params, str(place), context.dtype, context).eval()
-    sampling.check(teacher)
-    student_checks.check_finite(teacher, place)
-    student_checks.check_top_k(params.top_k, teacher)
+    teacher = _teacher(params, place, context)
     before, kept = _student(params, teacher, place, tokenizer, context)
     start = context.work / "before"
     shutil.rmtree(start, ignore_errors=True)
@@ -133,6 +129,25 @@ def measure(
 
     held_out = HeldOut.of(inputs["data"], params.eval_bytes)
     held_out.write(evaluation, {"bits": held_out.bits_of_directory(model, context, "champion")})
+
+
+def _teacher(params: DistillParams, place: Path, context: StageContext) -> Any:
+    """The teacher, in the context's type.
+
+    Raises:
+        ParamsError: more of its tokens are to be kept than it has, or of its blocks.
+        ArtifactError: it and its student do not fit into memory; as `_load`; weights that are not finite; an
+            architecture that cannot be asked.
+    """
+    from pipelines.core import hardware, sampling, student_checks
+
+    if context.device == "cpu":  # where Linux kills what needs too much; other devices say so
+        student_checks.check_memory(params, place, context.dtype, hardware.available_memory_bytes())
+    teacher = _load(params, str(place), context.dtype, context).eval()
+    sampling.check(teacher)
+    student_checks.check_finite(teacher, place)
+    student_checks.check_top_k(params.top_k, teacher)
+    return teacher
 
 
 def _load(params: DistillParams, place: Path | str, dtype: Any, context: StageContext) -> Any:

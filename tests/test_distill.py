@@ -16,7 +16,7 @@ from test_reward import write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipelines import distill
-from pipelines.core import artifacts, distill_data, distilling, int8, segments, speed
+from pipelines.core import artifacts, distill_data, distilling, hardware, int8, language_models, segments, speed
 from pipelines.core.context import StageContext, Stopped
 from pipelines.core.errors import ArtifactError, DataError, ParamsError
 from pipelines.core.params.distill import DistillParams, Terms
@@ -237,6 +237,15 @@ def test_no_prompt_loses_its_beginning(inputs: dict[str, Path], context: StageCo
         distill_data.of_teacher(params, inputs["data"], known, None, context)
     with pytest.raises(DataError, match=told + rf"max_prompt_tokens accept {length - 1} \(8 of 8"):
         distill_data.prompts(params, inputs["data"], known, length - 1, "distill.max_prompt_tokens", context)
+
+
+def test_what_does_not_fit_into_memory_is_told_before_anything_is_loaded(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 2**20)
+    monkeypatch.setattr(language_models, "load", lambda *_: pytest.fail("a model is loaded"))
+    with pytest.raises(ArtifactError, match=r"take about 0\.0 GiB of memory, 0\.0 GiB are available; free some, lower"):
+        run(inputs, tmp_path)
 
 
 def test_bad_input_is_told_before_training(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from models import model, tokenizer
+from test_distill import TINY
 
-from pipelines.core import student_checks
+from pipelines.core import student_checks, students
 from pipelines.core.errors import ArtifactError, ParamsError
+from pipelines.core.params.distill import DistillParams
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,35 @@ def test_weight_that_is_no_number_is_named(known: Any, value: float) -> None:
     expected = r"teacher: weight model.layers.1.mlp.up_proj.weight has 1 values.*first at \(3, 5\)"
     with pytest.raises(ArtifactError, match=expected):
         student_checks.check_finite(lm, "teacher")
+
+
+@pytest.mark.parametrize("kind", ["layers", "random", "directory"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_too_little_memory_is_told_with_the_numbers(kind: str, whole: bool, known: Any, tmp_path: Path) -> None:
+    """The teacher in its type; the student in fp32, as it began, and its gradients, moments and checkpoint."""
+    teacher, student = model(known, depth=3), model(known, depth=1)
+    teacher.save_pretrained(tmp_path / "teacher")
+    student.save_pretrained(tmp_path / "student")
+    chosen = {"layers": {"keep_layers": 2}, "random": {"depth": 2}, "directory": {"student": str(tmp_path / "student")}}
+    if kind == "layers":
+        student, _ = students.from_layers(teacher, 2)
+    elif kind == "random":
+        student = model(known, depth=2)
+    params = TINY | {"student": kind, "keep_layers": None, "depth": None, "train_embedding": whole} | chosen[kind]
+    if kind == "random" and not whole:
+        params["train_embedding"] = whole = True  # a random embedding is never kept
+    theirs, ours = (student_checks.size(one)["parameters"] for one in (teacher, student))
+    trained = ours - (0 if whole else student.get_input_embeddings().weight.numel())
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        need = size * theirs + 8 * ours + max(16 * trained, 4 * ours)
+        student_checks.check_memory(DistillParams(**params), tmp_path / "teacher", dtype, need)
+        with pytest.raises(
+            ArtifactError, match=r"teacher: a teacher of .*, take about 0\.0 GiB of memory, 0\.0 GiB are"
+        ):
+            student_checks.check_memory(DistillParams(**params), tmp_path / "teacher", dtype, need - 1)
+    advice = {"layers": "lower distill.keep_layers", "random": "lower distill.depth"}
+    with pytest.raises(ArtifactError, match=advice.get(kind, "name a smaller distill.student")):
+        student_checks.check_memory(DistillParams(**params), tmp_path / "teacher", torch.float32, 0)
 
 
 def test_heads_of_other_widths_are_refused(known: Any) -> None:

@@ -148,11 +148,7 @@ def from_directory(place: Path, dtype: torch.dtype = torch.float32, attention: s
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    if not (place / "config.json").is_file():
-        found = "only an adapter" if (place / "adapter_config.json").is_file() else "no config.json"
-        raise ArtifactError(f"{place}: {found}; a Hugging Face model directory is needed (adapters merged)")
-    if (place / "adapter_config.json").is_file():
-        raise ArtifactError(f"{place}: adapter_config.json beside the model; merge the adapter and save the result")
+    _refuse_adapter(place)
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, attn_implementation=attention, output_loading_info=True
@@ -164,6 +160,31 @@ def from_directory(place: Path, dtype: torch.dtype = torch.float32, attention: s
             raise ArtifactError(f"{place}: {what.replace('_keys', '')} weights: {', '.join(names[:SHOWN])}")
     _refuse_altered(model, str(place))
     return model
+
+
+def without_weights(place: Path) -> PreTrainedModel:
+    """The architecture of a model directory on torch's device `meta`: its sizes, and no memory taken.
+
+    Raises:
+        ArtifactError: no configuration of a causal language model, or of an adapter.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _refuse_adapter(place)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{place}: no causal language model: {error}") from None
+
+
+def _refuse_adapter(place: Path) -> None:
+    """Raises ArtifactError where a directory holds no model, or an adapter beside it."""
+    if not (place / "config.json").is_file():
+        found = "only an adapter" if (place / "adapter_config.json").is_file() else "no config.json"
+        raise ArtifactError(f"{place}: {found}; a Hugging Face model directory is needed (adapters merged)")
+    if (place / "adapter_config.json").is_file():
+        raise ArtifactError(f"{place}: adapter_config.json beside the model; merge the adapter and save the result")
 
 
 def _stack(teacher: PreTrainedModel) -> str:
