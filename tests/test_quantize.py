@@ -27,6 +27,7 @@ from pipelines.core import (
     gptq,
     int4,
     int8,
+    policy,
     policy_answers,
     quantization,
     quantization_aware,
@@ -143,6 +144,40 @@ def test_the_report_draws_size_against_quality_and_speed(inputs: dict[str, Path]
     table = pd.read_csv(out / "pareto.csv")
     assert set(table["name"]) == {"original", "int8", "int4", "nf4", "student", "student-int8"}
     assert set(table[table["of"] == "student"]["name"]) == {"student", "student-int8"}
+
+
+def test_the_student_has_every_variant_too(inputs: dict[str, Path], tmp_path: Path) -> None:
+    chosen = ["int8", "nf4", "gguf-q8_0", "dynamic-int8"]
+    changes = {"variants": ["int8"], "student_variants": chosen, "reward_variants": []}
+    metrics, out, context = run(inputs, tmp_path, **changes)
+    assert {place.name for place in (out / "models").iterdir()} == {"int8", "student-int8", "student-nf4"}
+    assert {place.name for place in (out / "gguf").iterdir()} == {"student-gguf-q8_0"}
+    exact = AutoModelForCausalLM.from_pretrained(inputs["distill"] / "model").eval()
+    for name, kind in (("models/student-nf4", "nf4"), ("gguf/student-gguf-q8_0", "gguf-q8_0")):
+        made = variants.load(out / name, kind, original=inputs["distill"] / "model")
+        assert made.config.num_hidden_layers == 1
+        assert (logits(made, IDS) - logits(exact, IDS)).norm() / logits(exact, IDS).norm() < 0.5
+    assert "GPTQ on" in (out / "models/student-nf4/README.md").read_text()
+    assert "llama.cpp" in (out / "gguf/student-gguf-q8_0/README.md").read_text()
+    rows = pd.read_parquet(out / "evaluation.parquet")
+    names = {f"student-{kind}" for kind in chosen}
+    assert names <= set(rows.columns) and all(metrics[f"{name}/bits_per_byte"] > 0 for name in names)
+    assert metrics["student-nf4/linear_ratio"] < 0.2
+    table = pd.read_csv(out / "pareto.csv")
+    assert set(table[table["of"] == "student"]["name"]) == {"student", *names} - {"student-dynamic-int8"}
+    assert "student-nf4/decode_tokens_per_second" in context.measured
+    assert "student-gguf-q8_0/decode_tokens_per_second" not in context.measured
+
+
+def test_each_variant_of_the_student_has_budgets_of_size_and_loss() -> None:
+    declared = policy.load(Path(__file__).parents[1]).models["sluice-quantized-*"]
+    for kind in (*variants.PACKED, *variants.BNB):
+        asked = [(rule.metric, rule.at_most) for rule in declared.of(f"student-{kind}").gate if hasattr(rule, "metric")]
+        assert sorted(metric.partition("/")[2] for metric, _ in asked if "linear" not in metric) == [
+            "loss",
+            "size_ratio",
+        ]
+        assert all(metric.startswith(f"student-{kind}/") for metric, _ in asked)
 
 
 def test_the_front_of_points_that_nothing_beats() -> None:
@@ -483,8 +518,10 @@ def test_a_variant_that_would_change_nothing_is_refused() -> None:
     params = QuantizeParams(**TINY | ONE)
     subject = quantization.Subject("", Path("m"), ["dynamic-int8"], classifier=False)
     checks.check(subject, tiny("llama"), params)
-    with pytest.raises(ParamsError, match=r"dynamic-int8: torch's .* none of the layers of architecture gpt2"):
-        checks.check(subject, tiny("gpt2"), params)
+    for name, key in (("", "variants"), ("student", "student_variants")):
+        told = rf"quantize\.{key}: dynamic-int8: torch's .* none of the layers of architecture gpt2"
+        with pytest.raises(ParamsError, match=told):
+            checks.check(subject._replace(name=name), tiny("gpt2"), params)
 
 
 def test_a_quantized_model_is_not_made_smaller_again(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -58,8 +58,9 @@ def check(subject: Subject, model: Any, params: QuantizeParams) -> None:
             f"layers of {subject.place} to make smaller; keep fewer"
         )
     if variants.DYNAMIC in subject.variants and not bnb_variants.dynamic_names(model):
+        key = "student_variants" if subject.name else "variants"
         raise ParamsError(
-            f"quantize.variants: {variants.DYNAMIC}: torch's dynamic quantization knows none of the layers of "
+            f"quantize.{key}: {variants.DYNAMIC}: torch's dynamic quantization knows none of the layers of "
             f"architecture {model.config.model_type}, so it would change nothing; leave it out"
         )
     _check_architecture(subject, model)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pipelines.core.params.section import Section, Share
 
 Variant = Literal["int8", "llm-int8", "dynamic-int8", "int4", "nf4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
-Small = Literal["int8", "int4"]
+OfClassifier = Literal["int8", "int4"]  # the formats of ours: bitsandbytes' are made here of what continues text alone
 CALIBRATED: tuple[Variant, ...] = ("int4", "nf4")
 
 
@@ -30,8 +30,8 @@ class QuantizeParams(Section):
     seed: int = Field(ge=0)
     model: str | None = Field(description="null: the policy of stage ppo; a directory or hub id")
     variants: tuple[Variant, ...] = Field(description="of the model")
-    student_variants: tuple[Small, ...] = Field(description="of the student of stage distill")
-    reward_variants: tuple[Small, ...] = Field(description="of the reward model")
+    student_variants: tuple[Variant, ...] = Field(description="of the student of stage distill")
+    reward_variants: tuple[OfClassifier, ...] = Field(description="of the reward model")
     keep_in_high_precision: tuple[str, ...] = Field(description="names or patterns of layers, such as *.down_proj")
     group_size: Literal[32, 64, 128] = Field(description="int4: weights of a row that share a scale")
     calibration_rows: int = Field(ge=1, description="chats and pieces of the corpus that int4 and nf4 are fitted to")
