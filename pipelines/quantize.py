@@ -54,7 +54,7 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
 
     Raises:
         ParamsError: a dial that does not fit the model.
-        ArtifactError: a model that cannot be made smaller, or does not fit into memory.
+        ArtifactError: a model that cannot be made smaller, or does not fit into memory; a GGUF file too far from it.
         Stopped: a signal came; the variants that are finished are kept.
     """
     from pipelines.core import packing, policy_answers, quantization, quantization_checks, quantize_evaluation, variants
@@ -108,7 +108,10 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
         metrics |= told[subject.name].metrics
         del original
 
-    # 3. Speeds, in turns; then everything with its card.
+    # 3. Files that leave this project's registry, and so its gate, are judged here.
+    quantization_checks.refuse_missed([budget for one in told.values() for budget in one.missed])
+
+    # 4. Speeds, in turns; then everything with its card.
     quantize_evaluation.speeds(quantization.timed(subjects, made), context)
     _publish(params, subjects, made, told, held_out, prompts, metrics, skipped, outputs, context)
     return metrics

@@ -14,6 +14,9 @@ from pipelines.core.quantization import Subject
 
 # At the most, for each number of the original: 14.6 to 16.2 and 19.7 bytes were seen of 68 million.
 MEASURED_BYTES, TUNED_BYTES = 16, 20
+# What a GGUF file may lose of the original's bits, as a share: what the gate lets other formats of as many bits lose.
+GGUF_LOSS = {"gguf-f16": 0.01, "gguf-q8_0": 0.01, "gguf-q4_0": 0.04}
+F16_AGREEMENT = 0.99  # of the likeliest tokens, at the least
 
 
 def check(subject: Subject, model: Any, params: QuantizeParams) -> None:
@@ -121,3 +124,30 @@ def check_memory(subjects: Sequence[Subject], available: int, aware: bool = Fals
                 f"{need / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are available; free some, or take a "
                 f"smaller model{', or set aware: {}' * tuned}"
             )
+
+
+def missed(name: str, variant: str, loss: float, agreement: float | None) -> list[str]:
+    """The budgets that a GGUF file does not keep, in words; none of another variant, which the registry's gate judges.
+
+    Args:
+        loss: share of the original's bits that it needs more.
+        agreement: share of the tokens at which both find the same one likeliest; None where the file was read in a type
+            coarser than the original's, so that what differs is not the file's.
+    """
+    if variant not in variants.GGUF:
+        return []
+    found = []
+    if not loss <= GGUF_LOSS[variant]:
+        found.append(f"{name} loses {loss:.2%} of the original's bits per byte (accepted: {GGUF_LOSS[variant]:.0%})")
+    if variant == "gguf-f16" and agreement is not None and not agreement >= F16_AGREEMENT:
+        found.append(f"{name} finds the original's likeliest token at {agreement:.2%} (accepted: {F16_AGREEMENT:.0%})")
+    return found
+
+
+def refuse_missed(found: Sequence[str]) -> None:
+    """Raises ArtifactError where GGUF files miss budgets (`missed`), which are all told."""
+    if found:
+        raise ArtifactError(
+            f"quantize: {'; '.join(found)}. Nothing was published: leave these out of quantize.variants and "
+            "quantize.student_variants, or take a format of more bits"
+        )
