@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.core import artifacts, distributed, guards, language_models, ppo_setup
-from pipelines.core.checkpoint import Checkpoints
 from pipelines.core.context import StageContext, Stopped
 from pipelines.core.errors import ArtifactError, DataError
 from pipelines.core.params.ppo import PpoParams
@@ -128,7 +127,9 @@ def run(params: PpoParams, inputs: dict[str, Path], outputs: Path, context: Stag
             _train(arm, params, plan, actors, task, context)
         except (ArtifactError, DataError) as error:
             if not (arm.name and isinstance(error, guards.Fired | training.Diverged)):
-                raise type(error)(f"{error} {ppo_setup.kept(context.work / arm.checkpoints, context.root)}") from None
+                left = ppo_setup.kept(ppo_setup.checkpoints(arm.checkpoints, params, context), error, context)
+                error.args = (f"{error} {left}",)
+                raise
             ended = f"The run to compare with came to no end: {error}"
             context.say(ended)
         if context.world.leads:
@@ -184,9 +185,7 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
     from pipelines.core import episodes, policy_gradient, ppo_figures, ppo_step, ptx
     from pipelines.core.phases import Phases
 
-    checkpoints = Checkpoints(
-        context.work / arm.checkpoints, context.fingerprint, params.checkpoint_steps, params.checkpoint_seconds
-    )
+    checkpoints = ppo_setup.checkpoints(arm.checkpoints, params, context)
     state = distributed.from_leader(context.world, lambda: checkpoints.newest() or {"iteration": 0})
     learner = _learner(params, plan, actors, state)
     if state["iteration"]:

@@ -6,8 +6,9 @@ import dataclasses
 import re
 
 import pytest
+from rollouts import PARAMS
 
-from pipelines.core.guards import Guards, check
+from pipelines.core.guards import Fired, Guards, check, watch
 from pipelines.core.params.ppo import PpoParams
 
 LIMITS = Guards(kl_ceiling=10.0, entropy_floor=0.5, cap_share=0.4, episodes=64)
@@ -45,11 +46,11 @@ def first_to_fire(rows: list[dict[str, float]], limits: Guards = LIMITS) -> int 
 def test_fires_in_that_iteration_and_none_before(key: str, values: list[float], fires: int, told: list[str]) -> None:
     rows = history(key, values)
     assert first_to_fire(rows) == fires
-    message = check(LIMITS, rows[:fires])
-    assert message is not None
+    fault = check(LIMITS, rows[:fires])
+    assert fault is not None
     for part in told:
-        assert part in message
-    named = re.findall(r"ppo\.(\w+)", message)
+        assert part in fault.problem
+    named = re.findall(r"ppo\.(\w+)", fault.problem)
     assert set(named) <= set(PpoParams.model_fields), "a person must find the keys in params.yaml"
 
 
@@ -100,3 +101,22 @@ def test_the_limits_are_those_given() -> None:
     for key, values in (("kl", [12.0]), ("entropy", [2.0, 1e-6]), ("capped_share", [0.0, 1.0])):
         rows = history(key, values)
         assert check(LIMITS, rows) is not None and check(wide, rows) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "good"),
+    [
+        ("kl", [0.0, 4.0, 11.0], 1),  # the third rollouts are of the policy after two updates
+        ("kl", [11.0], -1),
+        ("entropy", [2.0, 2.0, 2.0, 0.5], 2),
+        ("capped_share", [0.1, 0.1, 0.9], 1),
+        ("explained_variance", [0.0, *[-1.0] * 5], 4),  # of values before the update
+        ("kl", [-3.0] * 5, 3),
+        ("clip_fraction", [0.9] * 5, 4),  # the fifth update is too large, which nothing is kept of
+    ],
+)
+def test_the_models_that_it_condemns_are_those_it_has_measured(key: str, values: list[float], good: int) -> None:
+    params = PARAMS.model_copy(update={"kl_ceiling": 10.0, "entropy_floor": 0.5, "cap_share": 0.4})
+    with pytest.raises(Fired, match=f"ppo stopped after iteration {len(values)}: ") as raised:
+        watch(params, history(key, values), "")
+    assert raised.value.good == good

@@ -281,11 +281,37 @@ def test_calls_are_counted_alike_where_the_second_run_begins_again(
 def test_a_guard_stops_the_run_and_the_last_good_checkpoint_is_kept(inputs: dict[str, Path], tmp_path: Path) -> None:
     named = function(tmp_path, "return [float(len(text)) for text in responses]")
     hacked = {"iterations": 20, "batch_prompts": 8, "lr": 2e-2, "kl_coefficient": 0.0, "kl_ceiling": 0.3}
+    context = StageContext(stage="ppo", root=tmp_path, fingerprint="f" * 64)
     with pytest.raises(ArtifactError, match=r"stopped after iteration \d+: KL .*ppo\.kl_ceiling") as raised:
-        run(inputs, tmp_path, rewards=[named], **SHORT | hacked)
+        run(inputs, tmp_path, context, rewards=[named], **SHORT | hacked)
     after = int(str(raised.value).split("iteration ")[1].split(":")[0])
-    kept = [int(place.name.split("-")[1]) for place in (tmp_path / ".work/ppo").glob("*/checkpoints/step-*")]
-    assert max(kept) == after - 1 and not (tmp_path / "out/model").exists()
+    kept = sorted((tmp_path / ".work/ppo").glob("*/checkpoints/step-*"), key=lambda place: int(place.name[5:]))
+    state = torch.load(kept[-1] / "state.pt", weights_only=True)
+    assert kept[-1].name == f"step-{state['iteration']}" and not (tmp_path / "out/model").exists()
+    # An iteration samples before it updates: what KL the checkpoint's policy has is told by the next one's row.
+    known = [row["kl"] for row in context.history]
+    assert len(known) == after and known[state["iteration"]] <= 0.3 < known[after - 1]
+    assert state["iteration"] == after - 2 > 0
+    told = "the newest of models that no guard condemns, stays in .work/ppo/"
+    assert f"the checkpoint after iteration {after - 2}, {told}" in str(raised.value)
+    assert str(raised.value).endswith("The same params would come to the same end.")
+    with pytest.raises(ArtifactError) as again:
+        run(inputs, tmp_path, rewards=[named], **SHORT | hacked)
+    assert str(again.value) == str(raised.value)
+
+
+def test_no_checkpoint_stays_of_a_policy_that_a_guard_condemns(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first update has spoiled it."""
+    monkeypatch.setattr(
+        guards, "check", lambda limits, rows: guards.Fault("It is spoiled.") if len(rows) == 2 else None
+    )
+    with pytest.raises(guards.Fired) as raised:
+        run(inputs, tmp_path, **SHORT)
+    assert not list((tmp_path / ".work/ppo").glob("*/checkpoints/step-*"))
+    told = "Nothing was published, and no checkpoint is left. The same params would come to the same end."
+    assert str(raised.value) == f"ppo stopped after iteration 2: It is spoiled. {told}"
 
 
 @pytest.mark.parametrize("what", ["guard", "divergence"])
@@ -295,8 +321,9 @@ def test_what_ends_the_run_to_compare_with_ends_that_run_alone(
     """The policy is published, the other's tax is told with where it was stopped, and compared with nothing."""
     check, take = guards.check, ppo_step.take
 
-    def checked(limits: guards.Guards, rows: Sequence[guards.Row]) -> str | None:
-        return "KL is too large." if len(rows) == 2 and "ptx_loss" not in rows[-1] else check(limits, rows)
+    def checked(limits: guards.Guards, rows: Sequence[guards.Row]) -> guards.Fault | None:
+        large = len(rows) == 2 and "ptx_loss" not in rows[-1]
+        return guards.Fault("KL is too large.") if large else check(limits, rows)
 
     def taken(*args: Any) -> Any:
         if args[3] is None and args[4] == 5:  # no pre-training gradient, the last step

@@ -58,6 +58,12 @@ class Checkpoints:
             shutil.rmtree(old)
         self._last = time.monotonic()
 
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps."""
+        for place in self._whole():
+            if int(place.name.removeprefix("step-")) > step:
+                shutil.rmtree(place)
+
     def newest(self) -> dict[str, Any] | None:
         """State of the newest usable checkpoint, or None. One that cannot be used is set aside with a warning."""
         import torch

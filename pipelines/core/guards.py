@@ -1,6 +1,10 @@
 """What stops a PPO run before it spoils the policy: each guard looks at the curves so far and says why.
 
 A run that has gone wrong goes on to produce numbers, and its proxy reward often rises while it does.
+
+Most of what an iteration tells is measured on its rollouts, before its update: it is of the models that the checkpoint
+after the iteration before holds, and a guard that it sets off condemns them. Clipping is of the update itself, which
+no checkpoint holds yet.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipelines.core.errors import ArtifactError
 
@@ -34,12 +38,23 @@ class Guards:
     episodes: int  # of an iteration
 
 
+class Fault(NamedTuple):
+    """What a guard has found."""
+
+    problem: str  # with the params to change
+    of_update: bool = False  # whether the iteration's update is at fault; else the models that made its rollouts
+
+
 class Fired(ArtifactError):
     """A guard has stopped a run."""
 
+    def __init__(self, message: str, good: int) -> None:
+        super().__init__(message)
+        self.good = good  # iterations after which the models were not yet condemned; below 1: not after any
+
 
 def watch(params: PpoParams, history: Sequence[Row], prefix: str) -> None:
-    """Stop a run that is being spoiled; its last good checkpoint stays where it is.
+    """Stop a run that is being spoiled; what is left of it is for the caller to see to.
 
     Args:
         history: rows of all runs so far.
@@ -50,13 +65,14 @@ def watch(params: PpoParams, history: Sequence[Row], prefix: str) -> None:
     """
     rows = [{key.removeprefix(prefix): value for key, value in row.items()} for row in history if f"{prefix}kl" in row]
     limits = Guards(params.kl_ceiling, params.entropy_floor, params.cap_share, params.episodes)
-    if (problem := check(limits, rows)) is not None:
+    if (fault := check(limits, rows)) is not None:
         which = " without the pre-training gradient" if prefix else ""
-        raise Fired(f"ppo{which} stopped after iteration {len(rows)}: {problem}")
+        good = len(rows) - (1 if fault.of_update else 2)
+        raise Fired(f"ppo{which} stopped after iteration {len(rows)}: {fault.problem}", good)
 
 
-def check(guards: Guards, history: Sequence[Row]) -> str | None:
-    """What is wrong after the latest iteration, with the params to change; None while all is well.
+def check(guards: Guards, history: Sequence[Row]) -> Fault | None:
+    """What is wrong after the latest iteration; None while all is well.
 
     Args:
         history: one row an iteration, in order, with the keys kl, kl_k3, entropy, capped_share, clip_fraction,
@@ -66,18 +82,18 @@ def check(guards: Guards, history: Sequence[Row]) -> str | None:
         return None
     first, last = history[0], history[-1]
     if last["kl"] > guards.kl_ceiling:
-        return (
+        return Fault(
             f"KL to the SFT model is {last['kl']:.2f} nats a response, above {guards.kl_ceiling:g} (ppo.kl_ceiling): "
             "the policy leaves what the reward model was trained on. Lower ppo.lr or raise ppo.kl_coefficient."
         )
     floor = guards.entropy_floor * first["entropy"]
     if last["entropy"] < floor:
-        return (
+        return Fault(
             f"entropy is {last['entropy']:.3f} nats a token, below {floor:.3f} (ppo.entropy_floor x that of the first "
             "iteration): the policy says one and the same. Lower ppo.lr or raise ppo.kl_coefficient."
         )
     if last["capped_share"] > guards.cap_share and _risen([row["capped_share"] for row in history], guards.episodes):
-        return (
+        return Fault(
             f"{last['capped_share']:.0%} of the responses reach ppo.max_new_tokens without an end, more than "
             f"{guards.cap_share:.0%} (ppo.cap_share) and than at the start: the reward pays for length. Mend the "
             "reward, raise ppo.missing_eos_penalty, or raise ppo.max_new_tokens."
@@ -86,15 +102,16 @@ def check(guards: Guards, history: Sequence[Row]) -> str | None:
     if len(recent) < PATIENCE:
         return None
     if all(row["clip_fraction"] > CLIPPED for row in recent):
-        return (
+        return Fault(
             f"more than {CLIPPED:.0%} of the tokens were clipped in {PATIENCE} iterations in a row: the steps are too "
-            "large. Lower ppo.lr, or ppo.epochs."
+            "large. Lower ppo.lr, or ppo.epochs.",
+            of_update=True,
         )
     explained = [row["explained_variance"] for row in recent]
     # Where all episodes have come to earn the same, a small error is large beside what is left to explain.
     worse = last["value_loss"] > first["value_loss"]
     if max(explained) < NOISE and explained[-1] <= explained[0] and worse:
-        return (
+        return Fault(
             f"the value model has been far worse than a constant for {PATIENCE} iterations and does not learn "
             f"(explained variance {explained[-1]:.2f}): advantages are noise. Lower ppo.value_lr or "
             "raise ppo.batch_prompts."
@@ -102,7 +119,7 @@ def check(guards: Guards, history: Sequence[Row]) -> str | None:
     # The sum of log-ratios over a response varies by twice its KL: of few episodes the mean is often below zero.
     error = math.sqrt(2 * fmean(row["kl_k3"] for row in recent) / (PATIENCE * guards.episodes))
     if all(row["kl"] < BELOW_ZERO for row in recent) and fmean(row["kl"] for row in recent) < -CHANCE * error:
-        return (
+        return Fault(
             f"KL has been negative for {PATIENCE} iterations ({last['kl']:.2f} nats a response): what is sampled is "
             "not what is trained. This is a defect, not a setting: please report it."
         )

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipelines.core import completions
+from pipelines.core import completions, guards
+from pipelines.core.checkpoint import Checkpoints
 from pipelines.core.completions import Prompt
 from pipelines.core.context import StageContext
 from pipelines.core.errors import DataError, ParamsError
@@ -15,7 +16,6 @@ from pipelines.core.params.ppo import PpoParams
 
 if TYPE_CHECKING:
     from pipelines.core.actors import Actors
-    from pipelines.core.checkpoint import Checkpoints
     from pipelines.core.episodes import Episodes, Rollout
     from pipelines.core.phases import Phases
     from pipelines.core.ppo_step import Learner
@@ -137,6 +137,11 @@ def text_scores(rewards: list[Reward], prompts: list[str], responses: list[str])
     return reward_functions.score(rewards, prompts, responses, call=None).values
 
 
+def checkpoints(name: str, params: PpoParams, context: StageContext) -> Checkpoints:
+    """Those of one run, in the directory `name` of the stage's scratch."""
+    return Checkpoints(context.work / name, context.fingerprint, params.checkpoint_steps, params.checkpoint_seconds)
+
+
 def keep(
     checkpoints: Checkpoints, done: int, learner: Learner, coefficient: float, phases: Phases, context: StageContext
 ) -> None:
@@ -148,12 +153,18 @@ def keep(
     checkpoints.save(done, {**state, **learned, "history": context.history, "spent": phases.spent})
 
 
-def kept(place: Path, root: Path) -> str:
-    """What a run that failed has left in the directory of its checkpoints, for a message."""
-    last = max((int(one.name.removeprefix("step-")) for one in place.glob("step-*")), default=None)
-    if last is None:
-        return "Nothing was published."
-    return f"Nothing was published; the checkpoint after iteration {last} stays in {place.relative_to(root)}."
+def kept(checkpoints: Checkpoints, error: Exception, context: StageContext) -> str:
+    """What a run that failed has left, for a message. Checkpoints of models that a guard has condemned do not stay."""
+    newest, again = "", ""
+    if isinstance(error, guards.Fired):
+        if context.world.leads:
+            checkpoints.drop_after(error.good)
+        newest = ", the newest of models that no guard condemns,"
+        again = " The same params would come to the same end."
+    if not checkpoints.last:
+        return f"Nothing was published{', and no checkpoint is left' if again else ''}.{again}"
+    stays = f"the checkpoint after iteration {checkpoints.last}{newest} stays in"
+    return f"Nothing was published; {stays} {checkpoints.place.relative_to(context.root)}.{again}"
 
 
 def tell(context: StageContext, where: str, done: int, total: int) -> None:
