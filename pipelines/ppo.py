@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.core import artifacts, distributed, guards, language_models, ppo_setup
 from pipelines.core.context import StageContext, Stopped
-from pipelines.core.errors import ArtifactError, DataError
+from pipelines.core.errors import ArtifactError, DataError, UserError
 from pipelines.core.params.ppo import PpoParams
 from pipelines.core.ppo_setup import Plan, Task
 
@@ -199,7 +199,7 @@ def _train(arm: Arm, params: PpoParams, plan: Plan, actors: Actors, task: Task, 
         # 1. Generate and score: responses of the policy, and what the four roles say of every token.
         try:
             found = _experience(arm, params, actors, task, iteration, phases, context)
-        except Stopped:
+        except (Stopped, UserError):  # a signal, or a reward that cannot be used
             if iteration > checkpoints.last and context.world.leads:  # the weights are still those after it
                 ppo_setup.keep(checkpoints, iteration, learner, coefficient, phases, context)
             raise

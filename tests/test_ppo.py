@@ -235,6 +235,21 @@ def test_a_reward_that_cannot_be_used(inputs: dict[str, Path], tmp_path: Path, b
     )
 
 
+@pytest.mark.parametrize("bad", ["raise RuntimeError('out of order')", "return [float('nan')] * len(responses)"])
+def test_a_reward_that_fails_costs_that_iteration_only(inputs: dict[str, Path], tmp_path: Path, bad: str) -> None:
+    """Checkpoints are due after hundreds of iterations; what goes on from there is what a whole run makes."""
+    rare = SHORT | {"checkpoint_steps": 500, "checkpoint_seconds": 1e6}
+    good = "return [len(text) for text in responses]"
+    _, whole, _ = run(inputs, tmp_path / "whole", rewards=[function(tmp_path / "whole", good)], **rare)
+    with pytest.raises(DataError, match=r"call 3: .* the checkpoint after iteration 2 stays in \.work/ppo"):
+        run(inputs, tmp_path, rewards=[function(tmp_path, f"if len(CALLS) == 3: {bad}\n{good}")], **rare)
+    kept = [place.name for place in (tmp_path / ".work/ppo").glob("*/checkpoints/step-*")]
+    assert kept == ["step-2"]
+    _, out, again = run(inputs, tmp_path, rewards=[function(tmp_path, good)], **rare)
+    assert "resuming after iteration 2 of 3" in again.samples
+    assert artifacts.content_hash(out) == artifacts.content_hash(whole)
+
+
 def test_a_file_that_the_reward_imports_is_told(
     inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
