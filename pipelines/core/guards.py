@@ -36,6 +36,7 @@ class Guards:
     entropy_floor: float  # share of the first iteration's entropy
     cap_share: float  # largest share of responses that reach the limit of tokens without EOS
     episodes: int  # of an iteration
+    steps: int  # optimizer steps of an iteration
 
 
 class Fault(NamedTuple):
@@ -64,7 +65,8 @@ def watch(params: PpoParams, history: Sequence[Row], prefix: str) -> None:
         Fired: a guard has something to say of the latest iteration.
     """
     rows = [{key.removeprefix(prefix): value for key, value in row.items()} for row in history if f"{prefix}kl" in row]
-    limits = Guards(params.kl_ceiling, params.entropy_floor, params.cap_share, params.episodes)
+    steps = params.epochs * params.minibatches
+    limits = Guards(params.kl_ceiling, params.entropy_floor, params.cap_share, params.episodes, steps)
     if (fault := check(limits, rows)) is not None:
         which = " without the pre-training gradient" if prefix else ""
         good = len(rows) - (1 if fault.of_update else 2)
@@ -73,6 +75,9 @@ def watch(params: PpoParams, history: Sequence[Row], prefix: str) -> None:
 
 def check(guards: Guards, history: Sequence[Row]) -> Fault | None:
     """What is wrong after the latest iteration; None while all is well.
+
+    Before an iteration's first step the ratio is 1, so of that step nothing is clipped: the guard on clipping looks at
+    the mean over the later ones. Of iterations of a single step it cannot tell.
 
     Args:
         history: one row an iteration, in order, with the keys kl, kl_k3, entropy, capped_share, clip_fraction,
@@ -101,10 +106,10 @@ def check(guards: Guards, history: Sequence[Row]) -> Fault | None:
     recent = history[-PATIENCE:]
     if len(recent) < PATIENCE:
         return None
-    if all(row["clip_fraction"] > CLIPPED for row in recent):
+    if guards.steps > 1 and all(row["clip_fraction"] * guards.steps / (guards.steps - 1) > CLIPPED for row in recent):
         return Fault(
-            f"more than {CLIPPED:.0%} of the tokens were clipped in {PATIENCE} iterations in a row: the steps are too "
-            "large. Lower ppo.lr, or ppo.epochs.",
+            f"more than {CLIPPED:.0%} of the tokens were clipped in the steps after an iteration's first, {PATIENCE} "
+            "iterations in a row: the steps are too large. Lower ppo.lr, or ppo.epochs.",
             of_update=True,
         )
     explained = [row["explained_variance"] for row in recent]
