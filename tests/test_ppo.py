@@ -17,7 +17,7 @@ from test_reward import TINY as REWARD
 from test_reward import comparisons, write
 
 from pipelines import ppo, reward
-from pipelines.core import artifacts, episodes, guards, ppo_setup, ppo_step, training
+from pipelines.core import artifacts, episodes, guards, language_models, ppo_setup, ppo_step, reward_model, training
 from pipelines.core.context import StageContext, Stopped
 from pipelines.core.errors import ArtifactError, DataError, ParamsError
 from pipelines.core.params.ppo import PpoParams
@@ -382,6 +382,24 @@ def test_what_does_not_fit_is_refused(inputs: dict[str, Path], tmp_path: Path) -
         "object").to_dict("records"))  # fmt: skip
     with pytest.raises((DataError, ArtifactError)):
         run(empty, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_reward_model_that_cannot_read_so_much_is_refused(
+    inputs: dict[str, Path], tmp_path: Path, architecture: str
+) -> None:
+    """Before anything runs; with EOS, which is read behind a response that did not end."""
+    known = language_models.load_tokenizer(str(inputs["sft"] / "model"))
+    model(known, architecture, depth=1, length=72).save_pretrained(tmp_path / "base")
+    judge = reward_model.initial(tmp_path / "base", known, 3, torch.float32, "sdpa")
+    reward_model.save(judge, known, tmp_path / "short", torch.float32)
+    reward_model.save_constants(tmp_path / "short", judge, reward_model.Level(0.0, 1.0))
+    context = StageContext(stage="ppo", root=tmp_path, fingerprint="f" * 64)
+    told = r"with EOS, is 73 tokens; the context of the reward model short is 72: lower"
+    with pytest.raises(ParamsError, match=told):
+        run(inputs, tmp_path, context, rewards=["short"], **SHORT)
+    assert not context.history
+    run(inputs, tmp_path, rewards=["short"], max_prompt_tokens=63, iterations=1, **SHORT)
 
 
 def test_the_adapter_of_another_sft_model_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:

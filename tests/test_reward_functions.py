@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -283,6 +284,17 @@ def test_a_models_directory_scores_as_the_model(
     assert found.values == pytest.approx(apart, abs=1e-5) and max(apart) - min(apart) > 0.01
     both = reward_functions.score(load("saved/model", "long"), PROMPTS, RESPONSES, 1)
     assert both.values == pytest.approx([(one + n) / 2 for one, n in zip(apart, LENGTHS, strict=True)], abs=1e-5)
+
+
+def test_a_model_that_names_no_padding_token_pads_with_its_tokenizers(
+    directory: Path, load: Callable[..., list[Reward]]
+) -> None:
+    """As classifiers of others are: rows of different length are needed to see it."""
+    asked, said = ["area of w " * 30, "area of w " * 4, "w?" * 50], RESPONSES
+    wanted = reward_functions.score(load("saved/model"), asked, said, 1).values
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    assert reward_functions.score(load("saved/model"), asked, said, 1).values == wanted
 
 
 def test_a_directory_that_is_no_reward_model(directory: Path, load: Callable[..., list[Reward]]) -> None:

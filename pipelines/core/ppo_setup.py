@@ -63,7 +63,8 @@ def roles(params: PpoParams, inputs: dict[str, Path], context: StageContext) -> 
     """The roles, on one backbone where adapters are trained.
 
     Raises:
-        ParamsError: prompt and response do not fit the model's context; the model is to be split.
+        ParamsError: prompt and response do not fit the context of the policy or of a reward model; the model is to be
+            split.
     """
     from transformers import AutoConfig
 
@@ -77,6 +78,12 @@ def roles(params: PpoParams, inputs: dict[str, Path], context: StageContext) -> 
     if params.ptx_coefficient:
         asked["ppo.ptx_length"] = params.ptx_length
     context_window.check(asked, "the SFT model's context", AutoConfig.from_pretrained(sft))
+    # A reward model reads a response as text, with EOS even where the policy has not come to it.
+    read = {"ppo.max_prompt_tokens + ppo.max_new_tokens, with EOS,": need + 1}
+    for name in params.rewards or (str(reward / "model"),):
+        place = context.root / Path(name).expanduser()
+        if (place / "config.json").is_file():  # of anything else the loading tells
+            context_window.check(read, f"the context of the reward model {name}", AutoConfig.from_pretrained(place))
     longest = max(k_way.ROW_TOKENS, need * params.samples_per_prompt, params.ptx_length, scoring.WINDOW)
     own = not params.rewards
     if params.method == "full":

@@ -58,7 +58,7 @@ def learning_rate(width: int, method: Method) -> float:
 
 
 def load(place: Path, context: StageContext, kind: str = "sdpa") -> tuple[Any, Any]:
-    """Reward model, ready to score, and its tokenizer.
+    """Reward model, ready to score, and its tokenizer, whose padding token is the model's: many classifiers name none.
 
     Raises:
         ArtifactError: the directory holds no reward model: no head of one label, or no constants.
@@ -66,7 +66,9 @@ def load(place: Path, context: StageContext, kind: str = "sdpa") -> tuple[Any, A
     from transformers import AutoTokenizer
 
     model = _classifier(place, context.dtype, kind, new_head=False)
-    return model.to(context.device).eval(), AutoTokenizer.from_pretrained(place)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to(context.device).eval(), tokenizer
 
 
 def rewards(model: Any, batch: k_way.Responses, context: StageContext) -> torch.Tensor:
