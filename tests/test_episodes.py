@@ -18,6 +18,7 @@ from pipelines.core.actors import Actors
 from pipelines.core.completions import Prompt
 from pipelines.core.context import StageContext
 from pipelines.core.distributed import World
+from pipelines.core.reward_functions import Scores
 
 COOL = PARAMS.model_copy(update={"temperature": 0.7})
 
@@ -211,14 +212,15 @@ def test_the_score_of_a_response_that_does_not_end(
     params = PARAMS.model_copy(update={"missing_eos_penalty": penalty})
     asked: list[episodes.Rollout] = []
 
-    def proxy(rollout: episodes.Rollout) -> list[float]:
+    def proxy(rollout: episodes.Rollout) -> Scores:
         asked.append(rollout)
-        return [number / 8 for number in range(18)]
+        return Scores([number / 8 for number in range(18)], 0.5)
 
     found = episodes.score(made, known.rollout, proxy if external else None, params, 0, context)
     assert found.external == external and len(asked) == external and all(one is known.rollout for one in asked)
     if external:
         assert found.proxy.tolist() == [number / 8 for number in range(18)]
+    assert found.spread == (0.5 if external else None)
     ended = [end for of_prompt in known.rollout.ended for end in of_prompt]
     rule = [one if end else one - penalty for one, end in zip(found.proxy.tolist(), ended, strict=True)]
     assert found.scores.tolist() == pytest.approx(rule) and 0 < sum(ended) < 18

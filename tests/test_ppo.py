@@ -22,6 +22,7 @@ from pipelines.core.context import StageContext, Stopped
 from pipelines.core.errors import ArtifactError, DataError, ParamsError
 from pipelines.core.params.ppo import PpoParams
 from pipelines.core.params.reward import RewardParams
+from pipelines.core.reward_functions import Scores
 from pipelines.tokenizer import CHAT_TEMPLATE
 
 TINY: dict[str, Any] = {
@@ -265,6 +266,20 @@ def test_a_file_that_the_reward_imports_is_told(
     sys.modules.pop("reward_function_words")
 
 
+def test_an_ensemble_tells_how_far_its_members_are_apart(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """And a reward that is alone has no such column."""
+    named = function(tmp_path, "return [float(len(text)) for text in responses]")
+    body = "return [float(len(text)) + 3.0 for text in responses]"
+    (tmp_path / "other.py").write_text(f"def reward(prompts, responses):\n    {body}\n")
+    _, out, _ = run(inputs, tmp_path, rewards=[named, "other.py:reward"], iterations=2)
+    history = pd.read_csv(out / "history.csv")
+    for column in ("reward_spread", "plain_reward_spread"):
+        assert history[column].dropna().tolist() == pytest.approx([1.5, 1.5])
+    function(tmp_path / "alone", "return [float(len(text)) for text in responses]")
+    _, out, _ = run(inputs, tmp_path / "alone", rewards=[named], iterations=1, **SHORT)
+    assert "reward_spread" not in pd.read_csv(out / "history.csv").columns
+
+
 def test_calls_of_a_reward_are_counted_over_both_runs(inputs: dict[str, Path], tmp_path: Path) -> None:
     """Three iterations each; then it is asked about other answers, of which there are more."""
     for when, told in (("len(CALLS) == 5", "call 5: it"), ("len(responses) == 18", "answers to held-out prompts: it")):
@@ -280,9 +295,9 @@ def test_calls_are_counted_alike_where_the_second_run_begins_again(
     """What the first run began with is known to one process only."""
     told: list[int] = []
 
-    def score(rewards: Any, rollout: Any, call: int) -> list[float]:
+    def score(rewards: Any, rollout: Any, call: int) -> Scores:
         told.append(call)
-        return [float(len(text)) for said in rollout.responses for text in said]
+        return Scores([float(len(text)) for said in rollout.responses for text in said], None)
 
     monkeypatch.setattr(ppo_setup, "score", score)
     body = "return [float(len(text)) for text in responses]"

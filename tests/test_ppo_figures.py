@@ -61,6 +61,13 @@ def test_figures_by_hand() -> None:
     )
 
 
+def test_how_far_an_ensembles_members_are_apart() -> None:
+    found = example([prompt()], [["", ""]])
+    apart = ppo_figures.figures(found._replace(spread=0.75), 0.5, found.values, "overlap")
+    assert apart["reward_spread"] == 0.75
+    assert "reward_spread" not in ppo_figures.figures(found, 0.5, found.values, "overlap")
+
+
 def test_gold_is_of_prompts_that_can_be_judged() -> None:
     asks = [prompt(), prompt("name[Aromi], food[Chinese]")]
     found = example(asks, [["Aromi"], ["Aromi is nice"]])

@@ -110,7 +110,7 @@ def answering(answer: Any) -> list[Reward]:
 @pytest.mark.parametrize("name", ["long", "tensor", "scalars", "meddles"])
 def test_a_function_may_answer_in_any_array(name: str, load: Callable[..., list[Reward]]) -> None:
     found = reward_functions.score(load(name), PROMPTS, RESPONSES, 1)
-    assert found == (LENGTHS, [LENGTHS], 0.0) and all(type(value) is float for value in found.values)
+    assert found == (LENGTHS, None) and all(type(value) is float for value in found.values)
 
 
 def test_what_it_sets_for_all_of_torch_is_set_back(file: Path, load: Callable[..., list[Reward]]) -> None:
@@ -142,7 +142,6 @@ def test_an_ensemble_is_the_mean_and_knows_its_spread(load: Callable[..., list[R
     """Of (n, -n, n): mean n / 3; deviations 2n/3, -4n/3, 2n/3, so the standard deviation is n * sqrt(24/9 / 3)."""
     found = reward_functions.score(load("long", "short", "scalars"), PROMPTS, RESPONSES, 1)
     assert found.values == pytest.approx([n / 3 for n in LENGTHS])
-    assert found.each == [LENGTHS, [-n for n in LENGTHS], LENGTHS]
     assert found.spread == pytest.approx((8 / 9) ** 0.5 * sum(LENGTHS) / 3)
 
 

@@ -20,6 +20,7 @@ from pipelines.core.context import StageContext
 from pipelines.core.episodes import Episodes
 from pipelines.core.errors import ArtifactError
 from pipelines.core.params.ppo import PpoParams
+from pipelines.core.reward_functions import Scores
 
 PARAMS = PpoParams.model_validate(PLAIN | {"batch_prompts": 6, "samples_per_prompt": 3, "max_new_tokens": 12})
 COOL = PARAMS.model_copy(update={"temperature": 0.7})
@@ -99,7 +100,8 @@ def test_honest_models_pass(make: Callable[..., Case], method: str, architecture
 def test_a_reward_from_elsewhere_is_not_held_against_a_role(make: Callable[..., Case]) -> None:
     case = make(reward=False)
     rollout = case.generate()
-    found = episodes.score(case.actors, rollout, lambda said: [0.5] * len(said.mask), PARAMS, 0, case.context)
+    given = Scores([0.5] * len(rollout.mask), None)
+    found = episodes.score(case.actors, rollout, lambda said: given, PARAMS, 0, case.context)
     assert "rewards" not in case.check(found)
 
 

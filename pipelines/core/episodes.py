@@ -10,7 +10,7 @@ probabilities is 1 to the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from pipelines.core.actors import JUDGES, LEARNERS, Actors, Role
 from pipelines.core.completions import Prompt
 from pipelines.core.context import StageContext
 from pipelines.core.params.ppo import PpoParams
+
+if TYPE_CHECKING:
+    from pipelines.core.reward_functions import Scores
 
 Tell = Callable[[int, int], None]
 
@@ -56,6 +59,7 @@ class Episodes(NamedTuple):
     proxy: torch.Tensor  # (N,): the same before that rule
     external: bool  # whether something else than the actors' own reward role gave them
     ahead: list[Ahead]  # at most one; whoever goes on from it takes it away
+    spread: float | None = None  # of an ensemble: how far its members are apart (`reward_functions.Scores`)
 
     @property
     def log_ratios(self) -> torch.Tensor:
@@ -130,7 +134,7 @@ def passes(rollout: Rollout, params: PpoParams, pad: int, tokens: int) -> list[l
 def score(
     actors: Actors,
     rollout: Rollout,
-    proxy: Callable[[Rollout], Sequence[float]] | None,
+    proxy: Callable[[Rollout], Scores] | None,
     params: PpoParams,
     pad: int,
     context: StageContext,
@@ -170,14 +174,16 @@ def score(
             context.stop_if_asked()
     for table in (*tables.values(), *([rewards] if proxy is None else [])):
         distributed.add_up(context.world, table)
+    spread = None
     if proxy is not None:
-        given = distributed.from_leader(context.world, lambda: list(proxy(rollout)))
-        rewards = torch.tensor(given, dtype=torch.float32)
+        given = distributed.from_leader(context.world, lambda: proxy(rollout))
+        rewards, spread = torch.tensor(given.values, dtype=torch.float32), given.spread
     ended = torch.tensor([end for of_prompt in rollout.ended for end in of_prompt])
     scores = torch.where(ended, rewards, rewards - params.missing_eos_penalty)
     return Episodes(
-        rollout, minibatches, **tables, scores=scores, proxy=rewards, external=proxy is not None, ahead=ahead
-    )
+        rollout, minibatches, **tables, scores=scores, proxy=rewards, external=proxy is not None, ahead=ahead,
+        spread=spread,
+    )  # fmt: skip
 
 
 def tokens_ahead(found: Episodes) -> int:

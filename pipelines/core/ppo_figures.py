@@ -12,6 +12,7 @@ def figures(found: Episodes, kl_coefficient: float, returns: torch.Tensor, judge
     """Means over the episodes of an iteration, before its updates. `reward` is the score less the KL penalty.
 
     `gold` is what the judge says, which nothing is trained on; only of prompts it can judge, and absent without any.
+    `reward_spread` is how far the members of an ensemble are apart; absent where one reward alone scores.
     `kl` sums over a response's tokens and averages over responses; `kl_k3` is the same by the estimator that is
     never negative (Schulman, "Approximating KL divergence", 2020).
 
@@ -25,6 +26,7 @@ def figures(found: Episodes, kl_coefficient: float, returns: torch.Tensor, judge
     return {
         "score": float(found.proxy.mean()),
         "reward": float(totals(found, kl_coefficient).mean()),
+        **({} if found.spread is None else {"reward_spread": found.spread}),
         **({"gold": sum(gold) / len(gold)} if gold else {}),
         "kl": float(found.kl.mean()),
         "kl_k3": float(policy_gradient.k3(found.log_ratios).sum(dim=1).mean()),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipelines.core.episodes import Episodes, Rollout
     from pipelines.core.phases import Phases
     from pipelines.core.ppo_step import Learner
-    from pipelines.core.reward_functions import Reward
+    from pipelines.core.reward_functions import Reward, Scores
 
 PAPER_VALUE_LR, PAPER_VALUE_WIDTH = 9e-6, 4096  # appendix C.4: the 6B value model
 PAPER_LR, PAPER_WIDTH = 8.05e-6, 2048  # appendix C.4: the largest rate that did not diverge without ptx, 1.3B
@@ -38,7 +38,7 @@ class Task(NamedTuple):
 
     tokenizer: Any
     prompts: list[Prompt]
-    score: Callable[..., list[float]] | None  # (rollout, call=number of the call from 1)
+    score: Callable[..., Scores] | None  # (rollout, call=number of the call from 1)
     data: Path
     begun: dict[int, Episodes]  # the first iteration's, which are the same in every arm, once one has made them
 
@@ -128,13 +128,13 @@ def rewards(names: Sequence[str], root: Path, tokenizer: Any, context: StageCont
     return found
 
 
-def score(rewards: list[Reward], rollout: Rollout, call: int) -> list[float]:
+def score(rewards: list[Reward], rollout: Rollout, call: int) -> Scores:
     """Scores of a rollout's responses by what is none of the actors' roles; `call` counts from 1, over both runs."""
     from pipelines.core import reward_functions
 
     asked = [one.text for one, said in zip(rollout.prompts, rollout.responses, strict=True) for _ in said]
     responses = [text for said in rollout.responses for text in said]
-    return reward_functions.score(rewards, asked, responses, call).values
+    return reward_functions.score(rewards, asked, responses, call)
 
 
 def text_scores(rewards: list[Reward], prompts: list[str], responses: list[str]) -> list[float]:

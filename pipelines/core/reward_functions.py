@@ -50,8 +50,7 @@ class Scores(NamedTuple):
     """What the members say of N responses."""
 
     values: list[float]  # (N,): the mean over the members
-    each: list[list[float]]  # (members, N)
-    spread: float  # standard deviation between the members of a response's scores, mean over the responses
+    spread: float | None  # standard deviation of a response's scores between members, mean over responses; None: of one
 
 
 def local_paths(names: Sequence[str], root: Path) -> list[Path]:
@@ -104,7 +103,8 @@ def score(rewards: Sequence[Reward], prompts: Sequence[str], responses: Sequence
     """
     each = [_answer(reward, prompts, responses, call) for reward in rewards]
     columns = list(zip(*each, strict=True))
-    return Scores([fmean(column) for column in columns], each, fmean(pstdev(column) for column in columns))
+    spread = fmean(pstdev(column) for column in columns) if len(each) > 1 else None
+    return Scores([fmean(column) for column in columns], spread)
 
 
 def refuse_constant(values: Sequence[float], name: str, group: int | None = None) -> None:
