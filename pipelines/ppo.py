@@ -268,6 +268,7 @@ def _experience(
         group = params.samples_per_prompt if params.group_baseline else None
         name = ", ".join(params.rewards) or "the reward model"
         reward_functions.refuse_constant(found.proxy.tolist(), name, group)
+        ppo_setup.tell_scale(found.proxy.tolist(), name, context)
         self_test.check(actors, found, params, task.tokenizer.eos_token_id, context)
         task.begun[iteration] = found._replace(ahead=[])
     return found

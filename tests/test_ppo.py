@@ -251,6 +251,30 @@ def test_a_reward_that_fails_costs_that_iteration_only(inputs: dict[str, Path], 
     assert artifacts.content_hash(out) == artifacts.content_hash(whole)
 
 
+@pytest.mark.parametrize("factor", [1e-5, 0.1, 100.0])
+def test_a_reward_on_another_scale_than_the_dials_is_told_once(
+    inputs: dict[str, Path], tmp_path: Path, factor: float
+) -> None:
+    named = function(tmp_path, f"return [{factor} * len(text) for text in responses]")
+    *_, context = run(inputs, tmp_path, rewards=[named], iterations=1)
+    told = [line for line in context.samples if "standard deviation" in line]
+    assert len(told) == (factor != 0.1)
+    for part in ("own.py:reward: ", "ppo.kl_coefficient", "ppo.value_clip", "ppo.missing_eos_penalty", "ppo.value_lr"):
+        assert all(part in line for line in told)
+
+
+def test_the_scales_that_are_told(context: StageContext) -> None:
+    """Of two scores the standard deviation is half of what they are apart."""
+    for apart in (0.11, 1.0, 39.0):
+        ppo_setup.tell_scale([5.0, 5.0 + apart], "f.py:g", context)
+    assert not context.samples
+    for apart in (0.09, 41.0):
+        ppo_setup.tell_scale([5.0, 5.0 + apart], "f.py:g", context)
+    assert [line.split(". ppo")[0] for line in context.samples] == [
+        f"f.py:g: the scores of the first batch have a standard deviation of {spread}" for spread in ("0.045", "20")
+    ]
+
+
 def test_a_file_that_the_reward_imports_is_told(
     inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import pstdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.core import completions, guards
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 PAPER_VALUE_LR, PAPER_VALUE_WIDTH = 9e-6, 4096  # appendix C.4: the 6B value model
 PAPER_LR, PAPER_WIDTH = 8.05e-6, 2048  # appendix C.4: the largest rate that did not diverge without ptx, 1.3B
+# Standard deviations of a first batch's scores for which dials that are meant for one near 1 are of the right order.
+LEAST_SPREAD, MOST_SPREAD = 0.05, 20.0
 
 
 class Plan(NamedTuple):
@@ -135,6 +138,17 @@ def score(rewards: list[Reward], rollout: Rollout, call: int) -> Scores:
     asked = [one.text for one, said in zip(rollout.prompts, rollout.responses, strict=True) for _ in said]
     responses = [text for said in rollout.responses for text in said]
     return reward_functions.score(rewards, asked, responses, call)
+
+
+def tell_scale(scores: Sequence[float], name: str, context: StageContext) -> None:
+    """Say it where the first batch's scores are on another scale than the dials that are in the reward's units."""
+    if not LEAST_SPREAD <= (spread := pstdev(scores)) <= MOST_SPREAD:
+        context.say(
+            f"{name}: the scores of the first batch have a standard deviation of {spread:.2g}. ppo.kl_coefficient, "
+            "ppo.value_clip and ppo.missing_eos_penalty are in the reward's units, ppo.value_lr must suit them, and "
+            "their defaults are meant for a standard deviation near 1: scale what the reward gives to that, or set "
+            "them to its scale."
+        )
 
 
 def text_scores(rewards: list[Reward], prompts: list[str], responses: list[str]) -> list[float]:

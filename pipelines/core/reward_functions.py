@@ -6,10 +6,12 @@ text, both of one length, and returns one number for each response:
     def score(prompts: list[str], responses: list[str]) -> list[float]:
         return [-float(len(response)) for response in responses]
 
-What it sets for all of torch (no gradients, a default type, threads) is set back. Three things are the user's duty.
+What it sets for all of torch (no gradients, a default type, threads) is set back. Four things are the user's duty.
 The same prompts and responses must get the same numbers in every call, or a run that was killed does not resume to the
-same bytes. The file must stand alone: DVC watches it, but not what it imports. And members of an ensemble must measure
-on one scale, since their plain mean is what is trained on.
+same bytes. The file must stand alone: DVC watches it, but not what it imports. Members of an ensemble must measure on
+one scale, since their plain mean is what is trained on. And scores should have a standard deviation near 1 over
+responses: `ppo.kl_coefficient`, `ppo.value_clip` and `ppo.missing_eos_penalty` are in the reward's units, and
+`ppo.value_lr` must suit them.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from pipelines.core import faults
 from pipelines.core.context import StageContext, Stopped
@@ -101,9 +103,8 @@ def score(rewards: Sequence[Reward], prompts: Sequence[str], responses: Sequence
     Raises:
         DataError: a member raised, or answered with something else than N finite numbers.
     """
-    each = [_answer(reward, prompts, responses, call) for reward in rewards]
-    columns = list(zip(*each, strict=True))
-    spread = fmean(pstdev(column) for column in columns) if len(each) > 1 else None
+    columns = list(zip(*(_answer(reward, prompts, responses, call) for reward in rewards), strict=True))
+    spread = fmean(pstdev(column) for column in columns) if len(rewards) > 1 else None
     return Scores([fmean(column) for column in columns], spread)
 
 
@@ -244,8 +245,7 @@ def _function(path: str, place: Path, name: str, module_name: str) -> Score:
         raise ParamsError(f"ppo.rewards: {path}:{name} cannot be called with prompts and responses: {error}") from None
     except ValueError:
         pass  # a built-in without a signature: the first call tells
-    score: Score = found
-    return score
+    return cast(Score, found)
 
 
 def _model(name: str, place: Path, tokenizer: Any, context: StageContext) -> Score:
@@ -284,8 +284,7 @@ def _model(name: str, place: Path, tokenizer: Any, context: StageContext) -> Sco
 def _difference(policy: Any, other: Any) -> str | None:
     """The first thing in which two tokenizers differ, or None."""
     ours, theirs = ({number: token for token, number in one.get_vocab().items()} for one in (policy, other))
-    differing = [number for number in ours.keys() | theirs.keys() if ours.get(number) != theirs.get(number)]
-    if differing:
+    if differing := [number for number in ours.keys() | theirs.keys() if ours.get(number) != theirs.get(number)]:
         first = min(differing)
         return f"token {first} is {theirs.get(first)!r} in the reward model and {ours.get(first)!r} in the policy"
     for key in ("eos_token", "pad_token", "bos_token"):
