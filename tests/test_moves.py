@@ -119,6 +119,10 @@ def test_where_one_cannot_follow_those_that_moved_go_back(tmp_path):
         else:
             memory.tags["c", "7"] = {}
             memory.models["c"].aliases["champion"] = "7"
+        judged = moves.settled(tmp_path, "a")  # against one that was champion between
+        judged.parent.mkdir(parents=True, exist_ok=True)
+        judged.touch()
         moves.Desk(tmp_path, memory, memory).recover()
+        assert not judged.exists()
         assert memory.champions() == {"a": "1", "b": "1", "c": "1" if trouble == "deleted" else "7"}
         assert [state for state, _ in memory.lines] == ["intent", "aborted"]

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from stores import drain, fill, python, repository, run_stage, write_rows
 
-from pipelines.core import artifacts, policy, promotion, registry, store, tracking, verdicts
+from pipelines.core import artifacts, moves, policy, promotion, registry, store, tracking, verdicts
 from pipelines.core.errors import ArtifactError, GateError, StoreUnavailable
 
 __all__ = ["repository"]
@@ -269,6 +269,55 @@ def test_champion_is_measured_again_when_the_rows_have_changed(repository):
     assert len(calls) == 1
     (kept,) = (root / ".sluice/registry/measured").iterdir()
     assert kept.name.startswith("sluice-base-1-") and len(pd.read_parquet(kept)) == 40
+
+
+def two_versions_that_passed(root: Path, model: Path) -> None:
+    """And the first is champion."""
+    make_champion(root, model, 2.5)
+    run_stage(root, model, 2.4)
+    registry.settle(root, "pretrain")
+
+
+def test_a_champion_that_moves_while_a_gate_is_asked_has_it_asked_again(repository, monkeypatch):
+    """Whoever promotes does not wait for the gate, and what is settled is not settled by the champion before."""
+    root, model = repository
+    two_versions_that_passed(root, model)
+    run_stage(root, model, 2.3)
+    judge = verdicts.judge
+
+    def meanwhile(*words):
+        verdict = judge(*words)
+        promotion.promote(root, NAME, 2, why="quicker", expected_champion=1)
+        return verdict
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verdicts, "judge", meanwhile)
+        assert the(registry.settle(root, "pretrain")).verdict.champion == "1"
+    assert the(registry.reconcile(root)).verdict.champion == "2"
+    assert registry.reconcile(root) == []
+
+
+def test_a_promotion_fails_no_stage_that_is_being_settled(repository, monkeypatch):
+    """In another worktree: between the folder of `settled` and the file in it, and between a look and a read."""
+    root, model = repository
+    two_versions_that_passed(root, model)
+    run_stage(root, model, 2.3)
+    folder, sync = root / ".sluice/registry/settled", os.fsync
+
+    def meanwhile(file):
+        sync(file)
+        if any(folder.glob(".*.partial")) and promotion.history(root)[-1][1].moves[0].target == "1":
+            promotion.promote(root, NAME, 2, why="quicker", expected_champion=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", meanwhile)
+        assert the(registry.settle(root, "pretrain")).version == "3"
+    assert promotion.history(root)[-1][1].moves[0].target == "2"
+    (candidate,) = verdicts.candidates(root, "pretrain")
+    moves.settled(root, NAME).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda place: True)
+        assert not registry._is_settled(candidate)
 
 
 def test_a_measure_on_other_rows_is_refused_and_not_kept(repository):

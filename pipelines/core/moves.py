@@ -11,7 +11,6 @@ other means), those that moved go back and it is aborted. So models that belong 
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +73,7 @@ class Desk:
             there = move.source is not None and exists(self.client, move.model, move.source)
             _point(self.client, move.model, CHAMPION, move.source if there else None)
         best.follow(self.root, self.client, promotion.models)
+        self._unsettle()
         self.ledger.write("aborted", promotion)
 
     def _finish(self, promotion: Promotion) -> None:
@@ -94,10 +94,25 @@ class Desk:
             if gone is not None and exists(self.client, move.model, gone):
                 self.client.set_model_version_tag(move.model, gone, ROLLED_BACK, promotion.when)
         best.follow(self.root, self.client, promotion.models)
-        # Verdicts that compared with the champion before are asked again by the next `reconcile`
-        shutil.rmtree(self.root / STATE / "registry" / "settled", ignore_errors=True)
+        self._unsettle()
         self.ledger.write("done", promotion)
         self.done.append(promotion)
+
+    def _unsettle(self) -> None:
+        """Have verdicts that compared with the champion before asked again by the next `registry.reconcile`.
+
+        Called behind the moves. It takes no lock: who takes both holds `registry` before the ledger (`sluice gc`), and
+        a measurement holds `registry` for minutes. `registry.settle` leaves its file here before it looks who is
+        champion, so one that was settled by the champion before is among these, or is not settled at all. The folder
+        stays, since others write into it meanwhile.
+        """
+        for path in settled(self.root, "").parent.glob("*.json"):
+            path.unlink(missing_ok=True)
+
+
+def settled(root: Path, model: str) -> Path:
+    """The file that says which content of a model is registered and judged, see `registry.settle`."""
+    return root / STATE / "registry" / "settled" / f"{model}.json"
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ and leave the verdict in `.sluice/verdicts/<stage>.json`, with the version and w
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pipelines.core import (
     gates,
     graph,
     lineage,
+    moves,
     policy,
     prompt_registry,
     serving,
@@ -27,7 +29,6 @@ from pipelines.core import (
     verdicts,
     versions,
 )
-from pipelines.core.environment import STATE
 from pipelines.core.errors import ArtifactError
 from pipelines.core.gates import Verdict
 from pipelines.core.verdicts import Candidate, Measure
@@ -86,10 +87,12 @@ def settle(root: Path, stage: str, measure: Measure | None = None) -> list[Regis
                 entry = versions.find(client, candidate.name, candidate.content)
                 if entry is None:
                     entry = _register(candidate, client, experiment)
+                asked = moves.settled(root, f"{candidate.name}.asked")
+                artifacts.write_json(asked, _settled(candidate))
                 verdict = verdicts.judge(candidate, client, entry, measure)
+                with contextlib.suppress(FileNotFoundError):  # a champion moved meanwhile, see `moves`: asked again
+                    asked.replace(moves.settled(root, candidate.name))
                 registered.append(Registered(candidate.name, str(entry.version), entry.run_id, verdict))
-    for candidate in found:
-        artifacts.write_json(_settled_file(root, candidate.name), _settled(candidate))
     if stage == prompt_registry.STAGE:
         prompt_registry.sync(root)
     return registered
@@ -203,12 +206,11 @@ def _settled(candidate: Candidate) -> dict[str, str]:
 
 def _is_settled(candidate: Candidate) -> bool:
     """Whether this content was registered and judged before, in the store in use."""
-    path, database = _settled_file(candidate.root, candidate.name), store.embedded(candidate.root)
-    if not path.exists() or (database is not None and not database.exists()):
+    database = store.embedded(candidate.root)
+    if database is not None and not database.exists():
         return False
-    known: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-    return known == _settled(candidate)
-
-
-def _settled_file(root: Path, model: str) -> Path:
-    return root / STATE / "registry" / "settled" / f"{model}.json"
+    try:
+        known = json.loads(moves.settled(candidate.root, candidate.name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    return bool(known == _settled(candidate))
