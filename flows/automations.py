@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from flows.supervise import child_environment
+from pipelines.core import promotion
+from pipelines.core.errors import UserError
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -42,9 +44,15 @@ _NEWS_TEXT = '{"text": {{ event.payload["message"] | tojson }}, "event": {{ even
 def set_up(root: Path) -> None:
     """Bring the server at `PREFECT_API_URL` in step with this module and with `prefect.yaml`.
 
+    A promotion that a crash cut off is finished or undone first: nobody may run or promote here for days.
+
     Raises:
         subprocess.CalledProcessError: `prefect deploy` failed.
     """
+    try:
+        promotion.recover(root)
+    except UserError as error:  # no reason to be without servers
+        print(error, file=sys.stderr, flush=True)
     asyncio.run(_set_up())
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     # `prefect.yaml` names the clone by $PWD, which is what the shell had when all this was started

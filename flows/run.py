@@ -54,13 +54,18 @@ def _catch_up(root: Path, state: stages.State, needed: list[str], console: Conso
 
     Raises:
         GateError: a model that stands did not pass.
+        UserError: the journal of promotions cannot be read.
         StoreUnavailable, LedgerHeld: the registry's store is away; another promotion does not end.
     """
-    from pipelines.core import registry, runner
+    from pipelines.core import promotion, registry, runner
 
     board = Board(root, {name: Row(name, "cached") for name in needed})
     stops = whole.load(root / "params.yaml").flow.failed_gate == "stop"
     trouble: list[GateError | StoreUnavailable | LedgerHeld] = []
+    try:
+        promotion.recover(root)  # who is champion is asked below
+    except StoreUnavailable as error:
+        trouble.append(error)
     for name, row in board.rows.items():
         row.metric = outcome.key_metric(root, name, state.shows.get(name))
         try:

@@ -16,12 +16,14 @@ REASONS_SHOWN = 4
 
 
 def show(root: Path, console: Console) -> None:
-    """Print stages (fresh, or stale and why), the spool's backlog, champions and what waits for a person to promote it.
+    """Print stages (fresh, or stale and why), the spool's backlog, promotions that have no end yet, champions and what
+    waits for a person to promote it.
 
     Raises:
+        UserError: after the table, when the journal of promotions cannot be read.
         StoreUnavailable: after the table, when the registry's store is away.
     """
-    from pipelines.core import registry, tracking, verdicts
+    from pipelines.core import promotion, registry, tracking, verdicts
 
     state = stages.look(root)
     suspects, declared = state.suspects(), policy.load(root)
@@ -45,6 +47,8 @@ def show(root: Path, console: Console) -> None:
     waiting = tracking.backlog(root)
     if waiting:
         console.print(f"spool     {len(waiting)} runs not delivered to MLflow yet; `sluice run` delivers them")
+    for line in promotion.unfinished(root):
+        console.print(f"begun     {line}", markup=False, highlight=False, soft_wrap=True)
     for model, version in registry.champions(root).items():
         console.print(f"champion  {model} {version if version is not None else '(none yet)'}")
         if (one := judged.get(model)) is not None and one.by_hand and one.version != version:

@@ -28,7 +28,7 @@ from flows import failures, outcome, records, run_locks, stages, view
 from flows.board import Board, Row, StageState
 from flows.gate import Gate
 from flows.supervise import Crew, child_environment
-from pipelines.core import store, tracking
+from pipelines.core import promotion, store, tracking
 from pipelines.core.environment import STATE
 from pipelines.core.errors import UserError
 from pipelines.core.params import whole
@@ -114,6 +114,11 @@ def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False,
         UserError: the first failure in the graph's order, with the exit code that belongs to it.
     """
     place = Path(root).resolve()
+    console = Console()
+    try:
+        promotion.recover(place)
+    except UserError as error:  # fails no stage; whatever promotes at its end tries first, and tells
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
     with run_locks.alone(place):
         run_locks.dvc_at_work(place)  # so that no process that is no more is waited for
         graph = stages.look(place)
@@ -124,7 +129,6 @@ def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False,
         crew = Crew()
         gate = Gate(place, whole.load(place / "params.yaml").flow.failed_gate == "stop", crew)
         seats = threading.Semaphore(stages.side_by_side(place))
-        console = Console()
         with tracking.attended(place) as environment:
             job = Job(place, board, graph, crew, seats, gate, environment)
             try:

@@ -16,6 +16,7 @@ from rich.console import Console
 from flows import doctor, messages, proxies, view, workspace
 from flows.board import Board, Row
 from pipelines.core.errors import UserError
+from pipelines.core.ledger import FileLedger, Move, Promotion
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,17 @@ def test_status_says_what_is_stale_and_why_and_changes_nothing(root: Path) -> No
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line}
     assert "stale" in lines["data"] and "artifacts/data deleted" in lines["data"]
     assert sorted(p for p in root.rglob("*") if ".dvc" not in p.parts and ".sluice" not in p.parts) == before
+
+
+def test_status_tells_of_a_promotion_that_has_no_end(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", fake.environment(root, root)["MLFLOW_TRACKING_URI"])
+    begun = Promotion.begin(root, "promote", [Move("sluice-base", "1", "2", "1")], "ada", "better", "sluice-sft 2")
+    journal = FileLedger(root)
+    journal.write("intent", begun)
+    told = sluice(root, "status").stdout
+    assert "begun     promote of release sluice-sft 2 was begun by ada" in told and "`sluice run`" in told
+    journal.write("done", begun)
+    assert "begun " not in sluice(root, "status").stdout
 
 
 def test_status_tells_the_name_of_a_file_as_it_is(root: Path) -> None:

@@ -1,5 +1,6 @@
 """The flow on a small repository with real DVC: order, retries, gates, and what is left running (nothing)."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -22,8 +23,9 @@ import psutil
 import pytest
 from prefect.futures import PrefectConcurrentFuture
 from processes import has_ended
+from rich.console import Console
 
-from flows import failures, outcome, overrides, records, stages, train
+from flows import automations, failures, outcome, overrides, records, run, stages, train
 from flows.board import Board, Row
 from flows.gate import Gate
 from flows.measure import NOT_MEASURABLE
@@ -338,6 +340,36 @@ def test_the_way_to_a_run_holds_no_login(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://bob:hunter2@mlflow.example.org/")
     records.verdict(verdict(True))
     assert links == ["https://mlflow.example.org/#/runs/r"]
+
+
+@pytest.mark.parametrize("way", ["a run", "a run with nothing to do", "servers"])
+def test_a_promotion_that_was_cut_off_is_brought_to_an_end_by_whoever_comes_by(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    """And where the store is away it holds up no run and no server."""
+    asked: list[Path] = []
+
+    def recover(place: Path) -> None:
+        asked.append(place)
+        raise StoreUnavailable("the store is away")
+
+    monkeypatch.setattr(promotion, "recover", recover)
+    if way == "a run":
+        with alone(root), pytest.raises(failures.LockTrouble):  # before it takes a lock
+            train.train.fn(str(root))
+    elif way == "servers":
+        called: list[list[str]] = []
+        monkeypatch.setattr(automations, "_set_up", lambda: asyncio.sleep(0))
+        monkeypatch.setattr(subprocess, "run", lambda command, **_: called.append(command))
+        automations.set_up(root)
+        assert called[0][-2:] == ["deploy", "--all"]
+    else:
+        monkeypatch.setattr(registry, "reconcile", lambda *_: [])
+        with pytest.raises(StoreUnavailable, match="the store is away"):
+            run._catch_up(root, stages.look(root), ["left"], Console())
+    assert asked == [root]
+    told = capsys.readouterr()
+    assert way == "a run with nothing to do" or "the store is away" in told.out + told.err
 
 
 def test_one_flow_at_a_time(root: Path) -> None:

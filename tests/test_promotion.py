@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pwd
@@ -11,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 from stores import python, repository
 
-from pipelines.core import ledger, promotion, store, versions
-from pipelines.core.errors import GateError, UserError
+from pipelines.core import ledger, moves, promotion, store, versions
+from pipelines.core.errors import GateError, StoreUnavailable, UserError
 from pipelines.core.ledger import FileLedger, LedgerHeld, Move, Promotion
 
 __all__ = ["repository"]
@@ -237,6 +239,50 @@ def test_a_deleted_version_does_not_block_the_next_promotion(models):
     with pytest.raises(GateError, match="no previous champion"):
         promotion.rollback(models, NAME, why="more", expected_champion=2)
     assert states(models)[-2:] == ["intent", "aborted"] and aliases(models) == ("2", None)
+
+
+def half_moved(root: Path) -> None:
+    """Two champions that move together, of which one has moved when the process is killed."""
+    client, _ = store.connect(root)
+    client.create_registered_model("sluice-sft")
+    client.create_model_version("sluice-sft", source=f"file://{root}/artifacts/data")
+    steps = [Move(NAME, None, "1", None), Move("sluice-sft", None, "1", None)]
+    FileLedger(root).write("intent", Promotion.begin(root, "promote", steps, "ada", "cut off", "sluice-sft 1"))
+    client.set_registered_model_alias(NAME, "champion", "1")
+
+
+def test_what_is_half_moved_is_brought_to_an_end_without_another_promotion(models, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "connect", lambda _: pytest.fail("nothing is open"))
+        promotion.recover(models)
+    half_moved(models)
+    (line,) = promotion.unfinished(models)
+    assert line.startswith("promote of release sluice-sft 1 was begun by ada (20") and "`sluice run`" in line
+    with monkeypatch.context() as patch, FileLedger(models).held():
+        patch.setattr(moves, "FileLedger", functools.partial(FileLedger, patience=0.1))
+        promotion.recover(models)  # left to whoever is at it
+    assert states(models) == ["intent"]
+    promotion.recover(models)
+    assert states(models) == ["intent", "done"] and promotion.unfinished(models) == []
+    assert versions.alias(store.connect(models)[0], "sluice-sft", "champion") == "1"
+
+
+def test_a_store_that_goes_away_in_the_middle_is_told_with_what_was_begun(models, monkeypatch):
+    def fails(*words):
+        raise requests.ConnectionError("refused")
+
+    def away():
+        raise StoreUnavailable("the store is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(moves, "_point", fails)
+        with pytest.raises(StoreUnavailable, match=f"promote of {NAME} was begun by ada .*`sluice run`.*finish it, or"):
+            promotion.promote(models, NAME, 1, who="ada", why="first", expected_champion=None)
+        patch.setattr(store, "connect", lambda _: away())
+        with pytest.raises(StoreUnavailable, match="is away\npromote of .* was begun by ada"):
+            promotion.recover(models)
+    promotion.recover(models)
+    assert states(models) == ["intent", "aborted"] and aliases(models) == (None, None)
 
 
 def test_who_holds_the_lock_is_said_and_nothing_is_changed(models, monkeypatch):

@@ -18,7 +18,7 @@ from typing import Any
 
 from pipelines.core import best, hooks, store, versions
 from pipelines.core.environment import STATE
-from pipelines.core.errors import GateError
+from pipelines.core.errors import GateError, StoreUnavailable
 from pipelines.core.ledger import FileLedger, Ledger, Promotion
 from pipelines.core.policy import CHAMPION
 
@@ -49,15 +49,8 @@ class Desk:
 
     def recover(self) -> None:
         """Bring to an end what a crash cut off."""
-        begun: dict[str, Promotion] = {}
-        for state, promotion in self.ledger.entries():
-            if state == "intent":
-                begun[promotion.id] = promotion
-            else:
-                begun.pop(promotion.id, None)
-        for promotion in begun.values():
-            if store.is_meant(self.root, promotion.store):
-                self._end(promotion)
+        for promotion in begun(self.root, self.ledger):
+            self._end(promotion)
 
     def _end(self, promotion: Promotion) -> None:
         held = {model: self.champion(model) for model in promotion.models}
@@ -122,18 +115,46 @@ def desk(root: Path, ledger: Ledger | None) -> Iterator[Desk]:
     What is done meanwhile is told to the hooks once the ledger is free: a slow one holds up nobody.
 
     Raises:
-        StoreUnavailable: the store is away.
+        StoreUnavailable: the store is away; the message tells of a promotion that it cut off.
         LedgerHeld: another promotion does not come to its end.
     """
-    client, _ = store.connect(root)
-    opened = Desk(root, client, ledger or FileLedger(root))
+    ledger = ledger or FileLedger(root)
     try:
-        with opened.ledger.held(), store.answering(root):
-            opened.recover()
-            yield opened
-    finally:
-        for promotion in opened.done:
-            hooks.tell(promotion)
+        client, _ = store.connect(root)
+        opened = Desk(root, client, ledger)
+        try:
+            with ledger.held(), store.answering(root):
+                opened.recover()
+                yield opened
+        finally:
+            for promotion in opened.done:
+                hooks.tell(promotion)
+    except StoreUnavailable as error:
+        raise StoreUnavailable("\n".join([str(error), *map(told, begun(root, ledger))])) from None
+
+
+def begun(root: Path, ledger: Ledger) -> list[Promotion]:
+    """Promotions in the store in use that have no end yet: somebody is at it, or something cut them off.
+
+    Raises:
+        UserError: see `FileLedger.entries`.
+    """
+    found: dict[str, Promotion] = {}
+    for state, promotion in ledger.entries():
+        if state == "intent":
+            found[promotion.id] = promotion
+        else:
+            found.pop(promotion.id, None)
+    return [promotion for promotion in found.values() if store.is_meant(root, promotion.store)]
+
+
+def told(promotion: Promotion) -> str:
+    """One that has no end yet, in a line, and what brings it to one."""
+    named = f"release {promotion.release}" if promotion.release is not None else ", ".join(promotion.models)
+    return (
+        f"{promotion.action} of {named} was begun by {promotion.who} ({promotion.when}) and has not ended: "
+        "`sluice run`, `sluice server start` and whatever promotes next finish it, or undo it"
+    )
 
 
 def fetch(client: Any, model: str, version: str) -> Any:

@@ -8,11 +8,12 @@ best of several follows: `pipelines.core.best`.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from pipelines.core import best, moves, policy, store, versions
 from pipelines.core.errors import GateError
-from pipelines.core.ledger import FileLedger, Ledger, Move, Promotion, State
+from pipelines.core.ledger import FileLedger, Ledger, LedgerHeld, Move, Promotion, State
 from pipelines.core.moves import FROM, PREVIOUS
 
 
@@ -86,6 +87,29 @@ def rollback(
         step = Promotion.begin(root, "rollback", [move], who, why)
         desk.carry_out(step)
         return step
+
+
+def recover(root: Path) -> None:
+    """Finish or undo what a crash cut off; opens nothing where nothing is open. Called without any lock.
+
+    Where somebody holds the ledger nothing is left to do: every holder does this first.
+
+    Raises:
+        StoreUnavailable: something is open, and the store is away.
+        UserError: see `FileLedger.entries`.
+    """
+    if moves.begun(root, FileLedger(root)):
+        with contextlib.suppress(LedgerHeld), moves.desk(root, None):
+            pass
+
+
+def unfinished(root: Path) -> list[str]:
+    """Promotions that have no end yet, a line each.
+
+    Raises:
+        UserError: see `FileLedger.entries`.
+    """
+    return [moves.told(one) for one in moves.begun(root, FileLedger(root))]
 
 
 def behind(desk: moves.Desk, model: str, now: str | None, target: str | None) -> str | None:
