@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import yaml
-from stores import drain, fill, python, repository, run_stage, write_rows
+from stores import drain, fill, make_root, python, repository, run_stage, write_rows
 
 from pipelines.core import artifacts, moves, policy, promotion, registry, store, tracking, verdicts
 from pipelines.core.errors import ArtifactError, GateError, StoreUnavailable
@@ -567,6 +567,23 @@ def test_a_folder_whose_name_no_address_can_have_is_told(tmp_path, monkeypatch, 
     """Or MLflow would write its files beside the folder: into one whose name ends before the `#`."""
     root = tmp_path / name
     root.mkdir()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/.sluice/mlflow/mlflow.db")
-    with pytest.raises(StoreUnavailable, match="MLflow takes no .* in the path of a folder: rename that"):
-        store.probe(root)
+    for database in (root / ".sluice/mlflow/mlflow.db", tmp_path / "elsewhere.db"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+        with pytest.raises(StoreUnavailable, match="MLflow takes no .* in the path of a folder: rename that"):
+            store.probe(root)
+
+
+def test_files_are_where_the_clone_that_began_a_database_has_them(repository, tmp_path, monkeypatch):
+    """Whatever the clones that share it are called."""
+    root, model = repository
+    shared = tmp_path / "shared.db"
+    shutil.copyfile(root / ".sluice/mlflow/mlflow.db", shared)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shared}")
+    other = make_root(tmp_path / "try #2", None)
+    with pytest.raises(StoreUnavailable, match="takes no '#'"):
+        store.probe(other)
+    store.connect(root)
+    run_stage(other, model, 2.5)
+    entry = store.connect(other)[0].get_model_version(NAME, the(registry.settle(other, "pretrain")).version)
+    assert verdicts.copied(other, entry, "model", tmp_path / "copy").is_dir()
+    assert list((root / ".sluice/mlflow/artifacts").rglob("model.safetensors"))

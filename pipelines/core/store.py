@@ -143,13 +143,16 @@ def probe(root: Path) -> None:
     """One cheap question, without MLflow's long import, before anything is asked of the store.
 
     Raises:
-        StoreUnavailable: no answer within five seconds, or the database file cannot be written or is none.
+        StoreUnavailable: no answer within five seconds, or the database file cannot be written or is none, or MLflow
+            cannot name the folder of its files.
     """
     uri = address(root)
     database = embedded(root)
     if database is not None:
-        if database.is_relative_to(root.resolve()) and (found := UNADDRESSED.search(str(root.resolve()))):
-            raise unavailable(root, f"MLflow takes no {found[0]!r} in the path of a folder: rename that")
+        files = _files(root, database)
+        if files is not None and (found := UNADDRESSED.search(str(files))):
+            why = f"MLflow takes no {found[0]!r} in the path of a folder: rename that"
+            raise unavailable(root, f"its files are to be in {files}, and {why}")
         home = next(parent for parent in [database, *database.parents] if parent.exists())
         if not os.access(home, os.W_OK):
             raise unavailable(root, f"{home} cannot be written")
@@ -232,6 +235,15 @@ def _dialled(root: Path) -> tuple[Any, Any]:
         if error.error_code != "INVALID_PARAMETER_VALUE":
             raise
         raise unavailable(root, f"MLflow knows no such address: name {ADDRESSES}") from None
+
+
+def _files(root: Path, database: Path) -> Path | None:
+    """Where the files of an embedded store are, or will be: in the clone, unless another one has begun the database.
+
+    None: at an address that is no file's.
+    """
+    begun = store_files.begun(database, EXPERIMENT) if database != own(root) else None
+    return store_files.local(begun or store_files.uri(own(root).parent))
 
 
 def _is_folder(uri: str) -> bool:

@@ -30,6 +30,16 @@ def local(address: str) -> Path | None:
     return Path(address.removeprefix("file://")) if address.startswith("file://") else None
 
 
+def begun(database: Path, experiment: str) -> str | None:
+    """The address of an experiment's files, as a database has it; None where it has no such experiment."""
+    if not database.is_file():
+        return None
+    with contextlib.closing(sqlite3.connect(database)) as opened, contextlib.suppress(sqlite3.Error):
+        found = opened.execute("SELECT artifact_location FROM experiments WHERE name = ?", (experiment,)).fetchone()
+        return str(found[0]) if found else None
+    return None
+
+
 def follow(home: Path, location: str) -> None:
     """Name all files by where they are now.
 
