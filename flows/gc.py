@@ -6,6 +6,7 @@
    that changed `dvc.lock`, which recorded it. A cache outside the clone is left alone: others may have theirs there.
 3. Versions that stages made, of an embedded store. Kept are: what has an alias; what a rollback, however often,
    would go back to; what is on offer; parents of what is kept; the newest of each model, which may be offered next.
+4. Models that a measurement, or the removal of a version, left on the disk when it was killed (flows/leftovers.py).
 
 On offer is a version that a person is asked to approve (flows/approve.py), until it is decided or its time is over.
 """
@@ -23,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flows import run_locks, workspace
+from flows import leftovers, run_locks, workspace
 from pipelines.core import store_files
 from pipelines.core.environment import STATE
 from pipelines.core.errors import UserError
@@ -58,7 +59,8 @@ def collect(root: Path, yes: bool, console: Console) -> list[Waste]:
             if busy := run_locks.dvc_at_work(root):
                 raise UserError(f"dvc is at work here (process {', '.join(map(str, busy))}): wait for it")
         client = _client(root)
-        found = [*_worktrees(root), *_checkpoints(root), *_cache(root, client), *_versions(root, client)]
+        found = [*_worktrees(root), *_checkpoints(root), *_cache(root, client)]
+        found += [*_versions(root, client), *_left(root, client)]
         _show(found, console)
         for one in found if yes else []:
             one.remove()
@@ -207,14 +209,14 @@ def _versions(root: Path, client: Any | None) -> Iterator[Waste]:
 
 def _forget(root: Path, client: Any, entry: Any, place: Path | None) -> Callable[[], None]:
     def remove() -> None:
-        from pipelines.core import moves, store
+        from pipelines.core import moves, references, store
 
         with store.locked(root, "registry"), moves.desk(root, None) as desk:
             now = desk.client.get_model_version(entry.name, entry.version)
             if now.aliases or _offered(now):
                 return  # it was promoted or offered just now
             client.delete_model_version(entry.name, str(entry.version))
-            if (logged := _logged(entry)) is not None:
+            if (logged := references.logged(entry)) is not None:
                 client.delete_logged_model(logged)
             if place is not None:
                 shutil.rmtree(place)
@@ -224,7 +226,9 @@ def _forget(root: Path, client: Any, entry: Any, place: Path | None) -> Callable
 
 def _files(root: Path, client: Any, entry: Any) -> Path | None:
     """Where the files of a version are, if they are ours."""
-    logged = _logged(entry)
+    from pipelines.core import references
+
+    logged = references.logged(entry)
     if logged is None:
         return None
     place = store_files.local(str(client.get_logged_model(logged).artifact_location))
@@ -232,10 +236,9 @@ def _files(root: Path, client: Any, entry: Any) -> Path | None:
     return place if ours else None
 
 
-def _logged(entry: Any) -> str | None:
-    """The logged model of a version; a SQL store leaves the field of that name empty."""
-    source = str(entry.source)
-    return source.removeprefix("models:/") if source.startswith("models:/") else None
+def _left(root: Path, client: Any | None) -> Iterator[Waste]:
+    for one in leftovers.found(root, client):
+        yield Waste(one.kind, one.name, _bytes(one.place), one.why, lambda o=one: leftovers.remove(root, o))  # type: ignore[misc]
 
 
 def _client(root: Path) -> Any | None:

@@ -17,10 +17,10 @@ import pytest
 import station
 from mlflow.store.entities.paged_list import PagedList
 from rich.console import Console
-from stores import repository, run_stage
+from stores import python, repository, run_stage, write_rows
 
 from flows import approve, gc, overrides, run_locks, workspace
-from pipelines.core import promotion, registry, store, versions
+from pipelines.core import promotion, references, registry, store, versions
 from pipelines.core.errors import UserError
 
 __all__ = ["repository"]
@@ -79,6 +79,64 @@ def test_versions_nobody_needs_go_with_their_files_and_the_champion_loads(reposi
     kept = gc._files(root, client, client.get_model_version("sluice-base", "3"))
     assert kept is not None and list(kept.rglob("model.safetensors"))
     assert list(gc._versions(root, client)) == []
+
+
+def test_what_a_removal_that_was_cut_off_left_goes_and_what_a_version_names_stays(repository, monkeypatch) -> None:
+    root, model = Path(repository[0]), repository[1]
+    for bits in (2.0, 1.9, 1.8):
+        run_stage(root, model, bits)
+        registry.settle(root, "pretrain")
+    promotion.promote(root, "sluice-base", 2, why="x", expected_champion=None)
+    client, _ = store.connect(root)
+    places = {one: gc._files(root, client, client.get_model_version("sluice-base", one)) for one in "12"}
+    (first,) = gc._versions(root, client)
+
+    def killed(place: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        first.remove()
+    named = references.logged(client.get_model_version("sluice-base", "2"))
+    client.delete_logged_model(named)  # by a person, on MLflow's page
+    (left,) = gc._left(root, client)
+    assert (left.kind, left.why, left.bytes > 10_000) == ("deleted model", "its removal was cut off", True)
+    assert left.name.startswith("sluice-base m-") and named not in left.name
+    left.remove()
+    assert not places["1"].exists() and places["2"].exists() and list(gc._left(root, client)) == []
+
+
+def test_what_a_killed_measurement_left_goes_and_what_one_is_at_stays(repository) -> None:
+    root, model = Path(repository[0]), repository[1]
+    run_stage(root, model, 2.0)
+    registry.settle(root, "pretrain")
+    promotion.promote(root, "sluice-base", 1, why="x", expected_champion=None)
+    run_stage(root, model, 1.9)
+    today = [f"new-{n}" for n in range(40)]
+    write_rows(root / "artifacts/pretrain/evaluation.parquet", 1.9, today)
+    code = """
+import os
+from pipelines.core import registry
+registry.settle(root, "pretrain", lambda *_: os.kill(os.getpid(), 9))
+"""
+    child = python(root, code, MLFLOW_TRACKING_URI=store.address(root))
+    assert child.wait() == -9
+    client, _ = store.connect(root)
+    (left,) = gc._left(root, client)
+    assert (left.kind, left.why, left.bytes > 10_000) == ("measurement", "it was killed", True)
+    seen: list[list[gc.Waste]] = []
+
+    def measure(folder: Path, out: Path) -> None:
+        seen.append(list(gc._left(root, client)))
+        write_rows(out, 1.95, today)
+
+    registry.settle(root, "pretrain", measure)
+    assert seen == [[]], "one goes on"
+    assert [one.name for one in gc._left(root, client)] == [left.name]
+    left.remove()
+    left.remove()  # nothing is wrong where it has gone meanwhile
+    (kept,) = (root / ".sluice/registry/measured").iterdir()
+    assert kept.suffix == ".parquet" and list(gc._left(root, client)) == []
 
 
 def test_what_no_stage_made_is_not_ours_to_remove(repository) -> None:
@@ -303,7 +361,10 @@ def test_what_a_killed_run_left_goes(clone: Path) -> None:
     checkpoint = clone / ".sluice" / "checkpoints" / "data" / "0123"
     checkpoint.mkdir(parents=True)
     (checkpoint / "step-1").write_text("x" * 100)
+    measurement = clone / ".sluice" / "registry" / "measured" / "tmp0123"
+    measurement.mkdir(parents=True)
     found = gc.collect(clone, True, console())
+    assert (found[-1].kind, found[-1].name) == ("measurement", "tmp0123") and not measurement.exists()
     assert [(one.kind, one.name) for one in found[:2]] == [("worktree", "dead"), ("checkpoint", "data/0123")]
     assert not checkpoint.exists() and run_locks.abandoned(clone) == []
     assert (clone / ".sluice" / "mlflow").exists()  # what the worktree only linked to

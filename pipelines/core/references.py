@@ -98,3 +98,9 @@ def content(entry: Any) -> str:
     if found is None:
         raise GateError(f"{shown(entry)} carries no {lineage.CONTENT}: no stage of this repository made it")
     return str(found)
+
+
+def logged(entry: Any) -> str | None:
+    """The logged model of a version; a SQL store leaves the field of that name empty."""
+    source = str(entry.source)
+    return source.removeprefix("models:/") if source.startswith("models:/") else None

@@ -42,11 +42,16 @@ LOGIN = re.compile(r"(?<=://)(?:[^/\s]*@|[^/\s:]*:(?!\d+(?:/|\s|$))\S*@)")
 @contextlib.contextmanager
 def locked(root: Path, name: str) -> Iterator[None]:
     """Hold the lock `.sluice/locks/NAME`; waits for whoever has it. Not re-entrant."""
-    place = root / STATE / "locks" / name
+    place = lock_file(root, name)
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def lock_file(root: Path, name: str) -> Path:
+    """The file whose lock `locked` holds."""
+    return root / STATE / "locks" / name
 
 
 def address(root: Path) -> str:

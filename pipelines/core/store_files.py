@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from pathlib import Path
+from typing import NamedTuple
 
 DATABASE, FILES = "mlflow.db", "artifacts"
 COLUMNS = (
@@ -38,6 +39,21 @@ def begun(database: Path, experiment: str) -> str | None:
         found = opened.execute("SELECT artifact_location FROM experiments WHERE name = ?", (experiment,)).fetchone()
         return str(found[0]) if found else None
     return None
+
+
+class Deleted(NamedTuple):
+    """A logged model that is deleted: MLflow keeps its row, and leaves its files to others."""
+
+    name: str
+    model_id: str
+    location: str  # address of its files
+
+
+def deleted(database: Path) -> list[Deleted]:
+    """Every logged model of a database that is deleted."""
+    with contextlib.closing(sqlite3.connect(database, timeout=60.0)) as opened:
+        query = "SELECT name, model_id, artifact_location FROM logged_models WHERE lifecycle_stage = 'deleted'"
+        return [Deleted(*row) for row in opened.execute(query)]
 
 
 def follow(home: Path, location: str) -> None:

@@ -162,7 +162,7 @@ def _champion(
     scores = policy.declared_scores(candidate.stage)
     today = gates.rows_hash(candidate.evaluation, candidate.policy, scores)
     theirs = client.get_model_version(candidate.name, champion)
-    kept = candidate.root / STATE / "registry" / "measured" / f"{file_name(theirs)}-{today[:16]}.parquet"
+    kept = measured(candidate.root) / f"{file_name(theirs)}-{today[:16]}.parquet"
     if kept.exists():
         return gates.Baseline(name, kept)
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -183,6 +183,11 @@ def _champion(
             raise GateError(f"{name} was measured on other examples than the candidate: nothing to compare")
         draft.replace(kept)
     return gates.Baseline(name, kept)
+
+
+def measured(root: Path) -> Path:
+    """Where rows of champions are kept, and what is measured lies meanwhile; whoever measures holds `registry`."""
+    return root / STATE / "registry" / "measured"
 
 
 def file_name(entry: Any) -> str:
