@@ -90,15 +90,14 @@ def rollback(root: str = ".", model: str = "sluice-policy", who: str = "", why: 
         GateError: there is nothing to go back to, or no reason is given.
         StoreUnavailable: the store is away.
     """
-    from pipelines.core import promotion, registry
+    from pipelines.core import ledger, promotion, registry
     from pipelines.core import release as releases
-    from pipelines.core.ledger import FileLedger
 
     if not (who.strip() and why.strip()):
         raise GateError("a rollback needs who and why: both go into the journal")
     clone = Path(root).resolve()
     if release:
-        step = releases.rollback(clone, releases.last(clone, FileLedger(clone)), who=who, why=why)
+        step = releases.rollback(clone, releases.last(clone, ledger.of(clone)), who=who, why=why)
     else:
         seen = registry.champion(clone, model)
         step = promotion.rollback(clone, model, who=who, why=why, expected_champion=seen)

@@ -187,16 +187,16 @@ def _revisions(root: Path, client: Any) -> Iterator[str]:
 
 
 def _versions(root: Path, client: Any | None) -> Iterator[Waste]:
-    from pipelines.core import lineage, promotion, references, release, store, versions
-    from pipelines.core.ledger import FileLedger
+    from pipelines.core import ledger, lineage, promotion, references, release, store, versions
 
     if client is None or store.embedded(root) is None:  # a shared store is looked after by whoever owns it
         return
     every = {model: references.every(client, model) for model in versions.models(client)}
     held = {model: client.get_registered_model(model).aliases for model in every}
-    moved = [move for one in release.standing(root, FileLedger(root)) for move in one.moves]
+    journal = ledger.of(root)
+    moved = [move for one in release.standing(root, journal) for move in one.moves]
     replaced = [(move.model, move.source) for move in moved if move.source is not None]
-    replaced += [(model, one) for model in every for one in promotion.trail(root, FileLedger(root), model) if one]
+    replaced += [(model, one) for model in every for one in promotion.trail(root, journal, model) if one]
     keep = needed(every, held, replaced)
     for model, entries in every.items():
         for entry in entries:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.core.errors import GateError, UserError
-from pipelines.core.ledger import FileLedger, Promotion
+from pipelines.core.ledger import Promotion
 
 
 def promote(root: Path, model: str, version: str | None, why: str, expected: str | None, console: Console) -> None:
@@ -91,15 +91,15 @@ def rollback_release(root: Path, why: str, console: Console) -> None:
         GateError: there is none, or a champion was moved since.
         StoreUnavailable, LedgerHeld: as `promote`.
     """
-    from pipelines.core import release
+    from pipelines.core import ledger, release
 
-    seen = release.last(root, FileLedger(root))
+    seen = release.last(root, ledger.of(root))
     told = _told(release.rollback(root, seen, why=why))
     _say(console, *(told or [f"release {seen.release}: every champion that it made had been taken back already"]))
 
 
 def history(root: Path, model: str | None, console: Console) -> None:
-    """Print every promotion and rollback of this clone's journal, or those of one model, oldest first.
+    """Print every promotion and rollback of the journal, or those of one model, oldest first.
 
     Raises:
         UserError: the journal knows no such model.

@@ -27,7 +27,7 @@ from flows import promote as commands
 from flows.board import Row
 from flows.gate import Gate
 from flows.measure import NOT_MEASURABLE
-from pipelines.core import ledger, moves, promotion, registry, store, tracking, versions
+from pipelines.core import ledger, promotion, registry, store, tracking, versions
 from pipelines.core.errors import GateError, StoreUnavailable
 from pipelines.core.gates import Row as Rule
 from pipelines.core.gates import Verdict
@@ -41,7 +41,7 @@ NAME = "sluice-base"
 def gate(repository, monkeypatch: pytest.MonkeyPatch) -> Gate:
     """Over a repository with a real store; its records go nowhere, and it waits for a ledger for a moment only."""
     monkeypatch.setattr(records, "verdict", lambda *_: None)
-    monkeypatch.setattr(moves, "FileLedger", functools.partial(FileLedger, patience=0.2))
+    monkeypatch.setattr(ledger, "of", functools.partial(FileLedger, patience=0.2))
     return Gate(repository[0])
 
 

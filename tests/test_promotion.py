@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 import requests
+from rich.console import Console
 from stores import python, repository
 
-from pipelines.core import ledger, moves, promotion, store, versions
+from flows import gc
+from flows import promote as commands
+from pipelines.core import ledger, moves, promotion, rejudging, store, versions
 from pipelines.core.errors import GateError, StoreUnavailable, UserError
 from pipelines.core.ledger import FileLedger, LedgerHeld, Move, Promotion
 
@@ -259,7 +262,7 @@ def test_what_is_half_moved_is_brought_to_an_end_without_another_promotion(model
     (line,) = promotion.unfinished(models)
     assert line.startswith("promote of release sluice-sft 1 was begun by ada (20") and "`sluice run`" in line
     with monkeypatch.context() as patch, FileLedger(models).held():
-        patch.setattr(moves, "FileLedger", functools.partial(FileLedger, patience=0.1))
+        patch.setattr(ledger, "of", functools.partial(FileLedger, patience=0.1))
         promotion.recover(models)  # left to whoever is at it
     assert states(models) == ["intent"]
     promotion.recover(models)
@@ -329,14 +332,33 @@ class SqliteLedger:
             database.execute("insert into journal values (?, ?)", (state, json.dumps(promoted.to_json())))
 
 
-def test_a_database_takes_the_place_of_the_files(models, tmp_path):
+def test_a_database_takes_the_place_of_the_files(models, tmp_path, monkeypatch):
+    """In one place, for everything that a user calls: no file of a ledger is made or looked at."""
     shared: ledger.Ledger = SqliteLedger(tmp_path / "ledger.db")
-    promotion.promote(models, NAME, 1, why="first", expected_champion=None, ledger=shared)
+    monkeypatch.setattr(ledger, "of", lambda _: shared)
+    monkeypatch.setattr(rejudging, "stale", lambda *_: None)  # no stage made these versions
+    client, _ = store.connect(models)
+    for version in "123":
+        client.set_model_version_tag(NAME, version, "sluice.content_hash", version)
+    console = Console(width=200, color_system=None)
+    commands.promote(models, NAME, "1", "first", None, console)
     shared.write("intent", Promotion.begin(models, "promote", [Move(NAME, "1", "2", "1")], "bob", "cut off"))
-    store.connect(models)[0].set_registered_model_alias(NAME, "champion", "2")
-    promotion.rollback(models, NAME, why="bad", expected_champion=2, ledger=shared)
+    client.set_registered_model_alias(NAME, "champion", "2")
+    assert len(promotion.unfinished(models)) == 1
+    commands.rollback(models, NAME, "bad", "2", console)
     assert [state for state, _ in shared.entries()] == ["intent", "done"] * 3
-    assert aliases(models) == ("1", None) and states(models) == []
+    assert aliases(models) == ("1", None)
+    release = Promotion.begin(models, "promote", [Move(NAME, "1", "3", "1")], "ada", "all", f"{NAME} 3")
+    shared.write("done", release)
+    client.set_registered_model_alias(NAME, "champion", "3")
+    # A rollback would go back to version 1, which the journal alone says: no alias and no tag does
+    assert [one.name for one in gc._versions(models, client)] == [f"{NAME} 2"]
+    commands.rollback_release(models, "bad too", console)
+    assert aliases(models)[0] == "1" and shared.entries()[-1][1].release == f"{NAME} 3"
+    with console.capture() as printed:
+        commands.history(models, None, console)
+    assert f"rollback (release {NAME} 3)" in printed.get()
+    assert not FileLedger(models).journal.exists() and not FileLedger(models).lock.exists()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ A promotion holds the ledger, writes what it means to do (`intent`), does it, an
 ledger next finishes or undoes what a crash cut off (`pipelines.core.moves`). Lock and journal are one interface,
 since a lock that several hosts share is worth nothing without a journal that they share. `FileLedger` is for one
 clone and its worktrees: `flock` on `.sluice/locks/promotion`, lines of JSON in `.sluice/registry/promotions.jsonl`. A
-database takes its place by the same three methods, where several clones, of one machine or more, promote in one store.
+database takes its place by the same three methods, where several clones, of one machine or more, promote in one store:
+`of` is what gives it to everybody.
 """
 
 from __future__ import annotations
@@ -175,6 +176,11 @@ class FileLedger:
             file.write(json.dumps({"state": state, **promotion.to_json()}) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def of(root: Path) -> Ledger:
+    """The ledger of a repository: the one place that says what it is."""
+    return FileLedger(root)
 
 
 def now() -> str:

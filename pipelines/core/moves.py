@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.core import best, hooks, store, versions
+from pipelines.core import ledger as ledgers
 from pipelines.core.environment import STATE
 from pipelines.core.errors import GateError, StoreUnavailable
-from pipelines.core.ledger import FileLedger, Ledger, Promotion
+from pipelines.core.ledger import Ledger, Promotion
 from pipelines.core.policy import CHAMPION
 
 PREVIOUS = "previous"
@@ -110,7 +111,7 @@ def settled(root: Path, model: str) -> Path:
 
 @contextlib.contextmanager
 def desk(root: Path, ledger: Ledger | None) -> Iterator[Desk]:
-    """Hold the ledger (this clone's when none is given), with what a crash cut off brought to its end first.
+    """Hold the ledger (`ledger.of` gives it when None), with what a crash cut off brought to its end first.
 
     What is done meanwhile is told to the hooks once the ledger is free: a slow one holds up nobody.
 
@@ -118,7 +119,7 @@ def desk(root: Path, ledger: Ledger | None) -> Iterator[Desk]:
         StoreUnavailable: the store is away; the message tells of a promotion that it cut off.
         LedgerHeld: another promotion does not come to its end.
     """
-    ledger = ledger or FileLedger(root)
+    ledger = ledger or ledgers.of(root)
     try:
         client, _ = store.connect(root)
         opened = Desk(root, client, ledger)

@@ -12,8 +12,9 @@ import contextlib
 from pathlib import Path
 
 from pipelines.core import best, moves, policy, store, versions
+from pipelines.core import ledger as ledgers
 from pipelines.core.errors import GateError
-from pipelines.core.ledger import FileLedger, Ledger, LedgerHeld, Move, Promotion, State
+from pipelines.core.ledger import Ledger, LedgerHeld, Move, Promotion, State
 from pipelines.core.moves import FROM, PREVIOUS
 
 
@@ -32,7 +33,7 @@ def promote(
     Args:
         who: a person or a flow; the name of the logged-in user when empty.
         expected_champion: the champion the caller saw and means to replace, None for none.
-        ledger: the file ledger of this clone when None.
+        ledger: that of `ledger.of` when None.
 
     Raises:
         GateError: no such version, its gate did not pass or was asked about another champion, or the champion
@@ -98,7 +99,7 @@ def recover(root: Path) -> None:
         StoreUnavailable: something is open, and the store is away.
         UserError: see `FileLedger.entries`.
     """
-    if moves.begun(root, FileLedger(root)):
+    if moves.begun(root, ledgers.of(root)):
         with contextlib.suppress(LedgerHeld), moves.desk(root, None):
             pass
 
@@ -109,7 +110,7 @@ def unfinished(root: Path) -> list[str]:
     Raises:
         UserError: see `FileLedger.entries`.
     """
-    return [moves.told(one) for one in moves.begun(root, FileLedger(root))]
+    return [moves.told(one) for one in moves.begun(root, ledgers.of(root))]
 
 
 def behind(desk: moves.Desk, model: str, now: str | None, target: str | None) -> str | None:
@@ -171,8 +172,8 @@ def _tags(root: Path, model: str, version: str) -> dict[str, str]:
 
 
 def history(root: Path) -> list[tuple[State, Promotion]]:
-    """The journal of this clone: every intent and what became of it, oldest first."""
-    return FileLedger(root).entries()
+    """The journal: every intent and what became of it, oldest first."""
+    return ledgers.of(root).entries()
 
 
 def point_best(root: Path, stage: str) -> str | None:
