@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from flows import failures, news, overrides, sources, stages, workspace
-from flows.supervise import Crew
+from flows.supervise import detached_environment, run_within
 from flows.workspace import Workspace
 from pipelines.core import artifacts, graph, store
-from pipelines.core.environment import STATE
 from pipelines.core.errors import ArtifactError, GateError, StoreUnavailable, UserError
 
 RETRY_SECONDS = [60.0, 600.0]  # a store or a remote that is away
@@ -171,27 +169,18 @@ def _push(place: Workspace) -> None:
 
 
 def work(place: Workspace, command: list[str], hours: float) -> None:
-    """Run a command in a workspace, under a supervisor; its output goes to the clone's `.sluice/logs/runs/`.
+    """Run a command in a workspace, under a supervisor; its output goes to the run's log.
 
     Raises:
         UserError: it failed; of the kind that its exit code says, with the last lines it printed.
     """
-    log = place.root / STATE / "logs" / "runs" / f"{place.name}.log"
-    begun = log.stat().st_size if log.exists() else 0
-    crew = Crew()
     # A store that is named relative to the clone, sqlite:///mlflow.db, would be one of the worktree, and go with it
-    environment = workspace.environment() | {"MLFLOW_TRACKING_URI": store.address(place.root)}
-    try:
-        code = crew.start(command, place.place, log, environment).wait(hours * 3600)
-    except subprocess.TimeoutExpired:
-        raise failures.StageFailed(f"took longer than {hours:g} hours and was stopped; see {log}") from None
-    finally:
-        crew.stop()
+    environment = detached_environment() | {"MLFLOW_TRACKING_URI": store.address(place.root)}
+    code, lines = run_within(hours * 3600, command, place.place, place.log, environment)
+    if code is None:
+        raise failures.StageFailed(f"took longer than {hours:g} hours and was stopped; see {place.log}")
     if code == 0:
         return
-    with log.open("rb") as file:
-        file.seek(begun)
-        lines = [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
     kinds: dict[int, type[UserError]] = {2: UserError, 3: GateError, StoreUnavailable.exit_code: StoreUnavailable}
     kinds |= dict.fromkeys(failures.KILL_CODES, failures.StageKilled)
     raise kinds.get(code, failures.StageFailed)("\n".join(lines[-LAST_LINES:]) or f"exit code {code}, nothing printed")

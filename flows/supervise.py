@@ -11,6 +11,7 @@ This file is both sides: `Crew` is what a flow uses; run as a script it is the s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -85,10 +86,34 @@ class Crew:
             self._running.discard(process)
 
 
+def run_within(
+    seconds: float, command: list[str], cwd: Path, log: Path, env: dict[str, str]
+) -> tuple[int | None, list[str]]:
+    """Run one command under a supervisor, output appended to `log`, and stop it when its time is over.
+
+    Returns its exit code, None where it was stopped for that, and the lines it printed that are not blank.
+    """
+    begun = log.stat().st_size if log.exists() else 0
+    crew, code = Crew(), None
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = crew.start(command, cwd, log, env).wait(seconds)
+    finally:
+        crew.stop()
+    with log.open("rb") as file:
+        file.seek(begun)
+        return code, [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+
+
 def child_environment(**more: str) -> dict[str, str]:
     """This process's environment for a child that must use the same virtual environment."""
     here = str(Path(sys.executable).parent)
     return {**os.environ, "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}", **more}
+
+
+def detached_environment() -> dict[str, str]:
+    """For a child that has a flow run of its own: nothing of the flow run that starts it."""
+    return {key: value for key, value in child_environment().items() if not key.startswith("PREFECT__")}
 
 
 def _close(process: subprocess.Popen[bytes]) -> None:

@@ -27,13 +27,14 @@ from typing import Any
 import yaml
 
 from flows import run_locks
-from flows.supervise import child_environment
+from flows.supervise import detached_environment, run_within
 from pipelines.core import artifacts, store
 from pipelines.core.environment import STATE, WORK
 from pipelines.core.errors import StoreUnavailable, UserError
 
 BRANCH = "runs/"
 PAUSES = (5.0, 30.0)  # seconds, before a remote that gave nothing is asked again
+DVC_HOURS = 3.0  # for one command: 13 GB at 10 Mbit/s; what it has moved so far, the next try need not
 CHECKPOINTS = "checkpoints"
 OWN_DATA = "data"  # where a person keeps files of their own; git ignores it, so a worktree does not bring it
 SHARED = ("mlflow", "registry", "locks", "spool", "measured", "huggingface", "inductor", "matplotlib", "prefect")
@@ -57,6 +58,11 @@ class Workspace:
         """Where the run's commits go."""
         return f"{BRANCH}{self.name}"
 
+    @property
+    def log(self) -> Path:
+        """What the run's children print, in the clone: the worktree goes."""
+        return self.root / STATE / "logs" / "runs" / f"{self.name}.log"
+
     def commit(self, message: str) -> str | None:
         """Commit what changed of the files that git knows, `dvc.lock` and metrics. Returns the commit, None if none."""
         git(self.place, "add", "--update")
@@ -73,17 +79,22 @@ class Workspace:
         """Run a `dvc` command here; it waits for DVC's lock. Never with `--quiet`, which hides why it failed.
 
         Raises:
-            StoreUnavailable: it failed; the message is DVC's.
+            StoreUnavailable: it failed, and the message is DVC's; or it took longer than `DVC_HOURS` and was stopped.
         """
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", *words]
-        done = subprocess.run(
-            command, cwd=self.place, env=environment(), capture_output=True, encoding="utf-8", errors="replace"
-        )
-        if done.returncode:
-            lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip() and _ADVICE not in line]
-            why = "\n".join(lines[-5:]) or f"exit code {done.returncode}"
-            told = f"dvc {' '.join(words)} in {self.name}: {why}"
-            raise StoreUnavailable(store.without_login(told))  # an address of a remote may hold one
+        raw = self.place / STATE / "dvc.log"  # goes with the worktree: an address of a remote may hold a log-in
+        raw.touch(mode=0o600)
+        unbuffered = detached_environment() | {"PYTHONUNBUFFERED": "1"}  # so that why it failed is what it printed last
+        code, lines = run_within(DVC_HOURS * 3600, command, self.place, raw, unbuffered)
+        lines = [store.without_login(line) for line in lines if _ADVICE not in line]
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a", encoding="utf-8") as log:
+            log.writelines(f"{line}\n" for line in lines)
+        if code != 0:
+            why = "\n".join(lines[-5:]) or f"exit code {code}"
+            if code is None:
+                why = f"took longer than {DVC_HOURS:g} hours and was stopped; see {self.log}"
+            raise StoreUnavailable(store.without_login(f"dvc {' '.join(words)} in {self.name}: {why}"))
 
     def fetch(self, *outputs: str) -> None:
         """Get from DVC's remote what the cache lacks of outputs (all, if none is named); it is asked more than once.
@@ -108,11 +119,6 @@ class Workspace:
             StoreUnavailable: the remote does not take them; they stay in the cache.
         """
         self.dvc("push", "--run-cache")
-
-
-def environment() -> dict[str, str]:
-    """For a child that has a flow run of its own: nothing of the flow run that starts it."""
-    return {key: value for key, value in child_environment().items() if not key.startswith("PREFECT__")}
 
 
 @contextlib.contextmanager

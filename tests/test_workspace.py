@@ -6,21 +6,26 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import fake_repository as fake
+import psutil
 import pytest
 import station
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Crashed, Failed, Pending
+from processes import has_ended
 
 from flows import backfill, failures, isolated, overrides, run_locks, sources, stages, workspace
 from flows.isolated import run_name
+from flows.supervise import detached_environment
 from pipelines.core import lineage, store
 from pipelines.core.errors import ArtifactError, ParamsError, StoreUnavailable, UserError
 
@@ -54,7 +59,7 @@ def change_params(place: Path) -> None:
 
 
 def dvc(place: Path, *words: str) -> None:
-    subprocess.run([sys.executable, "-m", "dvc", *words], cwd=place, env=workspace.environment(), check=True)
+    subprocess.run([sys.executable, "-m", "dvc", *words], cwd=place, env=detached_environment(), check=True)
 
 
 def test_a_run_has_the_commits_files_and_outputs_and_the_working_copy_stays_as_it_is(root: Path) -> None:
@@ -264,6 +269,55 @@ def test_why_a_remote_fails_is_told_and_no_password(root: Path, monkeypatch: pyt
         with pytest.raises(StoreUnavailable, match="remote 'http://127.0.0.1:9/store' doesn't exist") as caught:
             run.dvc("remote", "remove", "http://team:planted@127.0.0.1:9/store")
     assert "planted" not in str(caught.value) and "troubles" not in str(caught.value)
+
+
+@pytest.fixture
+def hanging(root: Path) -> Iterator[None]:
+    """A remote that takes the connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        dvc(root, "remote", "add", "-q", "-d", "team", f"http://127.0.0.1:{silent.getsockname()[1]}/store")
+        yield
+
+
+@pytest.mark.usefixtures("hanging")
+def test_a_remote_that_hangs_is_told_with_the_place_of_the_log(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that waits for it has every later one cancelled, and ends in no state that somebody hears of."""
+    monkeypatch.setattr(workspace, "PAUSES", ())
+    monkeypatch.setattr(workspace, "DVC_HOURS", 0.001)
+    with pytest.raises(StoreUnavailable) as caught, workspace.opened(root, "waits"):
+        pass
+    log = root / ".sluice" / "logs" / "runs" / "waits.log"
+    assert str(caught.value) == f"dvc fetch in waits: took longer than 0.001 hours and was stopped; see {log}"
+    assert log.exists() and _dvc_of(root, "waits") == []
+
+
+def test_what_dvc_prints_is_kept_without_a_login(root: Path) -> None:
+    with workspace.opened(root, "prints") as run, pytest.raises(StoreUnavailable):
+        run.dvc("remote", "remove", "http://team:planted@127.0.0.1:9/store")
+    said = (root / ".sluice" / "logs" / "runs" / "prints.log").read_text()
+    assert "remote 'http://127.0.0.1:9/store' doesn't exist" in said
+
+
+def _dvc_of(root: Path, run: str) -> list[psutil.Process]:
+    """DVC's processes that work in a run's place, supervisors included."""
+    place = str(run_locks.folder(root) / run)
+    found = [one for one in psutil.process_iter(["cmdline", "cwd"]) if one.info["cwd"] == place]
+    return [one for one in found if "dvc" in (one.info["cmdline"] or []) and not has_ended(one)]
+
+
+@pytest.mark.usefixtures("hanging")
+def test_a_killed_run_leaves_no_dvc_behind(root: Path, tmp_path: Path) -> None:
+    """It would go on in a worktree that the next run removes."""
+    given = (str(root), str(tmp_path / "never"))
+    process = multiprocessing.get_context("spawn").Process(target=_hold, args=given)
+    process.start()
+    while not (left := _dvc_of(root, "victim")):
+        assert process.is_alive()
+        time.sleep(0.1)
+    os.kill(int(process.pid or 0), signal.SIGKILL)
+    process.join()
+    psutil.wait_procs(left, timeout=60)
+    assert [one for one in left if not has_ended(one)] == [] == _dvc_of(root, "victim")
 
 
 def test_the_key_file_of_a_remote_is_that_of_the_clone(root: Path) -> None:
@@ -502,4 +556,4 @@ def test_a_store_that_is_named_relative_to_the_clone_is_the_clones(root: Path, m
     with workspace.opened(root, "nightly") as run:
         isolated.work(run, [sys.executable, "-c", code], hours=1)
     said = (root / ".sluice" / "logs" / "runs" / "nightly.log").read_text()
-    assert said.strip() == f"sqlite:///{root.resolve()}/mlflow.db" == store.address(root)
+    assert said.splitlines()[-1] == f"sqlite:///{root.resolve()}/mlflow.db" == store.address(root)
