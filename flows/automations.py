@@ -8,7 +8,8 @@ later one. Runs send heartbeats; one that falls silent is marked Crashed. It mus
 that waits for an approval is silent too, but has said that it is suspended.
 
 Notifications are calls of one webhook, `SLUICE_NOTIFY_WEBHOOK`, which Prefect keeps in a block (encrypted): from the
-server, since a process that was killed tells nobody.
+server, since a process that was killed tells nobody. Of cancelled runs they tell those that a deployment's limit kept
+from starting, since one that hangs cancels all that come after it; not those that a person cancelled.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ WEBHOOK = "SLUICE_NOTIFY_WEBHOOK"
 HEARTBEAT_SECONDS = 30  # the least that Prefect allows
 SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS  # a machine under load may be late; nobody is, by two beats
 ZOMBIES, TROUBLE, NEWS = "sluice: zombies", "sluice: runs that ended badly", "sluice: drift and approvals"
+SKIPPED = "sluice: runs that another one kept from starting"
+LIMIT_MESSAGE = "Deployment concurrency limit reached*"  # of Prefect's state `Cancelled`, where CANCEL_NEW set it
 # Jinja, filled in by Prefect; `text` is what chat systems show.
 _RUN_TEXT = '{"text": {{ ("sluice: run " ~ flow_run.name ~ " of " ~ flow.name ~ ": " ~ flow_run.state.name ~ ". " ~ (flow_run.state.message or "")) | tojson }}}'  # noqa: E501
 _NEWS_TEXT = '{"text": {{ event.payload["message"] | tojson }}, "event": {{ event.event | tojson }}}'
@@ -83,8 +86,19 @@ def automations(webhook: UUID | None) -> list[AutomationCore]:
     if webhook is not None:
         bad = {f"prefect.flow-run.{state}" for state in ("Failed", "Crashed", "TimedOut")}
         ended = EventTrigger(match=runs, match_related=ours, expect=bad, posture=Posture.Reactive, threshold=1)
+        late = EventTrigger(
+            match={**runs, "prefect.state-message": LIMIT_MESSAGE},
+            match_related=ours,
+            expect={"prefect.flow-run.Cancelled"},
+            posture=Posture.Reactive,
+            threshold=1,
+        )
         news = EventTrigger(expect={"sluice.*"}, posture=Posture.Reactive, threshold=1)
-        for name, trigger, payload in ((TROUBLE, ended, _RUN_TEXT), (NEWS, news, _NEWS_TEXT)):
+        for name, trigger, payload in (
+            (TROUBLE, ended, _RUN_TEXT),
+            (SKIPPED, late, _RUN_TEXT),
+            (NEWS, news, _NEWS_TEXT),
+        ):
             call = CallWebhook(block_document_id=webhook, payload=payload)
             found.append(AutomationCore(name=name, trigger=trigger, actions=[call]))
     return found
@@ -106,7 +120,7 @@ async def _set_up() -> None:
         wanted = automations(await _block())
         for one in wanted:
             await _write(client, one)
-        for name in {TROUBLE, NEWS} - {one.name for one in wanted}:
+        for name in {TROUBLE, SKIPPED, NEWS} - {one.name for one in wanted}:
             for old in await client.read_automations_by_name(name):
                 await client.delete_automation(old.id)
 

@@ -16,11 +16,14 @@ import threading
 import time
 import urllib.error
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import fake_repository as fake
+import prefect
 import psutil
 import pytest
 import station
@@ -264,6 +267,24 @@ def test_silence_is_three_heartbeats_and_news_need_a_webhook() -> None:
     assert zombies.trigger.expect == {"prefect.flow-run.*"}  # one that is suspended has said so, and is no zombie
 
 
+def test_a_run_that_another_keeps_from_starting_is_told_and_one_that_a_person_cancels_is_not() -> None:
+    from prefect.server.events.schemas.automations import EventTrigger
+    from prefect.server.events.schemas.events import ReceivedEvent
+
+    limit = "Deployment concurrency limit reached."
+    rules = Path(prefect.__file__).parent / "server" / "orchestration" / "core_policy.py"
+    assert rules.read_text(encoding="utf-8").count(f'message="{limit}"') == 2, "of a run that starts, and of a late one"
+    triggers = {one.name: one.trigger.model_dump(mode="json") for one in automations.automations(uuid4())}
+    tag = {"prefect.resource.id": f"prefect.tag.{automations.TAG}", "prefect.resource.role": "tag"}
+    for message, told in ((limit, [automations.SKIPPED]), ("Cancelled by a person", []), ("", [])):
+        resource = {"prefect.resource.id": f"prefect.flow-run.{uuid4()}", "prefect.state-message": message}
+        event = ReceivedEvent(
+            occurred=datetime.now(UTC), event="prefect.flow-run.Cancelled", resource=resource, related=[tag], id=uuid4()
+        )
+        covered = [name for name, one in triggers.items() if EventTrigger.model_validate(one).covers(event)]
+        assert [name for name in covered if name != automations.ZOMBIES] == told
+
+
 # With real servers
 
 
@@ -400,12 +421,12 @@ def test_a_killed_engine_is_marked_crashed_somebody_hears_and_the_next_run_goes_
 @pytest.mark.live
 def test_servers_that_are_killed_come_back_with_every_record(clone: Path, api: Api) -> None:
     before = {one["id"] for one in api.runs("train")}
-    prefect = next(
+    api_server = next(
         process
         for process in psutil.Process(servers.state(clone)["pid"]).children(recursive=True)  # type: ignore[index]
         if "uvicorn" in (line := _command(process)) and "supervise" not in " ".join(line)
     )
-    prefect.kill()
+    api_server.kill()
     assert before <= until(lambda: {one["id"] for one in api.runs("train")}, 5 * MINUTES)
     keeper = psutil.Process(servers.state(clone)["pid"])  # type: ignore[index]
     family = keeper.children(recursive=True)
@@ -414,7 +435,7 @@ def test_servers_that_are_killed_come_back_with_every_record(clone: Path, api: A
     assert [one for one in alive if not has_ended(one)] == []
     again = Api(_start(clone)["prefect"])
     assert before <= {one["id"] for one in again.runs("train")}
-    assert len(again("/automations/filter")) == 3  # set up twice, there once
+    assert len(again("/automations/filter")) == 4  # set up twice, there once
     assert again("/work_pools/sluice", method="GET")["concurrency_limit"] == automations.RUNS_AT_ONCE
 
 
