@@ -1,9 +1,10 @@
 """The flow behind the deployment `evaluate`: is what was accepted still good on today's data, and are they the same?
 
-In a worktree at a commit (flows/workspace.py) every champion is measured again, and the data are compared with those
-that the champions were made from (flows/remeasure.py, a child that ends with the flow). The answers are a table in
-Prefect; what has drifted is an event `sluice.drift`, one for each model or table, which somebody hears of
-(flows/automations.py). Nothing is promoted or taken back by this.
+In a worktree at a commit (flows/workspace.py) the stages without parents make today's data; DVC runs nothing where
+sources, code and params are those of the commit's `dvc.lock`. On these data every champion is measured again, and they
+are compared with those that the champions were made from (flows/remeasure.py, a child that ends with the flow). The
+answers are a table in Prefect; what has drifted is an event `sluice.drift`, one for each model or table, which somebody
+hears of (flows/automations.py). Nothing is committed, promoted or taken back by this.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from flows import news, workspace
-from flows.isolated import may_retry, run_name, work
+from flows.isolated import may_retry, run_name, run_stages, work
 from flows.workspace import Workspace
+from pipelines.core import graph
 from pipelines.core.environment import STATE
 
 COLUMNS = ("about", "before", "now", "size", "allowed", "p", "drifted")
@@ -28,19 +30,26 @@ COLUMNS = ("about", "before", "now", "size", "allowed", "p", "drifted")
 
 @flow(name="evaluate")
 def evaluate(root: str = ".", revision: str = "HEAD", hours: float = 2.0) -> list[str]:
-    """Measure champions and data of a commit against what was accepted. Returns what has drifted, in words.
+    """Measure champions and today's data against what was accepted. Returns what has drifted, in words.
+
+    Args:
+        root: the clone; a deployment's working directory.
+        revision: the commit whose code and params make the data and measure.
+        hours: how long the data may take, and then the measurement.
 
     Raises:
-        UserError: no such commit, or a model cannot be measured.
+        UserError: no such commit, data that are refused, or a model cannot be measured.
         StoreUnavailable: a store is away.
     """
     news.begin()
     name = run_name(str(flow_run.name), str(flow_run.id))
     with workspace.opened(Path(root).resolve(), name, revision) as place:
+        first = [spec.name for spec in graph.load(place.place).values() if not spec.parents]
+        run_stages(place, first, True, hours)
         answers = place.place / STATE / "evaluate.json"
         _measure(place, answers, hours)
         found = json.loads(answers.read_text(encoding="utf-8"))
-    create_markdown_artifact(page(found), key="drift", description=f"champions and data at {place.base[:12]}")
+    create_markdown_artifact(page(found), key="drift", description=f"champions on today's data, at {place.base[:12]}")
     drifted = [row for row in found["rows"] if row["drifted"]]
     for row in drifted:
         news.tell("drift", row["about"].split()[0], told(row))

@@ -74,7 +74,7 @@ def isolated_run(
         wanted = only or stages.look(place.place).between(from_stage, until_stage)
         trouble: UserError | None = None
         try:
-            _stages(place, wanted, bool(only or from_stage), hours)
+            run_stages(place, wanted, bool(only or from_stage), hours)
         except UserError as error:
             trouble = error
         except BaseException:  # cancelled: what is done is kept, nothing more is begun
@@ -156,8 +156,17 @@ def may_retry(task: Any, run: Any, state: Any) -> bool:
 
 
 @task(name="stages", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=RETRY_SECONDS, retry_condition_fn=may_retry)
-def _stages(place: Workspace, wanted: list[str], only: bool, hours: float) -> None:
-    """`sluice run` in the worktree, with the worktree's own code."""
+def run_stages(place: Workspace, wanted: list[str], only: bool, hours: float) -> None:
+    """`sluice run` in the worktree, with the worktree's own code.
+
+    Args:
+        wanted: the stages, and what they depend on.
+        only: without what they depend on: what stands of it is taken as it is.
+        hours: how long they may take.
+
+    Raises:
+        UserError: as `work`.
+    """
     command = [sys.executable, "-m", "flows.cli", "run", "--plain", *(["--only"] if only else []), *wanted]
     work(place, command, hours)
 

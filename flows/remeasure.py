@@ -63,8 +63,7 @@ def measure(root: Path) -> Found:
                 champions.append((references.resolve(client, f"{name}/{number}"), rules))
         if champions and not today.exists():
             raise ArtifactError(
-                f"no data to measure on: {today.relative_to(root)} of this commit is neither in DVC's cache nor in its "
-                "remote. `dvc push` where it was made, or run the commit's stages here"
+                f"no data to measure on: there is no {today.relative_to(root)} in {root}; `sluice run` makes it"
             )
         for entry, rules in champions:
             if not any(rule.score for rule in rules.comparisons):

@@ -195,7 +195,7 @@ def test_a_champion_that_cannot_be_measured_is_a_note_and_the_others_are_measure
     assert [row["about"] for row in found.rows()] == ["sluice-base 1 bits"]
     assert "sluice-sft 1 has no evaluation.parquet in the store" in found.notes[0]
     data = (root / "artifacts" / "data").rename(root / "elsewhere")
-    with pytest.raises(ArtifactError, match="no data to measure on: artifacts/data of this commit is neither in DVC's"):
+    with pytest.raises(ArtifactError, match="no data to measure on: there is no artifacts/data in"):
         remeasure.measure(root)
     data.rename(root / "artifacts" / "data")
     broken["pretrain"] = StoreUnavailable("away")

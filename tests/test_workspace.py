@@ -23,10 +23,10 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Crashed, Failed, Pending
 from processes import has_ended
 
-from flows import backfill, failures, isolated, overrides, run_locks, sources, stages, workspace
+from flows import backfill, evaluate, failures, isolated, overrides, run_locks, sources, stages, workspace
 from flows.isolated import run_name
 from flows.supervise import detached_environment
-from pipelines.core import lineage, store
+from pipelines.core import artifacts, lineage, store
 from pipelines.core.errors import ArtifactError, ParamsError, StoreUnavailable, UserError
 
 
@@ -400,7 +400,7 @@ def test_from_a_stage_on_what_it_needs_is_taken_as_it_stands(root: Path, monkeyp
     asked: list[tuple[list[str], bool]] = []
     monkeypatch.setattr(isolated, "run_name", lambda *_: "nightly")
     monkeypatch.setattr(isolated, "create_markdown_artifact", lambda *_, **__: None)
-    monkeypatch.setattr(isolated, "_stages", lambda _, wanted, only, hours: asked.append((wanted, only)))
+    monkeypatch.setattr(isolated, "run_stages", lambda _, wanted, only, hours: asked.append((wanted, only)))
     for given in ({"from_stage": "left"}, {"until_stage": "left"}, {"only": ["right"]}, {}):
         isolated.isolated_run.fn(str(root), **given)
     every = ["data", "left", "right", "report"]
@@ -417,10 +417,41 @@ def test_files_that_overrides_name_are_deps_before_a_stage_runs(root: Path, monk
     seen: list[str] = []
     monkeypatch.setattr(isolated, "run_name", lambda *_: "nightly")
     monkeypatch.setattr(isolated, "create_markdown_artifact", lambda *_, **__: None)
-    monkeypatch.setattr(isolated, "_stages", lambda run, *_: seen.append(workspace.git(run.place, "status", "-s")))
+    monkeypatch.setattr(isolated, "run_stages", lambda run, *_: seen.append(workspace.git(run.place, "status", "-s")))
     isolated.isolated_run.fn(str(root), params=["data.sources=[{path: data/mine.jsonl, table: corpus}]"])
     assert seen == [""], "what is registered names a commit that makes it again"
     assert "- data/mine.jsonl" in workspace.git(root, "show", "runs/nightly:dvc.yaml")
+
+
+def test_an_evaluation_measures_todays_data_and_keeps_none(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took those of the commit, so what has come since was never seen, and an older one passed for today's."""
+    mine, code = root / "data" / "mine.jsonl", (root / "stage.py").read_text()
+    copies = '.write_text((root / "data/mine.jsonl").read_text() if name == "data" else name)'
+    (root / "stage.py").write_text(code.replace(".write_text(name)", copies))
+    mine.parent.mkdir()
+    mine.write_text('{"text": "then"}')
+    shutil.copy(fake.ROOT / ".gitignore", root)
+    overrides.apply(root, ["data.sources=[{path: data/mine.jsonl, table: corpus}]"])
+    sources.keep(root)
+    dvc(root, "repro", "-q", "-s", "data")
+    assert fake.ran(root) == ["data"]
+    before = station.commit(root, "data of one's own"), workspace.git(root, "branch", "--list")
+    measured: list[tuple[str, list[str]]] = []
+
+    def measure(run: workspace.Workspace, answers: Path, hours: float) -> None:
+        measured.append(((run.place / "artifacts" / "data" / "made.txt").read_text(), fake.ran(run.place)))
+        artifacts.write_json(answers, {"rows": [], "notes": []})
+
+    monkeypatch.setattr(evaluate, "run_name", lambda *_: "weekly")
+    monkeypatch.setattr(evaluate, "create_markdown_artifact", lambda *_, **__: None)
+    monkeypatch.setattr(evaluate, "run_stages", isolated.run_stages.fn)
+    monkeypatch.setattr(evaluate, "_measure", measure)
+    for text in ("then", "now"):
+        mine.write_text(f'{{"text": "{text}"}}')
+        assert evaluate.evaluate.fn(str(root)) == []
+    assert measured == [('{"text": "then"}', []), ('{"text": "now"}', ["data"])]
+    assert (workspace.resolve(root, "HEAD"), workspace.git(root, "branch", "--list")) == before
+    assert workspace.git(root, "status", "--porcelain") == ""
 
 
 def test_overrides_are_written_as_the_values_they_are(root: Path) -> None:
