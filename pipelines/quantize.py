@@ -54,7 +54,7 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
 
     Raises:
         ParamsError: a dial that does not fit the model.
-        ArtifactError: a model that cannot be made smaller, or does not fit into memory; a GGUF file too far from it.
+        ArtifactError: a model that cannot be made smaller, or does not fit into memory.
         Stopped: a signal came; the variants that are finished are kept.
     """
     from pipelines.core import packing, policy_answers, quantization, quantization_checks, quantize_evaluation, variants
@@ -109,11 +109,17 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
         del original
 
     # 3. Files that leave this project's registry, and so its gate, are judged here.
-    quantization_checks.refuse_missed([budget for one in told.values() for budget in one.missed])
+    absent = {}
+    for name, why in skipped.items():  # of an error its class alone: what follows has paths of a machine in it
+        absent[name] = f"was not made: this machine cannot run it ({why.partition(':')[0]})"
+    for name, why in [missed for one in told.values() for missed in one.missed.items()]:
+        del made[name]
+        absent[name] = f"was withheld: {why}"
+        context.say(f"{name} {absent[name]}")
 
     # 4. Speeds, in turns; then everything with its card.
     quantize_evaluation.speeds(quantization.timed(subjects, made), context)
-    _publish(params, subjects, made, told, held_out, prompts, metrics, skipped, outputs, context)
+    _publish(params, subjects, made, told, held_out, prompts, metrics, absent, outputs, context)
     return metrics
 
 
@@ -125,7 +131,7 @@ def _publish(
     held_out: HeldOut,
     prompts: list[Prompt],
     metrics: dict[str, float],
-    skipped: dict[str, str],
+    absent: dict[str, str],
     outputs: Path,
     context: StageContext,
 ) -> None:
@@ -140,7 +146,7 @@ def _publish(
         target = outputs / ("gguf" if variant in variants.GGUF else "models") / name
         shutil.copytree(place, target)
         layers = [row for one in told.values() for row in one.layers if row["variant"] == name]
-        page = quantize_card.card(name, subject, variant, params, metrics, layers, skipped)
+        page = quantize_card.card(name, subject, variant, params, metrics, layers, absent)
         artifacts.write_text(target / "README.md", page)
     every = {column: bits for one in told.values() for column, bits in one.bits.items()}
     held_out.write(outputs / "evaluation.parquet", every)
@@ -151,6 +157,6 @@ def _publish(
     pareto = quantize_card.pareto(subjects, made, metrics)
     pd.DataFrame(pareto).to_csv(outputs / "pareto.csv", index=False, lineterminator="\n")
     page = quantize_card.samples(prompts, {name: said for one in told.values() for name, said in one.said.items()},
-                                 params.samples, skipped)  # fmt: skip
+                                 params.samples, absent)  # fmt: skip
     context.say(page)
     artifacts.write_text(outputs / "samples.md", page)

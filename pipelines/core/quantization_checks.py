@@ -126,28 +126,18 @@ def check_memory(subjects: Sequence[Subject], available: int, aware: bool = Fals
             )
 
 
-def missed(name: str, variant: str, loss: float, agreement: float | None) -> list[str]:
+def missed(variant: str, loss: float, agreement: float) -> list[str]:
     """The budgets that a GGUF file does not keep, in words; none of another variant, which the registry's gate judges.
 
     Args:
         loss: share of the original's bits that it needs more.
-        agreement: share of the tokens at which both find the same one likeliest; None where the file was read in a type
-            coarser than the original's, so that what differs is not the file's.
+        agreement: share of the tokens at which both find the same one likeliest.
     """
     if variant not in variants.GGUF:
         return []
     found = []
     if not loss <= GGUF_LOSS[variant]:
-        found.append(f"{name} loses {loss:.2%} of the original's bits per byte (accepted: {GGUF_LOSS[variant]:.0%})")
-    if variant == "gguf-f16" and agreement is not None and not agreement >= F16_AGREEMENT:
-        found.append(f"{name} finds the original's likeliest token at {agreement:.2%} (accepted: {F16_AGREEMENT:.0%})")
+        found.append(f"it loses {loss:.2%} of the original's bits per byte (accepted: {GGUF_LOSS[variant]:.0%})")
+    if variant == "gguf-f16" and not agreement >= F16_AGREEMENT:
+        found.append(f"it finds the original's likeliest token at {agreement:.2%} (accepted: {F16_AGREEMENT:.0%})")
     return found
-
-
-def refuse_missed(found: Sequence[str]) -> None:
-    """Raises ArtifactError where GGUF files miss budgets (`missed`), which are all told."""
-    if found:
-        raise ArtifactError(
-            f"quantize: {'; '.join(found)}. Nothing was published: leave these out of quantize.variants and "
-            "quantize.student_variants, or take a format of more bits"
-        )

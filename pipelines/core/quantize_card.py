@@ -35,13 +35,13 @@ def card(
     params: QuantizeParams,
     metrics: Mapping[str, float],
     layers: Sequence[Mapping[str, Any]],
-    skipped: Mapping[str, str],
+    absent: Mapping[str, str],
 ) -> str:
     """Model card, with the front matter the hub reads. Figures of a machine are not in it: they differ by machine.
 
     Args:
         layers: rows of `layers.csv` of this variant.
-        skipped: variants that could not be run where it was made, and why.
+        absent: variants that were asked for and are not there, and in words why.
     """
     gguf = variant in variants.GGUF
     library = "gguf" if gguf else "transformers"
@@ -67,7 +67,7 @@ def card(
         told = ", ".join(f"{row['layer']} {row['error']:.2%}" for row in worst)
         lines.append(f"Layers whose outputs are furthest off (`layers.csv` has all): {told}.")
     lines.append(NOT_TIMED if gguf else _loading(variant, subject.classifier))
-    lines += _skipped(skipped)
+    lines += _told(absent)
     return "\n".join(lines) + "\n"
 
 
@@ -111,17 +111,13 @@ def pareto(
     return rows
 
 
-def _skipped(skipped: Mapping[str, str]) -> list[str]:
-    """The error's class alone: what follows has paths of a machine in it, and is told while the stage runs."""
-    return [
-        f"\n`{variant}` was not made: this machine cannot run it ({reason.partition(':')[0]})."
-        for variant, reason in skipped.items()
-    ]
+def _told(absent: Mapping[str, str]) -> list[str]:
+    return [f"\n`{variant}` {why}." for variant, why in absent.items()]
 
 
-def samples(prompts: Sequence[Prompt], said: Mapping[str, Said], count: int, skipped: Mapping[str, str]) -> str:
-    """Greedy answers of all variants to the first `count` held-out prompts, and what was skipped."""
-    lines = ["# Answers to held-out prompts, greedy", *_skipped(skipped)]
+def samples(prompts: Sequence[Prompt], said: Mapping[str, Said], count: int, absent: Mapping[str, str]) -> str:
+    """Greedy answers of all variants to the first `count` held-out prompts, and what is absent."""
+    lines = ["# Answers to held-out prompts, greedy", *_told(absent)]
     for number, prompt in enumerate(prompts[:count]):
         lines.append(f"\n**Prompt:** {cards.inline(prompt.text)}\n")
         lines += [f"- *{name}*: {cards.inline(one.greedy.texts[number][0])}" for name, one in said.items()]

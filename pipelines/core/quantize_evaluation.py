@@ -43,7 +43,7 @@ class Told(NamedTuple):
     bits: dict[str, list[float]]  # of each held-out text, the original's under the subject's name
     said: dict[str, Said]
     layers: list[dict[str, Any]]  # rows of layers.csv
-    missed: list[str]  # budgets of GGUF files that they do not keep
+    missed: dict[str, str]  # by full name of a GGUF file, the budgets that it does not keep
 
 
 def language_model(
@@ -64,7 +64,7 @@ def language_model(
         original: in the context's type.
         rows: token ids of a few calibration rows, for the errors of the layers.
     """
-    told = Told({}, {}, {}, [], [])
+    told = Told({}, {}, {}, [], {})
     whole = whole_name(subject)
     known = compression.reference(original, tokenizer, list(held_out.texts))
     exact = compression.compare(known, original)
@@ -83,11 +83,10 @@ def language_model(
             model = variants.load(place, variant, original=subject.place)
             errors = compression.layer_errors(original, model, rows, variants.weight_of)
             model = variants.dense(model, variant)
-            coarser = model.dtype.itemsize < original.dtype.itemsize
             for value in model.parameters() if variant in variants.GGUF else ():
                 value.data = value.data.to(original.dtype)  # compared in one type: what differs is the file's
             lost = compression.compare(known, model)
-            return {**lost._asdict(), "layers": errors, "coarser": coarser}
+            return {**lost._asdict(), "layers": errors}
 
         found = kept(context, f"measured-{name}", measured)
         told.bits[name] = found["bits"]
@@ -104,8 +103,8 @@ def language_model(
             f"{name}/agreement": found["agreement"],
         } | _sizes(name, variant, place, parameters))  # fmt: skip
 
-        agreement = None if found["coarser"] else found["agreement"]
-        told.missed.extend(quantization_checks.missed(name, variant, loss.estimate / per_byte, agreement))
+        if budgets := quantization_checks.missed(variant, loss.estimate / per_byte, found["agreement"]):
+            told.missed[name] = "; ".join(budgets)
 
         def load(variant: str = variant, place: Path = place) -> Any:
             whole = variants.load(place, variant, original=subject.place)

@@ -22,7 +22,8 @@ BNB = ("nf4", "llm-int8")
 
 
 def load(place: Path, kind: str, classifier: bool = False, original: Path | None = None) -> Any:
-    """A model ready to answer on the CPU, its floating-point part in bf16, or in fp32 where bf16 is slow (`cpu.ready`).
+    """A model ready to answer on the CPU, its floating-point part in bf16, or in fp32 where bf16 is slow (`cpu.ready`),
+    and of a GGUF file always.
 
     Args:
         kind: `PLAIN` or the name of a variant.
@@ -171,7 +172,6 @@ def _load(place: Path, kind: str, classifier: bool, original: Path | None) -> An
 
         return bnb_variants.dynamic_int8(AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval())
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    kept = torch.bfloat16 if cpu.multiplies(torch.bfloat16) else torch.float32
     if kind in GGUF:  # as transformers reads it: made dense
         (file,) = place.glob("*.gguf")
         config = AutoConfig.from_pretrained(place, gguf_file=file.name)
@@ -179,5 +179,7 @@ def _load(place: Path, kind: str, classifier: bool, original: Path | None) -> An
         for key in UNREAD:
             if hasattr(known, key):
                 setattr(config, key, getattr(known, key))
-        return auto.from_pretrained(place, gguf_file=file.name, config=config, dtype=kept).eval()
+        # In fp32: half precision has more digits than bf16, whose rounding would be taken for the file's
+        return auto.from_pretrained(place, gguf_file=file.name, config=config, dtype=torch.float32).eval()
+    kept = torch.bfloat16 if cpu.multiplies(torch.bfloat16) else torch.float32
     return auto.from_pretrained(place, dtype=kept).eval()
