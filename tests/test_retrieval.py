@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from test_embedding import tiny
 
-from pipelines.core import fusion, indexing, lexical, nearest, retrieval
+from pipelines.core import fusion, indexing, lexical, nearest, retrieval, serving
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -339,8 +339,8 @@ def test_a_damaged_file_is_named(folder: Path, name: str, tmp_path: Path) -> Non
 
 
 def test_the_files_a_registered_model_carries_need_nothing_else(folder: Path, tmp_path: Path) -> None:
-    for name in ("retrieval", "embedding", "fusion", "lexical", "nearest", "reranking"):
-        shutil.copy(Path(retrieval.__file__).with_name(f"{name}.py"), tmp_path)
+    for place in serving.RETRIEVING:
+        shutil.copy(place, tmp_path)
     code = (
         "import sys; from pathlib import Path; import retrieval; index = retrieval.Index.open(Path(sys.argv[1]))\n"
         "for method in retrieval.METHODS: print(index.search('read_csv', 1, method=method)[0].document)\n"
