@@ -36,7 +36,7 @@ IN_GIT := { [ -e .git ] || git rev-parse --git-dir > /dev/null 2>&1; }
 NO_SCM := '^[[:blank:]]*no_scm *= *true'
 # A server that starts without a database makes it, in eight seconds or more. Not where the environment names another
 # server or database; the one of this folder is meant whatever else Prefect is configured with.
-OWN_PREFECT := ! env | grep -qE '^PREFECT_(HOME|API_URL|(SERVER|API)_DATABASE_[A-Z_]+)=.'
+OWN_PREFECT := [ -z "$$(env | grep -E '^PREFECT_(HOME|API_URL|(SERVER|API)_DATABASE_[A-Z_]+)=.' || true)" ]
 PREFECT_DB := .sluice/prefect/prefect.db
 MLFLOW_PORT ?= 5000
 PREFECT_PORT ?= 4200
