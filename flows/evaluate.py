@@ -19,7 +19,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from flows import news, workspace
+from flows import news, sources, stages, workspace
 from flows.isolated import may_retry, run_name, run_stages, work
 from flows.workspace import Workspace
 from pipelines.core import graph
@@ -45,7 +45,9 @@ def evaluate(root: str = ".", revision: str = "HEAD", hours: float = 2.0) -> lis
     name = run_name(str(flow_run.name), str(flow_run.id))
     with workspace.opened(Path(root).resolve(), name, revision) as place:
         first = [spec.name for spec in graph.load(place.place).values() if not spec.parents]
-        run_stages(place, first, True, hours)
+        sources.keep(place.place)
+        if not stages.look(place.place).suspects().isdisjoint(first):  # `sluice run` of what is fresh judges all models
+            run_stages(place, first, True, hours)
         answers = place.place / STATE / "evaluate.json"
         _measure(place, answers, hours)
         found = json.loads(answers.read_text(encoding="utf-8"))

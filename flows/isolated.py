@@ -21,7 +21,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from flows import failures, news, overrides, sources, stages, workspace
-from flows.supervise import detached_environment, run_within
+from flows.supervise import detached_environment, printed, run_within
 from flows.workspace import Workspace
 from pipelines.core import artifacts, graph, store
 from pipelines.core.errors import ArtifactError, GateError, StoreUnavailable, UserError
@@ -185,11 +185,13 @@ def work(place: Workspace, command: list[str], hours: float) -> None:
     """
     # A store that is named relative to the clone, sqlite:///mlflow.db, would be one of the worktree, and go with it
     environment = detached_environment() | {"MLFLOW_TRACKING_URI": store.address(place.root)}
-    code, lines = run_within(hours * 3600, command, place.place, place.log, environment)
+    begun = place.log.stat().st_size if place.log.exists() else 0
+    code = run_within(hours * 3600, command, place.place, place.log, environment)
     if code is None:
         raise failures.StageFailed(f"took longer than {hours:g} hours and was stopped; see {place.log}")
     if code == 0:
         return
     kinds: dict[int, type[UserError]] = {2: UserError, 3: GateError, StoreUnavailable.exit_code: StoreUnavailable}
     kinds |= dict.fromkeys(failures.KILL_CODES, failures.StageKilled)
+    lines = printed(place.log, begun)
     raise kinds.get(code, failures.StageFailed)("\n".join(lines[-LAST_LINES:]) or f"exit code {code}, nothing printed")

@@ -12,7 +12,7 @@ from rich.console import Console
 from flows import outcome, profiles, run_locks, sources, stages, view
 from flows.board import Board, Row
 from pipelines.core import graph, policy
-from pipelines.core.errors import GateError, StoreUnavailable
+from pipelines.core.errors import GateError, StoreUnavailable, UserError
 from pipelines.core.ledger import LedgerHeld
 from pipelines.core.params import whole
 
@@ -61,10 +61,10 @@ def _catch_up(root: Path, state: stages.State, needed: list[str], console: Conso
 
     board = Board(root, {name: Row(name, "cached") for name in needed})
     stops = whole.load(root / "params.yaml").flow.failed_gate == "stop"
-    trouble: list[GateError | StoreUnavailable | LedgerHeld] = []
+    trouble: list[UserError] = []
     try:
         promotion.recover(root)  # who is champion is asked below
-    except StoreUnavailable as error:
+    except UserError as error:  # a journal that cannot be read holds up neither verdicts nor delivery
         trouble.append(error)
     for name, row in board.rows.items():
         row.metric = outcome.key_metric(root, name, state.shows.get(name))

@@ -47,12 +47,12 @@ def show(root: Path, console: Console) -> None:
     waiting = tracking.backlog(root)
     if waiting:
         console.print(f"spool     {len(waiting)} runs not delivered to MLflow yet; `sluice run` delivers them")
-    for line in promotion.unfinished(root):
-        console.print(f"begun     {line}", markup=False, highlight=False, soft_wrap=True)
     for model, version in registry.champions(root).items():
         console.print(f"champion  {model} {version if version is not None else '(none yet)'}")
         if (one := judged.get(model)) is not None and one.by_hand and one.version != version:
             console.print(f"waits     {model} {one.version} is {one.by_hand}", markup=False)
+    for line in promotion.unfinished(root):
+        console.print(f"begun     {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def why(state: stages.State, name: str) -> str:

@@ -86,23 +86,24 @@ class Crew:
             self._running.discard(process)
 
 
-def run_within(
-    seconds: float, command: list[str], cwd: Path, log: Path, env: dict[str, str]
-) -> tuple[int | None, list[str]]:
+def run_within(seconds: float, command: list[str], cwd: Path, log: Path, env: dict[str, str]) -> int | None:
     """Run one command under a supervisor, output appended to `log`, and stop it when its time is over.
 
-    Returns its exit code, None where it was stopped for that, and the lines it printed that are not blank.
+    Returns its exit code, None where it was stopped for that.
     """
-    begun = log.stat().st_size if log.exists() else 0
     crew, code = Crew(), None
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = crew.start(command, cwd, log, env).wait(seconds)
     finally:
         crew.stop()
-    with log.open("rb") as file:
-        file.seek(begun)
-        return code, [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    return code
+
+
+def printed(log: Path, begun: int) -> list[str]:
+    """The lines of a log from a byte on that are not blank."""
+    lines = log.read_bytes()[begun:].decode("utf-8", "replace").splitlines() if log.exists() else []
+    return [line for line in lines if line.strip()]
 
 
 def child_environment(**more: str) -> dict[str, str]:

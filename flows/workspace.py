@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from flows import run_locks
-from flows.supervise import detached_environment, run_within
+from flows.supervise import detached_environment, printed, run_within
 from pipelines.core import artifacts, store
 from pipelines.core.environment import STATE, WORK
 from pipelines.core.errors import StoreUnavailable, UserError
@@ -39,7 +39,6 @@ CHECKPOINTS = "checkpoints"
 OWN_DATA = "data"  # where a person keeps files of their own; git ignores it, so a worktree does not bring it
 SHARED = ("mlflow", "registry", "locks", "spool", "measured", "huggingface", "inductor", "matplotlib", "prefect")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
-_ADVICE = "Having any troubles?"  # DVC's last line
 _GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # a hook that calls us has set them
 
 
@@ -84,16 +83,17 @@ class Workspace:
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", *words]
         raw = self.place / STATE / "dvc.log"  # goes with the worktree: an address of a remote may hold a log-in
         raw.touch(mode=0o600)
-        unbuffered = detached_environment() | {"PYTHONUNBUFFERED": "1"}  # so that why it failed is what it printed last
-        code, lines = run_within(DVC_HOURS * 3600, command, self.place, raw, unbuffered)
-        lines = [store.without_login(line) for line in lines if _ADVICE not in line]
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as log:
-            log.writelines(f"{line}\n" for line in lines)
+        begun, unbuffered = raw.stat().st_size, {"PYTHONUNBUFFERED": "1"}  # why it failed is what it printed last
+        try:
+            code = run_within(DVC_HOURS * 3600, command, self.place, raw, detached_environment() | unbuffered)
+        finally:  # of a run that is cancelled, too, whose worktree goes with `raw`
+            lines = [store.without_login(line) for line in printed(raw, begun) if "Having any troubles?" not in line]
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as log:
+                log.writelines(f"{line}\n" for line in lines)
         if code != 0:
             why = "\n".join(lines[-5:]) or f"exit code {code}"
-            if code is None:
-                why = f"took longer than {DVC_HOURS:g} hours and was stopped; see {self.log}"
+            why = why if code is not None else f"took longer than {DVC_HOURS:g} hours and was stopped; see {self.log}"
             raise StoreUnavailable(store.without_login(f"dvc {' '.join(words)} in {self.name}: {why}"))
 
     def fetch(self, *outputs: str) -> None:

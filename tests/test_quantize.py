@@ -197,6 +197,7 @@ def test_the_budgets_of_gguf_files() -> None:
         assert told.startswith(f"it loses {most + 0.001:.2%} of the original's bits per byte (accepted: ")
         assert len(checks.missed(variant, math.nan, 1.0)) == 1
     assert checks.missed("gguf-f16", 0.0, 0.98) != []
+    assert checks.missed("gguf-f16", 0.0, None) == []  # an original in fp32 that is computed in bf16
     assert checks.missed("gguf-q8_0", 0.0, 0.9) == []
     assert checks.missed("int8", 0.5, 0.5) == []  # the gate's
 

@@ -298,6 +298,20 @@ def test_what_dvc_prints_is_kept_without_a_login(root: Path) -> None:
     assert "remote 'http://127.0.0.1:9/store' doesn't exist" in said
 
 
+def test_what_dvc_has_printed_stays_when_a_run_is_cancelled(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worktree goes, and with it what DVC has written into."""
+
+    def cancelled(seconds: float, command: list[str], cwd: Path, log: Path, env: dict[str, str]) -> int | None:
+        with log.open("a") as file:
+            file.write("3 files pushed\n")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), workspace.opened(root, "ends") as run:
+        monkeypatch.setattr(workspace, "run_within", cancelled)
+        run.dvc("push")
+    assert (root / ".sluice" / "logs" / "runs" / "ends.log").read_text().endswith("3 files pushed\n")
+
+
 def _dvc_of(root: Path, run: str) -> list[psutil.Process]:
     """DVC's processes that work in a run's place, supervisors included."""
     place = str(run_locks.folder(root) / run)

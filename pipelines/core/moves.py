@@ -100,8 +100,9 @@ class Desk:
         champion, so one that was settled by the champion before is among these, or is not settled at all. The folder
         stays, since others write into it meanwhile.
         """
-        for path in settled(self.root, "").parent.glob("*.json"):
-            path.unlink(missing_ok=True)
+        for pattern in ("*.asked.json", "*.json"):  # one that is renamed in between is among the second
+            for path in settled(self.root, "").parent.glob(pattern):
+                path.unlink(missing_ok=True)
 
 
 def settled(root: Path, model: str) -> Path:

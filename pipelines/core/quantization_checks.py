@@ -126,18 +126,18 @@ def check_memory(subjects: Sequence[Subject], available: int, aware: bool = Fals
             )
 
 
-def missed(variant: str, loss: float, agreement: float) -> list[str]:
+def missed(variant: str, loss: float, agreement: float | None) -> list[str]:
     """The budgets that a GGUF file does not keep, in words; none of another variant, which the registry's gate judges.
 
     Args:
         loss: share of the original's bits that it needs more.
-        agreement: share of the tokens at which both find the same one likeliest.
+        agreement: share of the tokens at which both find the same one likeliest; None where it tells of more than it.
     """
     if variant not in variants.GGUF:
         return []
     found = []
     if not loss <= GGUF_LOSS[variant]:
         found.append(f"it loses {loss:.2%} of the original's bits per byte (accepted: {GGUF_LOSS[variant]:.0%})")
-    if variant == "gguf-f16" and not agreement >= F16_AGREEMENT:
+    if variant == "gguf-f16" and agreement is not None and not agreement >= F16_AGREEMENT:
         found.append(f"it finds the original's likeliest token at {agreement:.2%} (accepted: {F16_AGREEMENT:.0%})")
     return found

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
+from transformers import AutoConfig
 
 from pipelines.core import (
     bnb_variants,
@@ -103,7 +104,9 @@ def language_model(
             f"{name}/agreement": found["agreement"],
         } | _sizes(name, variant, place, parameters))  # fmt: skip
 
-        if budgets := quantization_checks.missed(variant, loss.estimate / per_byte, found["agreement"]):
+        # Where the original is computed in another type than it is kept in, both are rounded, by different ways.
+        agreement = found["agreement"] if AutoConfig.from_pretrained(subject.place).dtype == original.dtype else None
+        if budgets := quantization_checks.missed(variant, loss.estimate / per_byte, agreement):
             told.missed[name] = "; ".join(budgets)
 
         def load(variant: str = variant, place: Path = place) -> Any:

@@ -32,7 +32,8 @@ AWAY = (429, 502, 503, 504)  # answers of a proxy or server that is there and ca
 REFUSED = {401: "does not know this log-in", 403: "does not let this log-in do that"}
 UNADDRESSED = re.compile(r"[?#]|%[0-9A-Fa-f]{2}")  # of a path, what ends an address, or is a code in one
 LIMIT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-QUESTION, UPLOAD = "10", "3600"  # seconds
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+QUESTION, ATTEMPTS = "10", "2"  # seconds that a question may take, and how often it is asked again
 LOGIN_VARIABLES = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 ADDRESSES = "a server, http://HOST:PORT, or a database, sqlite:////PATH/mlflow.db"
 # What stands before the host: `user:password@`, or, with a slash in the password, what cannot be a host and a port.
@@ -100,7 +101,7 @@ def connect(root: Path) -> tuple[Any, str]:
     """
     probe(root)
     # Training waits for nothing here, so a server that is away shall say so soon. A user's own values win.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault(RETRIES, ATTEMPTS)
     os.environ.setdefault(LIMIT, QUESTION)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # a log-in in the address would be in the logs
@@ -129,19 +130,19 @@ def connect(root: Path) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def patient() -> Iterator[None]:
-    """Inside, files are uploaded: a server that keeps them elsewhere answers only when all of one is there.
-
-    A user's own limit stays.
+def patient(size: int) -> Iterator[None]:
+    """Inside, files of at most `size` bytes are uploaded: a server that keeps them elsewhere answers only when all of
+    one is there. It is given a minute and a second for each megabyte, once. A user's own limits stay.
     """
-    before = os.environ.get(LIMIT)
-    if before == QUESTION:
-        os.environ[LIMIT] = UPLOAD
+    before = {name: os.environ.get(name) for name in (LIMIT, RETRIES)}
+    if before[LIMIT] == QUESTION:
+        os.environ[LIMIT] = str(60 + size // 1_000_000)
+        if before[RETRIES] == ATTEMPTS:
+            os.environ[RETRIES] = "0"
     try:
         yield
     finally:
-        if before is not None:
-            os.environ[LIMIT] = before
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def probe(root: Path) -> None:

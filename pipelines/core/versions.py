@@ -148,9 +148,11 @@ def _log(root: Path, client: Any, experiment: str, intent: Intent) -> str | None
         if place is not None:
             _save(made, intent, place)
         else:
-            with tempfile.TemporaryDirectory() as folder, store.patient():
-                _save(made, intent, Path(folder) / "model")
-                client.log_model_artifacts(made.model_id, str(Path(folder) / "model"))
+            with tempfile.TemporaryDirectory() as folder:
+                draft = Path(folder) / "model"
+                _save(made, intent, draft)
+                with store.patient(max(path.stat().st_size for path in draft.rglob("*"))):
+                    client.log_model_artifacts(made.model_id, str(draft))
         _measure(client, made.model_id, intent)
     except Exception:  # a full disk, a store that goes away: half of it is of no use, and looks as if it still came
         if place is not None:
