@@ -232,7 +232,7 @@ def plot(out: Path, found: dict[str, Any]) -> None:
                     panel.plot(line, fit["alpha"] * first + fit["beta"] * second, color=colour)
             panel.set_title(f"{way.replace('_', '-')}, {size} rankings")
             panel.set_xlabel("root of KL, nats")
-    panels[0][0].set_ylabel("standard deviations over SFT; orange: proxy, blue: gold")
+    figure.supylabel("standard deviations over SFT; orange: proxy, blue: gold", fontsize="medium")
     figure.tight_layout()
     figure.savefig(out / "over-optimisation.png", dpi=120)
 
