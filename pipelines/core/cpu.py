@@ -19,8 +19,8 @@ ASKED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn
 def multiplies(kind: torch.dtype) -> bool:
     """Whether oneDNN has products of a type on this processor.
 
-    Without AVX-512 (x86) or its own instructions for bf16 (ARM) it has none of bf16, and torch's loops take fifty times
-    as long as a product in fp32.
+    Without AVX-512 (x86) or its own instructions for bf16 (ARM) it has none of bf16, and torch's loops take five to
+    fifty times as long for many rows as fp32 does.
     """
     if kind not in ASKED:
         return True
