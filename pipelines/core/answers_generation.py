@@ -149,8 +149,7 @@ def _precision(model: Any, context: StageContext) -> str:
 
 def _load(one: Speaker, length: int, context: StageContext) -> Any:
     """The model, packed layers made dense: that is what many rows at a time need."""
-    config = json.loads((one.place / "config.json").read_text(encoding="utf-8"))
-    method = (config.get("quantization_config") or {}).get("quant_method", "")
+    method = cpu.method(one.place)
     if method.startswith("sluice-"):
         kind = method.removeprefix("sluice-")
         return variants.dense(variants.load(one.place, kind), kind).to(context.device)

@@ -33,16 +33,20 @@ def precision(asked: str) -> str:
     return asked if asked != "bf16" or multiplies(torch.bfloat16) else "fp32"
 
 
+def method(place: Path) -> str:
+    """How the layers of a model directory are quantized, as its config names it; empty where they are not."""
+    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    return str((config.get("quantization_config") or {}).get("quant_method", ""))
+
+
 def load(place: Path, auto: Any) -> Any:
     """The model of a directory in the type that it names, packed layers of ours or not, ready.
 
     Args:
         auto: transformers' class for it, such as `AutoModelForCausalLM`.
     """
-    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    method = (config.get("quantization_config") or {}).get("quant_method", "")
-    if method.startswith("sluice-"):
-        name = method.removeprefix("sluice-")  # in the project `pipelines.core.NAME`, beside a registered model `NAME`
+    if (packed := method(place)).startswith("sluice-"):
+        name = packed.removeprefix("sluice-")  # in the project `pipelines.core.NAME`, beside a registered model `NAME`
         import_module(f"{__package__}.{name}" if __package__ else name).register()
     return ready(auto.from_pretrained(place).eval())
 

@@ -171,7 +171,7 @@ def _faster(device: str) -> str:
 
     from pipelines.core import cpu
 
-    if device == "cpu" and not cpu.multiplies(torch.bfloat16):  # it would take half a minute to see
+    if device == "cpu" and not cpu.multiplies(torch.bfloat16):  # known without timing its slow products
         return "fp32"
     rates = {precision: matmul_rate(device, precision, size=1024) for precision in ("fp32", "bf16")}
     return "bf16" if rates["bf16"] > FASTER * rates["fp32"] else "fp32"

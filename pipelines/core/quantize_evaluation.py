@@ -73,6 +73,8 @@ def language_model(
     sizes = np.array(held_out.sizes, dtype=float)
     parameters = sum(value.numel() for value in original.parameters())
     per_byte = float(sum(exact.bits) / sizes.sum())
+    # Computed in another type than it is kept in, the original and a GGUF file of it are rounded by different ways.
+    as_kept = AutoConfig.from_pretrained(subject.place).dtype == original.dtype
     told.metrics.update({f"{whole}/bytes": float(variants.size(subject.place)), f"{whole}/bits_per_byte": per_byte})
     _answered(told, whole, ask(params, prompts, subject.place, whole, context, keep=whole), params, prompts)
     for variant, place in made.items():
@@ -104,8 +106,7 @@ def language_model(
             f"{name}/agreement": found["agreement"],
         } | _sizes(name, variant, place, parameters))  # fmt: skip
 
-        # Where the original is computed in another type than it is kept in, both are rounded, by different ways.
-        agreement = found["agreement"] if AutoConfig.from_pretrained(subject.place).dtype == original.dtype else None
+        agreement = found["agreement"] if as_kept else None
         if budgets := quantization_checks.missed(variant, loss.estimate / per_byte, agreement):
             told.missed[name] = "; ".join(budgets)
 
