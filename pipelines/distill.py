@@ -28,7 +28,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.core import artifacts, language_models
+from pipelines.core import artifacts, language_models, speed_server, variants
 from pipelines.core.context import StageContext
 from pipelines.core.params.distill import DistillParams, Terms
 
@@ -58,6 +58,9 @@ def run(params: DistillParams, inputs: dict[str, Path], outputs: Path, context: 
         DataError: data that cannot be learned from or measured on.
         Stopped: a signal came; the checkpoint is written.
     """
+    own = params.teacher
+    place = inputs["ppo"] / "model" if own is None else language_models.fetched(own, "distill.teacher")
+    speed_server.start([(place, variants.PLAIN)])  # beside these imports
     import torch
 
     from pipelines.core import (
@@ -70,8 +73,6 @@ def run(params: DistillParams, inputs: dict[str, Path], outputs: Path, context: 
     )
 
     # 1. Teacher, data and student, all checked before anything is trained.
-    own = params.teacher
-    place = inputs["ppo"] / "model" if own is None else language_models.fetched(own, "distill.teacher")
     tokenizer = language_models.load_tokenizer(str(place))
     prompts = policy_answers.held_out(params, inputs["data"], tokenizer, context)
     people = distill_data.of_people(params, inputs["data"], tokenizer)

@@ -26,7 +26,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.core import artifacts, hardware, language_models
+from pipelines.core import artifacts, hardware, language_models, speed_server
 from pipelines.core.context import StageContext
 from pipelines.core.params.quantize import QuantizeParams
 
@@ -57,11 +57,12 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
         ArtifactError: a model that cannot be made smaller, or does not fit into memory.
         Stopped: a signal came; the variants that are finished are kept.
     """
+    place = inputs["ppo"] / "model" if params.model is None else language_models.fetched(params.model, "quantize.model")
+    speed_server.start((place, kind) for kind in (*params.variants, *params.student_variants))  # beside these imports
     from pipelines.core import packing, policy_answers, quantization, quantization_checks, quantize_evaluation, variants
     from pipelines.core.held_out import HeldOut
 
     # 1. What is made smaller, checked before anything is written.
-    place = inputs["ppo"] / "model" if params.model is None else language_models.fetched(params.model, "quantize.model")
     subjects = [
         quantization.Subject("", place, params.variants, classifier=False),
         quantization.Subject("student", inputs["distill"] / "model", params.student_variants, classifier=False),

@@ -16,7 +16,17 @@ from test_reward import write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipelines import distill
-from pipelines.core import artifacts, distill_data, distilling, hardware, int8, language_models, segments, speed
+from pipelines.core import (
+    artifacts,
+    distill_data,
+    distilling,
+    hardware,
+    int8,
+    language_models,
+    segments,
+    speed,
+    speed_server,
+)
 from pipelines.core.context import StageContext, Stopped
 from pipelines.core.errors import ArtifactError, DataError, ParamsError
 from pipelines.core.params.distill import DistillParams, Terms
@@ -68,6 +78,7 @@ def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: speed.Speed((2.0,) if name == "" else (1.0,), 4.0, 0.1, 1.0, True) for name in models}
 
     monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed_server, "start", lambda models: None)
 
 
 def run(

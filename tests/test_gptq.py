@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -14,6 +15,18 @@ from pipelines.core.errors import ArtifactError
 
 def nothing(done: int, total: int) -> None:
     pass
+
+
+def rounding_to(grids: dict[str, int4.Grid]) -> gptq.Rounding:
+    """To int4, the grids to be found under the layers' names."""
+
+    def rounding(weights: Mapping[str, torch.Tensor]) -> gptq.Round:
+        here = {name: int4.grid(weight, 32) for name, weight in weights.items()}
+        grids.update(here)
+        scales, zeros = (torch.cat(parts) for parts in zip(*here.values(), strict=True))
+        return gptq.of_grid(int4.Grid(scales, zeros), 32)
+
+    return rounding
 
 
 def test_with_equal_and_independent_inputs_rounds_to_the_nearest() -> None:
@@ -104,6 +117,23 @@ def test_of_inputs_that_are_always_zero_and_of_a_layer_of_zeros() -> None:
     assert torch.equal(exact, empty)
 
 
+def test_layers_that_read_the_same_are_solved_side_by_side() -> None:
+    """As many solutions as inputs, each that of its layers one after another."""
+    torch.manual_seed(8)
+    weights = {"q": torch.randn(24, 64), "k": torch.randn(8, 64)}
+    found = gptq.root(torch.cov(torch.randn(64, 300)))
+    both, _ = gptq.solve(torch.cat([*weights.values()]), found, rounding_to({})(weights))
+    alone = [gptq.solve(weight, found, rounding_to({})({name: weight}))[0] for name, weight in weights.items()]
+    assert torch.equal(both, torch.cat(alone))
+    asked: list[list[str]] = []
+    grids = rounding_to({})
+    gptq.calibrate(
+        tiny(), IDS, lambda name: "layers.0" in name and "k_proj" not in name,
+        lambda weights: asked.append([name.split(".")[-1] for name in weights]) or grids(weights), nothing,
+    )  # fmt: skip
+    assert asked == [["q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
 def test_sums_of_bf16_inputs_are_those_of_fp32() -> None:
     """Formed by the product for bf16, they are as exact as fp32's own; the setting for others stays what it was."""
     torch.manual_seed(3)
@@ -143,14 +173,11 @@ def test_calibration_goes_through_every_block_and_helps(kind: str) -> None:
     exact = logits(model, ids)
     grids: dict[str, int4.Grid] = {}
 
-    def rounding(name: str, weight: torch.Tensor) -> gptq.Round | None:
-        if name.endswith(("down_proj", "mlp.c_proj")):
-            return None
-        grids[name] = int4.grid(weight, 32)
-        return gptq.of_grid(grids[name], 32)
+    def wanted(name: str) -> bool:
+        return not name.endswith(("down_proj", "mlp.c_proj"))
 
     changed = copy.deepcopy(model)
-    codes = gptq.calibrate(changed, ids, rounding, nothing)
+    codes = gptq.calibrate(changed, ids, wanted, rounding_to(grids), nothing)
     assert codes.keys() == grids.keys() and len(codes) == (2 * 6 if kind == "llama" else 2 * 3)
     chosen = int4.quantize(
         copy.deepcopy(model), 32, ["down_proj", "mlp.c_proj"], {n: (c, grids[n]) for n, c in codes.items()}
@@ -187,4 +214,4 @@ def test_calibration_refuses_inputs_that_are_no_numbers() -> None:
     model = tiny()
     model.get_input_embeddings().weight.data[5] = float("nan")
     with pytest.raises(ArtifactError, match=r"layer model\.layers\.0\.self_attn\.q_proj: its inputs"):
-        gptq.calibrate(model, IDS, lambda name, weight: gptq.of_grid(int4.grid(weight, 32), 32), nothing)
+        gptq.calibrate(model, IDS, lambda name: True, rounding_to({}), nothing)

@@ -39,6 +39,7 @@ from pipelines.core import (
     report_compression,
     reward_model,
     speed,
+    speed_server,
     variants,
 )
 from pipelines.core import quantization_checks as checks
@@ -95,6 +96,7 @@ def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: speed.Speed((1.0, 2.0, 3.0), 4.0, 0.1, 1.0, True) for name in models}
 
     monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed_server, "start", lambda models: None)
     monkeypatch.setattr(speed, "bandwidth", lambda threads: 1e9)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from models import model, tokenizer
 
-from pipelines.core import int8, speed, variants
+from pipelines.core import int8, speed, speed_server, variants
 from pipelines.core.errors import ArtifactError
 
 
@@ -59,6 +62,29 @@ def test_a_turn_ends_with_its_time(monkeypatch: pytest.MonkeyPatch, seconds: flo
 def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="nothing: the process that measures its speed has died"):
         speed.measure({"nothing": (tmp_path, variants.PLAIN)}, 1, lambda done, total: None)
+
+
+def test_what_starts_the_server_waits_for_no_import(tmp_path: Path) -> None:
+    """It is started first of all, so that its imports and the stage's own go side by side."""
+    known = (
+        "import sys, pipelines.quantize, pipelines.distill; sys.exit(not {'torch', 'transformers'} & {*sys.modules})"
+    )
+    assert subprocess.run([sys.executable, "-c", known]).returncode == 1
+    (tmp_path / "config.json").write_text('{"model_type": "gpt-neox"}', encoding="utf-8")
+    preloaded = speed_server._imported([(tmp_path, variants.PLAIN), (tmp_path / "missing", "int8"), (tmp_path, "nf4")])
+    assert preloaded == {
+        "transformers.models.auto.modeling_auto", "transformers.models.gpt_neox.modeling_gpt_neox",
+        "pipelines.core.int8", "bitsandbytes",
+    }  # fmt: skip
+
+
+def test_a_server_that_runs_is_taken(tmp_path: Path) -> None:
+    model(tokenizer(), depth=1, length=256).save_pretrained(tmp_path)
+    asked = {"one": (tmp_path, variants.PLAIN)}
+    speed_server.start(asked.values())
+    before = forkserver._forkserver._forkserver_pid
+    speed.measure(asked, 1, lambda done, total: None, rounds=1)
+    assert before is not None and forkserver._forkserver._forkserver_pid == before
 
 
 def test_memory_is_read_at_a_rate_that_a_machine_can_have() -> None:

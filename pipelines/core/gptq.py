@@ -13,7 +13,7 @@ GPTQ's code has as an option, and the drift changes the weight at once (the squa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import Any, NamedTuple, cast
@@ -33,8 +33,8 @@ LAZY = 32  # columns after which the others are updated
 Vector = NDArray[np.float32]
 # Values (out,) of column j of a layer -> codes (out,) and what they stand for (out,)
 Round = Callable[[Vector, int], tuple[NDArray[Any], Vector]]
-# A layer's name and weight (out, in) -> how its columns are rounded; None: it stays
-Rounding = Callable[[str, torch.Tensor], Round | None]
+# Weights (out, in) by name of layers that read the same -> how a column of all of them, one below the other, is rounded
+Rounding = Callable[[Mapping[str, torch.Tensor]], Round]
 
 
 class _Given(NamedTuple):
@@ -50,13 +50,18 @@ class _Caught(Exception):
 
 @torch.no_grad()
 def calibrate(
-    model: Any, ids: torch.Tensor, rounding: Rounding, tell: Callable[[int, int], None]
+    model: Any,
+    ids: torch.Tensor,
+    wanted: Callable[[str], bool],
+    rounding: Rounding,
+    tell: Callable[[int, int], None],
 ) -> dict[str, torch.Tensor]:
     """Codes (out, in) uint8 of the blocks' linear layers, by name; the model's weights become what they stand for.
 
     Args:
         model: a decoder-only model; changed.
         ids: calibration rows (rows, length), without padding.
+        wanted: whether a layer is made smaller, by name.
         tell: called with (done, total) blocks.
 
     Raises:
@@ -76,21 +81,27 @@ def calibrate(
         }
         exact, exact_hidden = _inputs(block, linear, exact_hidden, options)
         smaller, _ = _inputs(block, linear, hidden, options)
-        known: dict[int, Seen] = {}  # layers that read the same inputs share it
-        for name, module in linear.items():
-            inputs = smaller[name]
-            if id(inputs) not in known:
-                known[id(inputs)] = seen(exact[name], inputs, name)
-            weight = int8.rows_of(module)
-            wanted = restored(weight.float(), known[id(inputs)])
-            one = rounding(name, wanted)
-            if one is None:
-                continue
-            found[name], value = solve(wanted, known[id(inputs)].root, one)
-            weight.copy_(value.to(weight.dtype))
+        for names in _together(filter(wanted, linear), smaller):
+            weights = [int8.rows_of(linear[name]) for name in names]
+            rows = [len(weight) for weight in weights]
+            inputs = seen(exact[names[0]], smaller[names[0]], names[0])
+            whole = restored(torch.cat([weight.float() for weight in weights]), inputs)
+            codes, values = solve(whole, inputs.root, rounding(dict(zip(names, torch.split(whole, rows), strict=True))))
+            found |= zip(names, torch.split(codes, rows), strict=True)
+            for weight, value in zip(weights, torch.split(values, rows), strict=True):
+                weight.copy_(value.to(weight.dtype))
         hidden = _output(block(hidden, **options))
         tell(number + 1, len(stack))
     return found
+
+
+def _together(names: Iterable[str], inputs: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Layers that read the very same tensor (query, key and value; gate and up) side by side: their columns are rounded
+    in the same order, and one step of many rows costs little more than one of few."""
+    found: dict[int, list[str]] = {}
+    for name in names:
+        found.setdefault(id(inputs[name]), []).append(name)
+    return list(found.values())
 
 
 class Root(NamedTuple):

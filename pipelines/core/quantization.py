@@ -175,16 +175,16 @@ def _int4_codes(
     """Codes that GPTQ has chosen, and their grid, by layer. Changes the model's weights."""
     grids: dict[str, int4.Grid] = {}
 
-    def rounding(name: str, weight: torch.Tensor) -> gptq.Round | None:
-        if int8.kept(name, params.keep_in_high_precision):
-            return None
-        try:
-            grids[name] = int4.grid(weight, params.group_size)
-        except ValueError as error:
-            raise ValueError(f"layer {name}: {error}") from None
-        return gptq.of_grid(grids[name], params.group_size)
+    def rounding(weights: Mapping[str, torch.Tensor]) -> gptq.Round:
+        for name, weight in weights.items():
+            try:
+                grids[name] = int4.grid(weight, params.group_size)
+            except ValueError as error:
+                raise ValueError(f"layer {name}: {error}") from None
+        parts = zip(*(grids[name] for name in weights), strict=True)
+        return gptq.of_grid(int4.Grid(*(torch.cat(part) for part in parts)), params.group_size)
 
-    codes = gptq.calibrate(model, _equal(rows, params), rounding, _teller("int4", context))
+    codes = gptq.calibrate(model, _equal(rows, params), _fitted(params), rounding, _teller("int4", context))
     return {name: (of_layer, grids[name]) for name, of_layer in codes.items()}
 
 
@@ -195,14 +195,18 @@ def _nf4_codes(
     bnb_variants.check(model, params.keep_in_high_precision)
     grids: dict[str, bnb_variants.Grid] = {}
 
-    def rounding(name: str, weight: torch.Tensor) -> gptq.Round | None:
-        if int8.kept(name, params.keep_in_high_precision):
-            return None
-        grids[name] = bnb_variants.grid(weight)
-        return gptq.of_code_book(grids[name].book, grids[name].scales, bnb_variants.BLOCK)
+    def rounding(weights: Mapping[str, torch.Tensor]) -> gptq.Round:
+        here = [bnb_variants.grid(weight) for weight in weights.values()]
+        grids.update(zip(weights, here, strict=True))
+        return gptq.of_code_book(here[0].book, torch.cat([grid.scales for grid in here]), bnb_variants.BLOCK)
 
-    codes = gptq.calibrate(model, _equal(rows, params), rounding, _teller("nf4", context))
+    codes = gptq.calibrate(model, _equal(rows, params), _fitted(params), rounding, _teller("nf4", context))
     return {name: (of_layer, grids[name]) for name, of_layer in codes.items()}
+
+
+def _fitted(params: QuantizeParams) -> Callable[[str], bool]:
+    """Whether a layer's codes are chosen, by its name."""
+    return lambda name: not int8.kept(name, params.keep_in_high_precision)
 
 
 def _equal(rows: Sequence[list[int]], params: QuantizeParams) -> torch.Tensor:

@@ -5,9 +5,10 @@ The same held-out text and the same prompts for all; speeds in turns, each in a 
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from pipelines.core.policy_answers import Said, ask, kept
 from pipelines.core.quantization import Subject, full_name, whole_name
 
 RANKED = 8  # answers drawn for a prompt to be ranked
-ROUNDS = 8  # of decoding in turns: there are many models, and no gate asks how fast they are
+ROUNDS = 5  # of decoding in turns: there are many models, and no gate asks how fast they are
 
 
 class Told(NamedTuple):
@@ -81,17 +82,8 @@ def language_model(
         name = full_name(subject, variant)
         context.progress(0, None, measuring=name)
         context.stop_if_asked()
-
-        def measured(variant: str = variant, place: Path = place) -> dict[str, Any]:
-            model = variants.load(place, variant, original=subject.place)
-            errors = compression.layer_errors(original, model, rows, variants.weight_of)
-            model = variants.dense(model, variant)
-            for value in model.parameters() if variant in variants.GGUF else ():
-                value.data = value.data.to(original.dtype)  # compared in one type: what differs is the file's
-            lost = compression.compare(known, model)
-            return {**lost._asdict(), "layers": errors}
-
-        found = kept(context, f"measured-{name}", measured)
+        beside = original, known, rows
+        found, said = _compared_and_asked(subject, variant, place, beside, params, prompts, context)
         told.bits[name] = found["bits"]
         told.layers.extend(
             {"variant": name, "layer": layer, "error": error} for layer, error in found["layers"].items()
@@ -109,15 +101,46 @@ def language_model(
         agreement = found["agreement"] if as_kept else None
         if budgets := quantization_checks.missed(variant, loss.estimate / per_byte, agreement):
             told.missed[name] = "; ".join(budgets)
-
-        def load(variant: str = variant, place: Path = place) -> Any:
-            whole = variants.load(place, variant, original=subject.place)
-            return variants.dense(whole, variant).to(context.device)
-
-        said = ask(params, prompts, subject.place, name, context, keep=name, load=load)
         _answered(told, name, said, params, prompts)
         gc.collect()
     return told
+
+
+def _compared_and_asked(
+    subject: Subject,
+    variant: str,
+    place: Path,
+    beside: tuple[Any, compression.Reference, Sequence[list[int]]],
+    params: QuantizeParams,
+    prompts: list[Prompt],
+    context: StageContext,
+) -> tuple[dict[str, Any], Said]:
+    """What a variant has lost and how far its layers' outputs are off, and what it answers; loaded once for both.
+
+    Args:
+        beside: the original, what it says of the held-out text, the rows for the layers.
+    """
+    original, known, rows = beside
+    name = full_name(subject, variant)
+
+    @cache
+    def loaded() -> Any:
+        return variants.dense(variants.load(place, variant, original=subject.place), variant)
+
+    def lost() -> dict[str, Any]:
+        model = loaded()
+        errors = compression.layer_errors(original, model, rows, variants.weight_of)
+        if variant in variants.GGUF:
+            model = copy.deepcopy(model)
+            for value in model.parameters():  # compared in one type: what differs is the file's
+                value.data = value.data.to(original.dtype)
+        return {**compression.compare(known, model)._asdict(), "layers": errors}
+
+    def speaker() -> Any:
+        return loaded().to(context.device)
+
+    found = kept(context, f"measured-{name}", lost)
+    return found, ask(params, prompts, subject.place, name, context, keep=name, load=speaker)
 
 
 def _answered(told: Told, name: str, said: Said, params: QuantizeParams, prompts: list[Prompt]) -> None:

@@ -1,40 +1,33 @@
 """How fast, and in how much memory, model directories answer on this machine: each in a process of its own, in turns.
 
-A process is forked from a server that has imported all that loading the models needs and has computed nothing, so that
-what a model adds to memory is the model's, and so is the time it takes to load. All are loaded first; then they are
-asked in turns, since a neighbour's load comes and goes and would otherwise fall on one of them. Turns are short and
-many, and two models are compared turn by turn (`ratio`): 12 turns of half a second gave ratios of 1.52 to 1.94; a slow
-model's turn ends after fewer tokens. One token at a time runs through `decoding.Decoder` where it supports the
-architecture, else through transformers' `generate` (`Speed.by_decoder`).
+A process is forked from a server that has imported all that loading the models needs and has computed nothing
+(`speed_server`), so that what a model adds to memory is the model's, and so is the time it takes to load. All are
+loaded first; then they are asked in turns, since a neighbour's load comes and goes and would otherwise fall on one of
+them. Turns are short and many, and two models are compared turn by turn (`ratio`): 12 turns of half a second gave
+ratios of 1.52 to 1.94; a slow model's turn ends after fewer tokens. One token at a time runs through `decoding.Decoder`
+where it supports the architecture, else through transformers' `generate` (`Speed.by_decoder`).
 """
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
 import resource
 import time
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-from pipelines.core import decoding, environment, variants
+from pipelines.core import decoding, speed_server, variants
 from pipelines.core.errors import ArtifactError
 
 ROUNDS = 16
 PREFILL_ROUNDS = 4  # of them: a prompt takes as long as many tokens
 PREFILL_TOKENS, DECODE_TOKENS = 128, 12
 TURN = 0.25  # seconds after which a turn of decoding ends, however few tokens it had
-SPINNING = "GOMP_SPINCOUNT"
 READ, GO_ON, END = "read", "go on", "end"  # what a process is asked
 READ_BYTES = 256 * 2**20  # of an array that is summed to measure memory's rate: more than any cache
 
@@ -73,12 +66,9 @@ def measure(
     Raises:
         ArtifactError: a process has died; its model is named.
     """
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([__name__, *_imported(models)])
+    server = speed_server.start(models.values())
     asked: dict[str, tuple[Any, Connection]] = {}
     loaded = {}
-    with _server_environment():
-        ensure_running()
     try:
         for name, (place, kind) in models.items():
             ours, theirs = server.Pipe()
@@ -109,18 +99,6 @@ def measure(
         seconds, quick = loaded[name]
         result[name] = Speed(tuple(decode for decode, _ in measured), prefill, seconds, ended[name], quick)
     return result
-
-
-def _imported(models: Mapping[str, tuple[Path, str]]) -> set[str]:
-    """Modules that are imported when these models are loaded: transformers imports an architecture when it is used."""
-    found = {"transformers.models.auto.modeling_auto"}
-    for place, kind in models.values():
-        found.update(variants.modules(kind))
-        if (place / "config.json").exists():
-            config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-            name = model_type_to_module_name(config["model_type"])
-            found.add(f"transformers.models.{name}.modeling_{name}")
-    return found
 
 
 def bandwidth(threads: int) -> float:
@@ -199,16 +177,3 @@ def _receive(name: str, pipe: Connection) -> Any:
         return pipe.recv()
     except EOFError:
         raise ArtifactError(f"{name}: the process that measures its speed has died; it may be out of memory") from None
-
-
-@contextmanager
-def _server_environment() -> Any:
-    """What the fork server, and so every process, starts with: OpenMP reads it when it is loaded."""
-    before = os.environ.get(SPINNING)
-    os.environ[SPINNING] = environment.SPIN_ALONE
-    try:
-        yield
-    finally:
-        os.environ.pop(SPINNING)
-        if before is not None:
-            os.environ[SPINNING] = before

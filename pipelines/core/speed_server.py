@@ -1,0 +1,63 @@
+"""The server that processes which measure speed are forked from: it has imported what loading the models needs, and has
+computed nothing.
+
+Its imports take as long as a stage's own, several seconds on one core. A stage that starts it before them has both done
+side by side. So nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
+from pathlib import Path
+
+from pipelines.core import environment, variants
+
+MEASURING = "pipelines.core.speed"
+SPINNING = "GOMP_SPINCOUNT"
+
+
+def start(models: Iterable[tuple[Path, str]]) -> ForkServerContext:
+    """Start the server where none runs; it goes on with its imports by itself, and ends when this process does.
+
+    Args:
+        models: directory and kind (`variants.load`) of what it is to load; a directory need not be there yet.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([MEASURING, *sorted(_imported(models))])
+    with _environment():
+        ensure_running()
+    return server
+
+
+def _imported(models: Iterable[tuple[Path, str]]) -> set[str]:
+    """Modules that are imported when these models are loaded: transformers imports an architecture when it is used.
+
+    A name that is none is passed over by the server.
+    """
+    found = {"transformers.models.auto.modeling_auto"}
+    for place, kind in models:
+        found.update(variants.modules(kind))
+        if (place / "config.json").exists():
+            config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+            name = str(config.get("model_type")).replace("-", "_")
+            found.add(f"transformers.models.{name}.modeling_{name}")
+    return found
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """What the server, and so every process, starts with: OpenMP reads it when it is loaded."""
+    before = os.environ.get(SPINNING)
+    os.environ[SPINNING] = environment.SPIN_ALONE
+    try:
+        yield
+    finally:
+        os.environ.pop(SPINNING)
+        if before is not None:
+            os.environ[SPINNING] = before
