@@ -1,5 +1,6 @@
 """What follows when a stage has ended well: its gate is asked and what passes is promoted, one stage at a time.
 
+A stage that does not wait for the verdict may compute meanwhile: what is copied and compared here takes no seat.
 Nothing here but a failed gate stops a stage. What depends on it needs its verdict, not a champion, so a store that is
 away and somebody else's promotion that does not end are waited for while the other stages run: what could not be
 promoted is tried again when all are over, and what then still cannot be is told, with the command for it.
@@ -45,6 +46,7 @@ class Gate:
     root: Path
     stops: bool = True  # whether a model that does not pass fails its stage
     crew: Crew = field(default_factory=Crew)  # of the flow: whose process measures a champion again
+    seats: threading.Semaphore = field(default_factory=threading.Semaphore)  # one of which it takes for that
     left: list[Left] = field(default_factory=list)
     trouble: list[UserError] = field(default_factory=list)  # what failed no stage, for the flow's end
     registry: threading.Lock = field(default_factory=threading.Lock)  # judging and promoting both write it
@@ -88,7 +90,8 @@ class Gate:
         """Measure a champion again, in a process as a stage is, so that no model is loaded into this one."""
         assert row.log is not None
         command = [sys.executable, "-m", "flows.measure", row.stage, str(model), str(evaluation)]
-        code = self.crew.run(command, self.root, row.log, child_environment(PYTHONUNBUFFERED="1"))
+        with self.seats:
+            code = self.crew.run(command, self.root, row.log, child_environment(PYTHONUNBUFFERED="1"))
         if code == NOT_MEASURABLE:
             raise NotMeasurable(row.stage)
         if code:

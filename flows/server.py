@@ -74,6 +74,8 @@ def prefect_api(root: Path) -> Iterator[None]:
     idle = dict.fromkeys(UNNEEDED, "false")
     try:
         server = crew.start(command, root, log, child_environment(**pages, **idle))
+        import prefect.flows  # noqa: F401  # seconds, which whoever talks to it needs, too
+
         deadline = time.monotonic() + START_SECONDS
         while not answers(f"{address}/api/health"):
             if server.poll() is not None or time.monotonic() > deadline:

@@ -66,8 +66,9 @@ class Job:
                 if (bar := records.progress(name)) is not None:
                     self.progress[name] = bar
                 state: StageState = self._repro(row) if suspect else "cached"
-                row.metric = outcome.key_metric(self.root, name, self.graph.shows.get(name))
-                self.gate.ask(row, fresh_output=state != "cached")
+            # Its seat is free: registering copies files and computes nothing
+            row.metric = outcome.key_metric(self.root, name, self.graph.shows.get(name))
+            self.gate.ask(row, fresh_output=state != "cached")
             row.end(state)
         except UserError as error:
             row.error = error
@@ -127,8 +128,8 @@ def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False,
         board = Board(place, {name: Row(name, log=logs / f"{name}.log") for name in needed})
         board.title = f"{flow_run.name}   output: {logs.relative_to(place)}/"
         crew = Crew()
-        gate = Gate(place, whole.load(place / "params.yaml").flow.failed_gate == "stop", crew)
         seats = threading.Semaphore(stages.side_by_side(place))
+        gate = Gate(place, whole.load(place / "params.yaml").flow.failed_gate == "stop", crew, seats)
         with tracking.attended(place) as environment:
             job = Job(place, board, graph, crew, seats, gate, environment)
             try:

@@ -61,7 +61,8 @@ def job(root: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.setattr(records, "progress", lambda _: uuid4())
     state = stages.look(root)
     board = Board(root, {name: Row(name, log=root / ".sluice" / f"{name}.log") for name in state.parents})
-    return Job(root, board, state, Crew(), threading.Semaphore(2), Gate(root))
+    crew, seats = Crew(), threading.Semaphore(2)
+    return Job(root, board, state, crew, seats, Gate(root, crew=crew, seats=seats))
 
 
 def behave(root: Path, stage: str, words: str) -> None:
@@ -71,6 +72,13 @@ def behave(root: Path, stage: str, words: str) -> None:
 def verdict(passed: bool, version: str = "2") -> Verdict:
     rule = Rule("loss at most 1", 1.5, None, None, 1.0, None, passed)
     return Verdict("data", "sluice-base", (rule,), content_hash="c", version=version, run_id="r")
+
+
+def _free(seats: threading.Semaphore) -> int:
+    taken = sum(iter(lambda: seats.acquire(blocking=False), False))
+    if taken:
+        seats.release(taken)
+    return taken
 
 
 def sluice(root: Path, *arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
@@ -130,6 +138,7 @@ def test_a_champion_is_measured_by_a_process_of_the_crew(job: Job, monkeypatch: 
 
     def run(command: list[str], *_: Any) -> int:
         asked.append(command[2:])
+        assert _free(job.seats) == 1, "it computes without a seat"
         return next(codes)
 
     monkeypatch.setattr(job.gate.crew, "run", run)
@@ -190,6 +199,14 @@ def test_dvc_without_its_lock_is_tried_again(tmp_path: Path) -> None:
 
 
 # Gates
+
+
+def test_a_stage_that_is_judged_keeps_no_other_from_computing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    free: list[int] = []
+    monkeypatch.setattr(outcome, "judge", lambda *_: free.append(_free(job.seats)) or [verdict(True)])
+    monkeypatch.setattr(outcome, "promote", lambda *_: None)
+    job.stage("data", suspect=True)
+    assert free == [2] and _free(job.seats) == 2
 
 
 def test_a_failed_gate_fails_the_stage_with_its_table(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
