@@ -1,6 +1,7 @@
 """What follows when a stage has ended well: its gate is asked and what passes is promoted, one stage at a time.
 
-A stage that does not wait for the verdict may compute meanwhile: what is copied and compared here takes no seat.
+A stage that does not wait for the verdict may compute meanwhile: what is copied and compared here takes no seat. Only
+to measure a champion again takes one, and nothing is held while it is waited for: others ask the registry, too.
 Nothing here but a failed gate stops a stage. What depends on it needs its verdict, not a champion, so a store that is
 away and somebody else's promotion that does not end are waited for while the other stages run: what could not be
 promoted is tried again when all are over, and what then still cannot be is told, with the command for it.
@@ -23,6 +24,10 @@ from pipelines.core.errors import GateError, StoreUnavailable, UserError
 from pipelines.core.gates import Verdict
 from pipelines.core.ledger import LedgerHeld
 from pipelines.core.verdicts import NotMeasurable
+
+
+class _NoSeat(Exception):
+    """A champion has to be measured again, which takes a seat."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,17 @@ class Gate:
         Raises:
             GateError: a model did not pass, or a rule cannot be asked.
         """
+        try:
+            self._ask(row, fresh_output, seated=False)
+        except _NoSeat:
+            with self.seats:
+                self._ask(row, fresh_output, seated=True)
+
+    def _ask(self, row: Row, fresh_output: bool, seated: bool) -> None:
+        """Raises `_NoSeat` where that is what is missing; then it can be asked again."""
         with self.registry:
             try:
-                judged = self._judge(row)
+                judged = self._judge(row, seated)
             except StoreUnavailable as error:
                 row.verdict = row.verdict or "not judged: store away"
                 self.trouble.append(error)
@@ -77,21 +90,22 @@ class Gate:
                 if self.left:  # what that one waits for would hold up every stage after it
                     self.left.append(Left(row, judged, fresh_output))
                 else:
-                    judged = self._promote(row, judged, fresh_output)
+                    judged = self._promote(row, judged, fresh_output, seated)
             except (StoreUnavailable, LedgerHeld) as error:
                 row.notes.append(f"promotes when the other stages are over, if that is possible then: {error}")
                 self.left.append(Left(row, judged, fresh_output))
             self._enforce(row, judged)
 
-    def _judge(self, row: Row, again: bool = False) -> list[Verdict]:
-        return outcome.judge(self.root, row.stage, partial(self._measure, row), again)
+    def _judge(self, row: Row, seated: bool, again: bool = False) -> list[Verdict]:
+        return outcome.judge(self.root, row.stage, partial(self._measure, row, seated), again)
 
-    def _measure(self, row: Row, model: Path, evaluation: Path) -> None:
+    def _measure(self, row: Row, seated: bool, model: Path, evaluation: Path) -> None:
         """Measure a champion again, in a process as a stage is, so that no model is loaded into this one."""
         assert row.log is not None
+        if not seated:
+            raise _NoSeat
         command = [sys.executable, "-m", "flows.measure", row.stage, str(model), str(evaluation)]
-        with self.seats:
-            code = self.crew.run(command, self.root, row.log, child_environment(PYTHONUNBUFFERED="1"))
+        code = self.crew.run(command, self.root, row.log, child_environment(PYTHONUNBUFFERED="1"))
         if code == NOT_MEASURABLE:
             raise NotMeasurable(row.stage)
         if code:
@@ -101,7 +115,7 @@ class Gate:
         """Try again, when every stage is over, what could not be promoted before."""
         for number, one in enumerate(self.left):
             try:
-                self._enforce(one.row, self._promote(one.row, one.judged, one.fresh_output))
+                self._enforce(one.row, self._promote(one.row, one.judged, one.fresh_output, seated=True))
             except (StoreUnavailable, LedgerHeld) as error:
                 names = [name for later in self.left[number:] for name in later.names(self.root)]
                 told = f"\npassed and not promoted: {', '.join(names)} (`sluice promote MODEL VERSION --why ...`)"
@@ -111,9 +125,9 @@ class Gate:
                 one.row.error = error
                 one.row.end("failed")
 
-    def _promote(self, row: Row, judged: list[Verdict], fresh_output: bool) -> list[Verdict]:
+    def _promote(self, row: Row, judged: list[Verdict], fresh_output: bool, seated: bool) -> list[Verdict]:
         """Promote what passed. Returns the verdicts: new ones where somebody has moved a champion meanwhile."""
-        again = partial(self._judge, row, again=True)
+        again = partial(self._judge, row, seated, again=True)
         judged = outcome.promote_all(self.root, judged, fresh_output, again, row.notes.append)
         row.verdict = outcome.cell(judged)
         if pointed := outcome.point_best(self.root, row.stage):

@@ -26,7 +26,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.core import artifacts, hardware, language_models, speed_server
+from pipelines.core import artifacts, hardware, language_models, speed_server, variants
 from pipelines.core.context import StageContext
 from pipelines.core.params.quantize import QuantizeParams
 
@@ -58,18 +58,20 @@ def run(params: QuantizeParams, inputs: dict[str, Path], outputs: Path, context:
         Stopped: a signal came; the variants that are finished are kept.
     """
     place = inputs["ppo"] / "model" if params.model is None else language_models.fetched(params.model, "quantize.model")
-    speed_server.start((place, kind) for kind in (*params.variants, *params.student_variants))  # beside these imports
-    from pipelines.core import packing, policy_answers, quantization, quantization_checks, quantize_evaluation, variants
+    student = inputs["distill"] / "model"
+    kinds = dict.fromkeys([variants.PLAIN, *params.variants, *params.student_variants])
+    speed_server.start((model, kind) for model in (place, student) for kind in kinds)  # beside these imports
+    from pipelines.core import packing, policy_answers, quantization, quantization_checks, quantize_evaluation
     from pipelines.core.held_out import HeldOut
 
     # 1. What is made smaller, checked before anything is written.
     subjects = [
         quantization.Subject("", place, params.variants, classifier=False),
-        quantization.Subject("student", inputs["distill"] / "model", params.student_variants, classifier=False),
+        quantization.Subject("student", student, params.student_variants, classifier=False),
         quantization.Subject("reward", inputs["reward"] / "model", params.reward_variants, classifier=True),
     ]
-    kinds = dict.fromkeys(variant for subject in subjects for variant in subject.variants)
-    skipped = {variant: reason for variant in kinds if (reason := variants.cannot_run(variant)) is not None}
+    every = dict.fromkeys(variant for subject in subjects for variant in subject.variants)
+    skipped = {variant: reason for variant in every if (reason := variants.cannot_run(variant)) is not None}
     for variant, reason in skipped.items():
         context.say(f"{variant}: skipped, since this machine cannot run it ({reason})")
     subjects = [one._replace(variants=[kind for kind in one.variants if kind not in skipped]) for one in subjects]
@@ -139,7 +141,7 @@ def _publish(
     """Directories with their cards, rows of the evaluation, tables and samples."""
     import pandas as pd
 
-    from pipelines.core import quantize_card, variants
+    from pipelines.core import quantize_card
 
     for name, (subject, variant, place) in made.items():
         if variant == variants.DYNAMIC:

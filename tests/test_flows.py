@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -138,11 +139,10 @@ def test_a_champion_is_measured_by_a_process_of_the_crew(job: Job, monkeypatch: 
 
     def run(command: list[str], *_: Any) -> int:
         asked.append(command[2:])
-        assert _free(job.seats) == 1, "it computes without a seat"
         return next(codes)
 
     monkeypatch.setattr(job.gate.crew, "run", run)
-    measure = partial(job.gate._measure, job.board.rows["left"])
+    measure = partial(job.gate._measure, job.board.rows["left"], True)
     measure(Path("model"), Path("rows"))
     assert asked == [["flows.measure", "left", "model", "rows"]]
     with pytest.raises(NotMeasurable):
@@ -207,6 +207,33 @@ def test_a_stage_that_is_judged_keeps_no_other_from_computing(job: Job, monkeypa
     monkeypatch.setattr(outcome, "promote", lambda *_: None)
     job.stage("data", suspect=True)
     assert free == [2] and _free(job.seats) == 2
+
+
+def test_a_champion_that_is_measured_waits_for_a_seat_and_nobody_waits_for_it(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+
+    def judge(_: Path, stage: str, measure: Callable[[Path, Path], None], *__: Any) -> list[Verdict]:
+        if stage == "left":
+            measure(Path("model"), Path("rows"))
+        return [verdict(True)]
+
+    monkeypatch.setattr(outcome, "judge", judge)
+    monkeypatch.setattr(outcome, "promote", lambda *_: None)
+    monkeypatch.setattr(job.gate.crew, "run", lambda *_: measured.append(_free(job.seats)) or 0)
+    left, right = (
+        threading.Thread(target=job.gate.ask, args=(job.board.rows[name], True), daemon=True)
+        for name in ("left", "right")
+    )
+    with job.seats, job.seats:  # two other stages compute
+        left.start()
+        left.join(0.5)
+        right.start()
+        right.join(10)
+        assert left.is_alive() and not right.is_alive() and not measured
+    left.join(10)
+    assert measured == [1] and _free(job.seats) == 2 and job.board.rows["left"].verdict
 
 
 def test_a_failed_gate_fails_the_stage_with_its_table(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

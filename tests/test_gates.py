@@ -289,6 +289,11 @@ def test_check_accepts_what_exists(tmp_path, monkeypatch):
         (["gate", 1, "per"], "letters", r"gate.1.per: .* no column 'letters'"),
         (["gate", 1, "better_than"], "before", r"gate.1.better_than: .* no column 'before'"),
         (["gate", 1, "better_than"], "stage:sfd", r"gate.1.better_than: no stage 'sfd'"),
+        (
+            ["gate", 1, "better_than"],
+            "stage:sft",
+            "gate.1.better_than: pretrain does not wait for stage sft, .*: data$",
+        ),
         (["gate", 1, "not_worse_than"], "champion", r"gate.1: a comparison needs one of better_than or"),
         (["gate", 1, "margin"], 0.1, r"gate.1: margin: SHARE belongs to not_worse_than"),
         (["gate", 2, "margin"], 1.5, r"gate.2.margin: .* less than 1 \(found 1.5\)"),

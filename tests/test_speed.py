@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import subprocess
 import sys
-from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,27 +64,49 @@ def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         speed.measure({"nothing": (tmp_path, variants.PLAIN)}, 1, lambda done, total: None)
 
 
-def test_what_starts_the_server_waits_for_no_import(tmp_path: Path) -> None:
-    """It is started first of all, so that its imports and the stage's own go side by side."""
-    known = (
-        "import sys, pipelines.quantize, pipelines.distill; sys.exit(not {'torch', 'transformers'} & {*sys.modules})"
-    )
-    assert subprocess.run([sys.executable, "-c", known]).returncode == 1
-    (tmp_path / "config.json").write_text('{"model_type": "gpt-neox"}', encoding="utf-8")
-    preloaded = speed_server._imported([(tmp_path, variants.PLAIN), (tmp_path / "missing", "int8"), (tmp_path, "nf4")])
-    assert preloaded == {
-        "transformers.models.auto.modeling_auto", "transformers.models.gpt_neox.modeling_gpt_neox",
-        "pipelines.core.int8", "bitsandbytes",
-    }  # fmt: skip
+STARTED = """
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from pipelines import {stage}
+from pipelines.core import speed_server
+
+def start(models):
+    print(sorted({{"torch", "transformers"}} & {{*sys.modules}}), [str(place / kind) for place, kind in models])
+    sys.exit()
+
+speed_server.start = start
+params = SimpleNamespace(model=None, teacher=None, variants=["nf4"], student_variants=["int8"])
+inputs = {{"ppo": Path("p"), "distill": Path("d")}}
+{stage}.run(params, inputs, Path("out"), None)
+"""
 
 
-def test_a_server_that_runs_is_taken(tmp_path: Path) -> None:
-    model(tokenizer(), depth=1, length=256).save_pretrained(tmp_path)
-    asked = {"one": (tmp_path, variants.PLAIN)}
-    speed_server.start(asked.values())
-    before = forkserver._forkserver._forkserver_pid
-    speed.measure(asked, 1, lambda done, total: None, rounds=1)
-    assert before is not None and forkserver._forkserver._forkserver_pid == before
+@pytest.mark.parametrize(
+    ("stage", "models"),
+    [
+        ("quantize", [f"{model}/model/{kind}" for model in "pd" for kind in ("plain", "nf4", "int8")]),
+        ("distill", ["p/model/plain"]),
+    ],
+)
+def test_the_server_is_started_before_a_stage_imports_what_takes_seconds(stage: str, models: list[str]) -> None:
+    """Its imports and the stage's own go side by side."""
+    done = subprocess.run([sys.executable, "-c", STARTED.format(stage=stage)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"[] {models}\n"), done.stderr
+
+
+def test_the_architecture_is_imported_before_it_is_asked_for(tmp_path: Path) -> None:
+    def modules(config: str) -> set[str]:
+        (tmp_path / "config.json").write_text(config, encoding="utf-8")
+        models = [(tmp_path, variants.PLAIN), (tmp_path / "missing", "int8"), (tmp_path, "nf4")]
+        return speed_server._imported(models) - {"transformers.models.auto.modeling_auto"}
+
+    packed = {"pipelines.core.int8", "bitsandbytes"}
+    assert modules('{"model_type": "gpt-neox"}') == packed | {"transformers.models.gpt_neox.modeling_gpt_neox"}
+    wanted = "transformers.models.gemma3.modeling_gemma3"
+    assert wanted in modules('{"model_type": "gemma3_text"}') and importlib.util.find_spec(wanted)
+    assert modules('{"model_type": ') == modules("[]") == packed, "whether it is a model is not said here"
 
 
 def test_memory_is_read_at_a_rate_that_a_machine_can_have() -> None:

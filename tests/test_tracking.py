@@ -99,6 +99,22 @@ def test_a_file_may_be_called_whatever_a_user_likes(repository):
     client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in restored.items()])
 
 
+def test_a_lock_file_that_dvc_is_writing_is_read_when_it_is_whole(repository, monkeypatch):
+    """DVC may write what it has of another stage while an output is registered."""
+    root, model = repository
+    run_stage(root, model, 2.5)
+    whole = yaml.safe_dump({"stages": {"data": {}, "pretrain": {"deps": [{"path": "x", "md5": "0" * 32}]}}})
+    parts = ["", whole[:18], whole[:40], whole, whole]
+    place = root / "dvc.lock"
+    place.write_text(parts.pop(0))
+    with monkeypatch.context() as patched:
+        patched.setattr(lineage.time, "sleep", lambda _: place.write_text(parts.pop(0)))
+        assert lineage.restored(root, "pretrain").tags["sluice.restored"] == "from DVC's cache"
+    assert not parts
+    place.unlink()
+    assert "without an entry" in lineage.restored(root, "pretrain").tags["sluice.restored"]
+
+
 def test_delivering_twice_changes_nothing_even_when_the_state_is_lost(repository):
     root, model = repository
     run_stage(root, model, 2.5)

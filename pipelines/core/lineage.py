@@ -13,6 +13,7 @@ import platform
 import posixpath
 import re
 import subprocess
+import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +33,7 @@ LARGEST_FILE = 8 * 2**20  # bytes; a larger file belongs to the model or to DVC,
 VALUE_LIMIT = 5000  # characters MLflow keeps of a tag or param
 INPUT, DEP = "sluice.input.", "dvc."  # tags of what a stage read: content hash; hash of DVC
 KEY_LIMIT = 250  # characters MLflow takes of a tag's name
+LOOKS, PAUSE = 20, 0.2  # at a file that another process may write; seconds between two
 REFUSED = re.compile(r"[^\w.\- :/]")  # what it does not take in one, and a file of a user's may have in its own
 
 
@@ -59,14 +61,26 @@ def record(
 def restored(root: Path, stage: str) -> Record:
     """The record of an output that stands although no run of this machine made it."""
     spec = graph.stage(root, stage)
-    lock = root / "dvc.lock"
-    stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
-    entry = stages.get(stage, {})
+    text = _settled(root / "dvc.lock")
+    entry = yaml.safe_load(text)["stages"].get(stage, {}) if text else {}
     params = as_texts({key: value for file in entry.get("params", {}).values() for key, value in file.items()})
     params = {key.removeprefix(f"{stage}."): value for key, value in params.items()}
     tags = {tag_name(DEP, dep["path"]): str(dep["md5"]) for dep in entry.get("deps", []) if "md5" in dep}
     tags["sluice.restored"] = "from DVC's cache" if entry else "output without an entry in dvc.lock"
     return _record(root, spec, params, read_metrics(root, spec), tags, {})
+
+
+def _settled(place: Path) -> str:
+    """A text that nobody is writing; empty where there is none. DVC writes `dvc.lock` in place, some .4 s long, and may
+    do it now for another stage: by half of it nothing would be known of an output."""
+    text, before = "", None
+    for _ in range(LOOKS):
+        text = place.read_text(encoding="utf-8") if place.exists() else ""
+        if text == before:
+            break
+        before = text
+        time.sleep(PAUSE)
+    return text
 
 
 def read_metrics(root: Path, spec: graph.StageSpec) -> dict[str, float]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -23,30 +24,37 @@ SPINNING = "GOMP_SPINCOUNT"
 
 
 def start(models: Iterable[tuple[Path, str]]) -> ForkServerContext:
-    """Start the server where none runs; it goes on with its imports by itself, and ends when this process does.
+    """Start the server where none runs. It imports by itself, and then ends with this process.
 
     Args:
-        models: directory and kind (`variants.load`) of what it is to load; a directory need not be there yet.
+        models: directory and kind (`variants.load`) of what it is to load; a directory need not be there yet, nor be
+            one that can be loaded.
     """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([MEASURING, *sorted(_imported(models))])
-    with _environment():
-        ensure_running()
+    with _environment():  # a Ctrl-C is this process's to tell of
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     return server
 
 
 def _imported(models: Iterable[tuple[Path, str]]) -> set[str]:
     """Modules that are imported when these models are loaded: transformers imports an architecture when it is used.
 
-    A name that is none is passed over by the server.
+    What cannot be imported is passed over by the server, and a directory that is none of a model tells so when it is
+    loaded.
     """
     found = {"transformers.models.auto.modeling_auto"}
     for place, kind in models:
         found.update(variants.modules(kind))
-        if (place / "config.json").exists():
+        with suppress(OSError, ValueError, AttributeError):
             config = json.loads((place / "config.json").read_text(encoding="utf-8"))
             name = str(config.get("model_type")).replace("-", "_")
-            found.add(f"transformers.models.{name}.modeling_{name}")
+            for folder in (name, name.removesuffix("_text")):  # `gemma3_text` is of gemma3
+                found.add(f"transformers.models.{folder}.modeling_{folder}")
     return found
 
 
