@@ -11,7 +11,8 @@
         promote: auto
 
 A budget bounds a key of `metrics/<stage>.json`. A comparison takes columns of `evaluation.parquet`; its baseline
-is another column of the same file, `stage:NAME` (that stage's evaluation of the same examples) or `champion`.
+is another column of the same file, `champion`, or `stage:NAME`: the same examples in the evaluation of a stage that
+this one waits for.
 An entry with a `*` in its name and its directory (`sluice-transfer-*`, `models/*`) stands for one model a directory;
 in its rules `*` stands for the same, and a rule with `only: [NAME]` is asked of those that one of the names fits.
 `where_measured: true` waives a rule where data give no such metric, or no example a weight in `per`; one that says
