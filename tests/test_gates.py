@@ -12,7 +12,7 @@ import pytest
 import yaml
 from stores import REGISTRY, declare_stages, make_root, write_rows
 
-from pipelines.core import gates, policy
+from pipelines.core import declared, gates, policy
 from pipelines.core.errors import GateError
 from pipelines.core.gates import Baseline, Verdict, evaluate
 from pipelines.core.policy import ModelPolicy
@@ -146,7 +146,7 @@ def test_where_measured_belongs_to_optional_metrics(tmp_path, monkeypatch):
         entry = {"stage": "pretrain", "model": "model", "gate": [rule], "promote": "auto"}
         (root / "mlflow/registry.yaml").write_text(yaml.safe_dump({"models": {"sluice-base": entry}}))
         with pytest.raises(GateError) as caught:
-            policy.check(root)
+            declared.check(root)
         return str(caught.value)
 
     assert "gate.0.where_measured: unseen is not given by all data" in told({"metric": "unseen", "at_least": 0.5})
@@ -247,9 +247,9 @@ def test_registry_of_this_repository_is_well_formed():
 
 def test_the_gates_of_this_repository_leave_to_a_person_what_nothing_judged():
     """What data may leave unmeasured and nothing else shows: that a policy is preferred, that an index finds better."""
-    declared = policy.load(Path(__file__).parents[1]).models
+    models = policy.load(Path(__file__).parents[1]).models
     marked = {
-        (name, rule.baseline) for name, model in declared.items() for rule in model.comparisons if rule.by_hand_without
+        (name, rule.baseline) for name, model in models.items() for rule in model.comparisons if rule.by_hand_without
     }
     assert marked == {("sluice-policy", "chance"), ("sluice-index", "mrr_bm25")}
 
@@ -277,7 +277,7 @@ def test_a_copy_of_the_sft_model_passes_where_nothing_judges_it_and_takes_a_pers
 
 def test_check_accepts_what_exists(tmp_path, monkeypatch):
     declare_stages(monkeypatch)
-    policy.check(make_root(tmp_path / "root", None))
+    declared.check(make_root(tmp_path / "root", None))
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_a_mistake_in_the_registry_is_told_by_its_key(tmp_path, monkeypatch, pat
     place[path[-1]] = value
     (root / "mlflow" / "registry.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(GateError, match=f"mlflow/registry.yaml: .*{message}"):
-        policy.check(root)
+        declared.check(root)
 
 
 def test_patterns_stand_for_the_metrics_of_many_tasks(tmp_path, monkeypatch):
@@ -330,4 +330,4 @@ def test_patterns_stand_for_the_metrics_of_many_tasks(tmp_path, monkeypatch):
     root = make_root(tmp_path / "root", None)
     text = REGISTRY.replace("metric: bits_per_byte", "metric: task/score")
     (root / "mlflow" / "registry.yaml").write_text(text)
-    policy.check(root)
+    declared.check(root)

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipelines.core import policy, references, rejudging, release, store, versions
+from pipelines.core import declared, policy, references, rejudging, release, store, versions
 from pipelines.core.errors import GateError, UserError
 from pipelines.core.statistics import Interval, bootstrap, paired_bootstrap
 from pipelines.core.verdicts import EVALUATION, Measure
@@ -118,7 +118,7 @@ def _scores(found: policy.ModelPolicy, a: pd.DataFrame, b: pd.DataFrame) -> list
         (rule.score, rule.per): rule.lower_is_better for rule in found.comparisons
     }
     if not wanted:
-        patterns = policy.declared_scores(found.stage)
+        patterns = declared.scores(found.stage)
         known = [name for name in a.columns if any(fnmatchcase(name, pattern) for pattern in patterns)]
         wanted = {(name, None): None for name in known if a[name].dtype.kind in "fiub"}
     there = {None, *a.columns} & {None, *b.columns}

@@ -16,13 +16,12 @@ this one waits for.
 An entry with a `*` in its name and its directory (`sluice-transfer-*`, `models/*`) stands for one model a directory;
 in its rules `*` stands for the same, and a rule with `only: [NAME]` is asked of those that one of the names fits.
 `where_measured: true` waives a rule where data give no such metric, or no example a weight in `per`; one that says
-`by_hand_without: TEXT` as well leaves the promotion to a person then. `check` holds all of it against the graph and
-the stages before anything is computed, and imports no MLflow.
+`by_hand_without: TEXT` as well leaves the promotion to a person then. `declared.check` holds all of it against the
+graph and the stages before anything is computed.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -32,7 +31,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
-from pipelines.core import graph, strict_yaml
+from pipelines.core import strict_yaml
 from pipelines.core.errors import GateError
 from pipelines.core.params.section import Location, Section, explain
 
@@ -208,100 +207,6 @@ def load(root: Path) -> Policy:
 def _policy(text: str) -> Policy:
     """The policy of a text, read once a process."""
     return Policy.model_validate(strict_yaml.read(text))
-
-
-def check(root: Path) -> None:
-    """Hold the file against the graph and what the stages say they write.
-
-    Raises:
-        GateError: it is malformed, or names a stage, metric or column that does not exist; all are listed.
-    """
-    policy = load(root)
-    stages = graph.load(root)
-    mistakes: list[str] = []
-    for name, model in policy.models.items():
-        if model.stage not in stages:
-            known = ", ".join(stages)
-            mistakes.append(f"{FILE}: models.{name}.stage: no stage {model.stage!r} in dvc.yaml; there are: {known}")
-            continue
-        for number, rule in enumerate(model.gate):
-            where = f"{FILE}: models.{name}.gate.{number}"
-            mistakes += [f"{where}.{mistake}" for mistake in _unknown(rule, model.stage, stages)]
-        every = _declared(model.stage, "METRICS") | declared_optional(model.stage)
-        if model.best is not None and not _fits(model.best.lowest, every):
-            mistakes.append(f"{FILE}: models.{name}.best.lowest: {model.stage} has no metric {model.best.lowest!r}")
-    if mistakes:
-        raise GateError("\n".join(mistakes))
-
-
-def _unknown(rule: Budget | Comparison, stage: str, stages: dict[str, graph.StageSpec]) -> list[str]:
-    """What a rule names that nothing writes."""
-    if isinstance(rule, Budget):
-        always, sometimes = _declared(stage, "METRICS") | measured_figures(stage), declared_optional(stage)
-        if not _fits(rule.metric, always | sometimes):
-            return [f"metric: {stage} has no metric {rule.metric!r}; known: {', '.join(sorted(always | sometimes))}"]
-        if rule.where_measured != _fits(rule.metric, sometimes):
-            given = "always measured: leave it out" if rule.where_measured else "not given by all data: set it to true"
-            return [f"where_measured: {rule.metric} is {given}"]
-        return []
-    columns = _declared(stage, "SCORES")
-    wanted = {"score": rule.score, "per": rule.per}
-    key = "better_than" if rule.better_than else "not_worse_than"
-    if rule.baseline.startswith(STAGE):
-        other = rule.baseline.removeprefix(STAGE)
-        if other not in stages:
-            return [f"{key}: no stage {other!r} in dvc.yaml; there are: {', '.join(stages)}"]
-        if other not in _before(stage, stages):
-            earlier = ", ".join(_before(stage, stages)) or "none"
-            return [f"{key}: {stage} does not wait for stage {other}, which may be running then; accepted: {earlier}"]
-        if not _fits(rule.score, _declared(other, "SCORES")):
-            return [f"{key}: the evaluation of stage {other} has no column {rule.score!r}"]
-    elif rule.baseline != CHAMPION:
-        wanted[key] = rule.baseline
-    return [
-        f"{key}: the evaluation of stage {stage} has no column {column!r}; known: {', '.join(sorted(columns))}"
-        for key, column in wanted.items()
-        if column is not None and not _fits(column, columns)
-    ]
-
-
-def _before(stage: str, stages: dict[str, graph.StageSpec]) -> list[str]:
-    """All that a stage waits for, in the graph's order."""
-    wanted = {stage}
-    for name in reversed(stages):
-        if name in wanted:
-            wanted.update(stages[name].parents)
-    return [name for name in stages if name in wanted and name != stage]
-
-
-def _fits(name: str, declared: frozenset[str]) -> bool:
-    """Whether a name is declared, or fits a declared pattern."""
-    return any(fnmatchcase(name, pattern) for pattern in declared)
-
-
-def declared_scores(stage: str) -> frozenset[str]:
-    """Columns of the stage's `evaluation.parquet`, or patterns, that are results, not what the example is."""
-    return _declared(stage, "SCORES")
-
-
-def declared_optional(stage: str) -> frozenset[str]:
-    """Metrics of a stage that only some data give, such as what needs the names of labelers."""
-    found: frozenset[str] = getattr(importlib.import_module(f"pipelines.{stage}"), "OPTIONAL", frozenset())
-    return found
-
-
-def measured_figures(stage: str) -> frozenset[str]:
-    """Figures of the machine that a stage always measures and a gate may ask for, such as a ratio of speeds."""
-    found: frozenset[str] = getattr(importlib.import_module(f"pipelines.{stage}"), "MEASURED", frozenset())
-    return found
-
-
-def _declared(stage: str, what: str) -> frozenset[str]:
-    module = importlib.import_module(f"pipelines.{stage}")
-    declared = getattr(module, what, None)
-    if not isinstance(declared, frozenset):
-        raise GateError(f"pipelines/{stage}.py declares no {what}: frozenset[str], which its gate is checked against")
-    return declared
 
 
 _KINDS: dict[str | int, type[Section]] = {"budget": Budget, "comparison": Comparison}

@@ -17,6 +17,7 @@ from typing import Any
 from pipelines.core import (
     artifacts,
     courier,
+    declared,
     gates,
     graph,
     lineage,
@@ -49,8 +50,8 @@ class Registered:
 
 
 def check(root: Path) -> None:
-    """Refuse a malformed `mlflow/registry.yaml` before any compute. See `policy.check`."""
-    policy.check(root)
+    """Refuse a malformed `mlflow/registry.yaml` before any compute. See `declared.check`."""
+    declared.check(root)
 
 
 def settle(root: Path, stage: str, measure: Measure | None = None) -> list[Registered]:
@@ -126,8 +127,8 @@ def champions(root: Path) -> dict[str, str | None]:
     Raises:
         StoreUnavailable: the store is away.
     """
-    declared, stages = policy.load(root), graph.load(root)
-    models = (name for stage, spec in stages.items() for name, _ in declared.of_stage(stage, root / spec.output))
+    rules, stages = policy.load(root), graph.load(root)
+    models = (name for stage, spec in stages.items() for name, _ in rules.of_stage(stage, root / spec.output))
     return _champions(root, sorted(models))
 
 
@@ -162,7 +163,7 @@ def _register(candidate: Candidate, client: Any, experiment: str) -> Any:
     record = end["record"] if end else {"tags": {}, "inputs": {}}
     tags = {**record["tags"], **_parents(candidate, client, record["inputs"])}
     if candidate.evaluation is not None:
-        scores = policy.declared_scores(stage)
+        scores = declared.scores(stage)
         tags[versions.ROWS] = gates.rows_hash(candidate.evaluation, candidate.policy, scores)
     card = candidate.output / candidate.policy.model / "README.md"
     intent = versions.Intent(

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import artifacts, contents, gates, graph, lineage, policy, references, store, versions
+from pipelines.core import artifacts, contents, declared, gates, graph, lineage, policy, references, store, versions
 from pipelines.core.environment import STATE
 from pipelines.core.errors import GateError
 from pipelines.core.gates import Verdict
@@ -159,7 +159,7 @@ def _champion(
     if candidate.evaluation is None:
         raise GateError(f"stage {candidate.stage} wrote no {EVALUATION}, which its gate compares")
     name = f"champion v{champion}"
-    scores = policy.declared_scores(candidate.stage)
+    scores = declared.scores(candidate.stage)
     today = gates.rows_hash(candidate.evaluation, candidate.policy, scores)
     theirs = client.get_model_version(candidate.name, champion)
     kept = measured(candidate.root) / f"{file_name(theirs)}-{today[:16]}.parquet"
