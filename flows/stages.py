@@ -11,7 +11,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import hardware
+from pipelines.core import graph, hardware
 from pipelines.core.errors import StoreUnavailable, UserError
 from pipelines.core.params import whole
 
@@ -36,11 +36,9 @@ class State:
         unknown = sorted(set(wanted) - set(self.parents))
         if unknown:
             raise UserError(f"no stage {unknown[0]!r} in dvc.yaml; there are: {', '.join(self.parents)}")
-        keep = set(wanted or self.parents)
-        for stage in reversed(self.parents):
-            if stage in keep and not only:
-                keep.update(self.parents[stage])
-        return [stage for stage in self.parents if stage in keep]
+        if only and wanted:
+            return [stage for stage in self.parents if stage in wanted]
+        return graph.needed(self.parents, wanted or self.parents)
 
     def between(self, first: str | None, last: str | None) -> list[str]:
         """`first` and what depends on it, as far as `last` needs it; without `first` or `last` there is no such end.

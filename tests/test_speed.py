@@ -66,7 +66,6 @@ def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
 
 STARTED = """
 import sys
-from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from pipelines import {stage}

@@ -51,8 +51,9 @@ def _unknown(rule: policy.Budget | policy.Comparison, stage: str, stages: dict[s
         other = rule.baseline.removeprefix(policy.STAGE)
         if other not in stages:
             return [f"{key}: no stage {other!r} in dvc.yaml; there are: {', '.join(stages)}"]
-        if other not in _before(stage, stages):
-            earlier = ", ".join(_before(stage, stages)) or "none"
+        before = graph.needed({name: spec.parents for name, spec in stages.items()}, stages[stage].parents)
+        if other not in before:
+            earlier = ", ".join(before) or "none"
             return [f"{key}: {stage} does not wait for stage {other}, which may be running then; accepted: {earlier}"]
         if not _fits(rule.score, _of(other, "SCORES")):
             return [f"{key}: the evaluation of stage {other} has no column {rule.score!r}"]
@@ -63,15 +64,6 @@ def _unknown(rule: policy.Budget | policy.Comparison, stage: str, stages: dict[s
         for key, column in wanted.items()
         if column is not None and not _fits(column, columns)
     ]
-
-
-def _before(stage: str, stages: dict[str, graph.StageSpec]) -> list[str]:
-    """All that a stage waits for, in the graph's order."""
-    wanted = {stage}
-    for name in reversed(stages):
-        if name in wanted:
-            wanted.update(stages[name].parents)
-    return [name for name in stages if name in wanted and name != stage]
 
 
 def _fits(name: str, declared: frozenset[str]) -> bool:

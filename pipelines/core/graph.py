@@ -7,6 +7,7 @@ as data (`metrics/NAME.json`, `mlflow/registry.yaml`, `artifacts/NAME/model` tha
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -72,6 +73,19 @@ def stage(root: Path, name: str) -> StageSpec:
     if name not in stages:
         raise UserError(f"no stage {name!r} in dvc.yaml; there are: {', '.join(stages)}")
     return stages[name]
+
+
+def needed(parents: dict[str, tuple[str, ...]], wanted: Iterable[str]) -> list[str]:
+    """Some stages and all that they wait for, parents first.
+
+    Args:
+        parents: stage -> the stages it waits for; parents come first.
+    """
+    keep = set(wanted)
+    for name in reversed(parents):
+        if name in keep:
+            keep.update(parents[name])
+    return [name for name in parents if name in keep]
 
 
 def made(root: Path, path: str | None) -> list[Path]:

@@ -61,7 +61,7 @@ def record(
 def restored(root: Path, stage: str) -> Record:
     """The record of an output that stands although no run of this machine made it."""
     spec = graph.stage(root, stage)
-    text = _settled(root / "dvc.lock")
+    text = _at_rest(root / "dvc.lock")
     entry = yaml.safe_load(text)["stages"].get(stage, {}) if text else {}
     params = as_texts({key: value for file in entry.get("params", {}).values() for key, value in file.items()})
     params = {key.removeprefix(f"{stage}."): value for key, value in params.items()}
@@ -70,7 +70,7 @@ def restored(root: Path, stage: str) -> Record:
     return _record(root, spec, params, read_metrics(root, spec), tags, {})
 
 
-def _settled(place: Path) -> str:
+def _at_rest(place: Path) -> str:
     """A text that nobody is writing; empty where there is none. DVC writes `dvc.lock` in place, some .4 s long, and may
     do it now for another stage: by half of it nothing would be known of an output."""
     text, before = "", None
