@@ -5,6 +5,7 @@ A new stage joins with one line in `STAGES`.
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 import signal
@@ -46,7 +47,8 @@ def reached(root: Path, stage: str, moment: str) -> bool:
     live = json.loads(place.read_text()) if place.exists() else {"step": 0, "total": None, "shown": {}}
 
     def there(pattern: str) -> bool:
-        return bool(list((root / environment.WORK / stage).glob(pattern)))
+        # Not pathlib's, which raises where the stage renames a folder that it is reading
+        return bool(glob.glob(pattern, root_dir=root / environment.WORK / stage, recursive=True))
 
     saved = there("*/checkpoints/**/step-*/manifest.json")
     training = bool({"loss", "kl"} & set(live["shown"]))
