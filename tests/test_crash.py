@@ -92,6 +92,7 @@ def undisturbed(chain: Callable[[str], Path]) -> Callable[[str], str]:
     return lambda stage: artifacts.content_hash(chain(stage) / graph.stage(chain(stage), stage).output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_again_and_again(stage: str, before: Callable[[str], Path], undisturbed: Callable[[str], str]) -> None:
     root = before(stage)

@@ -43,6 +43,20 @@ def test_the_rate_is_that_of_all_processes(products: list[float]) -> None:
     assert rates.mean() == 2 * 1001.0
 
 
+@pytest.mark.parametrize(("rate", "rows"), [(1e9, 256), (5e9, 512), (60e9, 1024), (9e11, 2048)])
+def test_no_product_takes_long_on_a_slow_processor(monkeypatch: pytest.MonkeyPatch, rate: float, rows: int) -> None:
+    """In bf16, where the processor has no products of it, one of 2,048 rows takes a minute."""
+    asked = []
+
+    def seconds(device: str, precision: str, rows: int, repeats: int) -> float:
+        asked.append((rows, repeats))
+        return 2 * rows**3 / rate
+
+    monkeypatch.setattr(hardware, "_product_seconds", seconds)
+    assert hardware.matmul_rate("cpu", "bf16", repeats=3) == pytest.approx(rate)
+    assert asked[-1] == (rows, 3) and all(2 * size**3 / rate <= hardware.PRODUCT_SECONDS for size, _ in asked)
+
+
 @pytest.mark.parametrize(
     ("files", "quota"),
     [

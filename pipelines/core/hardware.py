@@ -15,6 +15,7 @@ from pipelines.core.params.compute import ComputeParams
 
 QUICK = frozenset({"avx512f", "avx512_bf16", "amx_bf16", "bf16"})  # flags of a processor that products of bf16 go by
 FASTER = 1.25  # bf16 must beat fp32 by this factor to be worth its rounding
+PRODUCT_SECONDS = 0.1  # that a product may take by which the machine's rate is measured
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,23 @@ def _cuda() -> bool:
 
 
 def matmul_rate(device: str, precision: str, size: int = 2048, repeats: int = 8) -> float:
-    """FLOP/s of a square matrix product: the best of `repeats`, so that a busy neighbour counts least."""
+    """FLOP/s of a square matrix product: the best of `repeats`, so that a busy neighbour counts least.
+
+    The matrices have `size` rows, or fewer where their product would take longer than `PRODUCT_SECONDS`: one in bf16
+    takes a processor that has none of them a minute.
+    """
+    rows = min(size, 256)
+    while rows < size and 8 * _product_seconds(device, precision, rows, repeats=1) <= PRODUCT_SECONDS:
+        rows = min(2 * rows, size)
+    return 2 * rows**3 / _product_seconds(device, precision, rows, repeats)
+
+
+def _product_seconds(device: str, precision: str, rows: int, repeats: int) -> float:
     import torch
 
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    left = torch.ones(size, size, dtype=kind, device=device)
-    right = torch.ones(size, size, dtype=kind, device=device)
+    left = torch.ones(rows, rows, dtype=kind, device=device)
+    right = torch.ones(rows, rows, dtype=kind, device=device)
     best = float("inf")
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -86,7 +98,7 @@ def matmul_rate(device: str, precision: str, size: int = 2048, repeats: int = 8)
         if device == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return best
 
 
 class Rates:
