@@ -20,10 +20,8 @@ from conftest import own_environment, run_stage
 
 from pipelines.core import artifacts, environment, graph
 
-LATER = ("sft", "reward", "ppo", "dpo", "distill", "transfer")
-TRAINING = ("pretrain", *(pytest.param(name, marks=pytest.mark.slow) for name in LATER))
-OTHERS = ("feedback", "quantize", "rag", "answers", "prompts")
-STAGES = (*TRAINING, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS))
+TRAINING = ("pretrain", "sft", "reward", "ppo", "dpo", "distill", "transfer")
+STAGES = (*TRAINING, "feedback", "quantize", "rag", "answers", "prompts")
 MOMENTS = ("at once", "a first checkpoint", "half the steps", "scoring after training")
 MOMENTS_OF = {
     "feedback": ("at once", "a first batch"),
@@ -116,7 +114,7 @@ def test_killed_again_and_again(stage: str, before: Callable[[str], Path], undis
     assert not [one for one in left if one.parent.name != "embeddings"], "checkpoints outlived the output"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [STAGES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in STAGES[1:])])
 def test_sigterm_saves_first(stage: str, before: Callable[[str], Path], undisturbed: Callable[[str], str]) -> None:
     root = before(stage)
     process = start(root, stage)

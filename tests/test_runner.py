@@ -6,12 +6,14 @@ import errno
 import io
 import json
 import os
+import random
 import shutil
 import socket
+import string
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,21 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
+def only_source(workspace: Path, name: str, texts: Sequence[str] = ()) -> None:
+    """Let `data` read nothing but that file of the working folder, with these texts, if there are any."""
+    if texts:
+        (workspace / name).write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    params = (workspace / "params.yaml").read_text()
+    start, end = params.index("  sources:"), params.index("  validation_share:")
+    source = f"  sources:\n  - {{path: {name}, table: corpus}}\n"
+    (workspace / "params.yaml").write_text(params[:start] + source + params[end:])
+
+
+def noticed(workspace: Path, name: str) -> None:
+    """Make the file a dep of `data`."""
+    edit(workspace / "dvc.yaml", "    - pipelines/data.py\n", f"    - pipelines/data.py\n    - {name}\n")
+
+
 def test_a_typo_in_params(workspace: Path) -> None:
     edit(workspace / "params.yaml", "weight_decay:", "wieght_decay:")
     refused(workspace, "data", "pretrain.wieght_decay: no such key", "weight_decay")
@@ -70,23 +87,15 @@ def test_an_input_that_is_not_there(workspace: Path) -> None:
 
 
 def test_a_file_that_does_not_exist(workspace: Path) -> None:
-    sources = "  sources:\n  - {path: nowhere.jsonl, table: corpus}\n"
-    text = (workspace / "params.yaml").read_text()
-    start, end = text.index("  sources:"), text.index("  validation_share:")
-    (workspace / "params.yaml").write_text(text[:start] + sources + text[end:])
+    only_source(workspace, "nowhere.jsonl")
     refused(workspace, "data", "nowhere.jsonl")
 
 
 def test_a_file_dvc_would_not_notice(workspace: Path) -> None:
     """A local source that is no dep of the stage: DVC would never run it again when the file changes."""
-    rows = [json.dumps({"text": f"Sentence number {n} about nothing in particular."}) for n in range(200)]
-    (workspace / "mine.jsonl").write_text("\n".join(rows))
-    text = (workspace / "params.yaml").read_text()
-    start, end = text.index("  sources:"), text.index("  validation_share:")
-    source = "  sources:\n  - {path: mine.jsonl, table: corpus}\n"
-    (workspace / "params.yaml").write_text(text[:start] + source + text[end:])
+    only_source(workspace, "mine.jsonl", [f"Sentence number {n} about nothing in particular." for n in range(200)])
     refused(workspace, "data", "mine.jsonl", "deps", "sluice run")
-    edit(workspace / "dvc.yaml", "    - pipelines/data.py\n", "    - pipelines/data.py\n    - mine.jsonl\n")
+    noticed(workspace, "mine.jsonl")
     run_stage(workspace, "data")
 
 
@@ -222,6 +231,10 @@ def test_a_terminal_that_cannot_write_a_sample_does_not_end_the_stage(
 
 def test_a_real_full_disk(workspace: Path) -> None:
     """On a file system of 96 kB, where this machine lets us mount one."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices(string.ascii_lowercase, k=7)) for _ in range(4000)]
+    only_source(workspace, "mine.jsonl", [" ".join(draw.choices(words, k=80)) for _ in range(400)])
+    noticed(workspace, "mine.jsonl")
     disk = workspace / "artifacts"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], capture_output=True)
