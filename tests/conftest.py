@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -63,31 +64,53 @@ def make_workspace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Pat
 
 
 @pytest.fixture(scope="session")
-def prepared(make_workspace: Callable[[], Path]) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test run, one for all of its workers."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@contextlib.contextmanager
+def one_worker(place: Path) -> Iterator[None]:
+    """Let the other workers wait who want to make, or to copy, what is at `place`."""
+    with place.with_name(f"{place.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
+def prepared(make_workspace: Callable[[], Path], shared: Path) -> Path:
     """A workspace in which the tiny `data` and `tokenizer` stages have run. Copy it before you change it."""
-    place = make_workspace()
-    for stage in ("data", "tokenizer"):
-        run_stage(place, stage)
-    at_rest(place)
+    place, whole = shared / "prepared", shared / "prepared.whole"
+    with one_worker(place):
+        if not whole.exists():
+            shutil.rmtree(place, ignore_errors=True)  # of a worker that failed
+            shutil.copytree(make_workspace(), place, symlinks=True)
+            for stage in ("data", "tokenizer"):
+                run_stage(place, stage)
+            at_rest(place)
+            whole.touch()
     return place
 
 
 @pytest.fixture(scope="session")
-def chain(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Of a stage: a workspace in which it has run, and all it needs. Copy it before you change it."""
-    place = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("chain") / "w", symlinks=True))
+def chain(prepared: Path, shared: Path) -> Callable[[str, Path], Path]:
+    """Copies a workspace to a place: one in which a stage has run, and all it needs; others may have."""
+    place = shared / "chain"
 
-    def until(stage: str) -> Path:
-        for name in graph.load(place):
-            spec = graph.stage(place, name)
-            if not (place / spec.output).exists():
-                run_stage(place, name)
-            if name == stage:
-                break
-        at_rest(place)
-        return place
+    def copied(stage: str, to: Path) -> Path:
+        with one_worker(place):
+            if not place.exists():
+                shutil.copytree(prepared, place, symlinks=True)
+            for name in graph.load(place):
+                if not (place / graph.stage(place, name).output).exists():
+                    run_stage(place, name)
+                if name == stage:
+                    break
+            at_rest(place)
+            return Path(shutil.copytree(place, to, symlinks=True))
 
-    return until
+    return copied
 
 
 _WHO = ("-c", "user.name=test", "-c", "user.email=test@example.org")

@@ -67,33 +67,28 @@ def reached(root: Path, stage: str, moment: str) -> bool:
 
 
 @pytest.fixture
-def before(chain: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A workspace in which a stage has not run, though all before it have."""
+def before(chain: Callable[[str, Path], Path], tmp_path: Path) -> Callable[[str], tuple[Path, str]]:
+    """A workspace in which a stage has not run, though all before it have, and the hash of what it makes."""
 
-    def make(stage: str) -> Path:
-        root = Path(shutil.copytree(chain(stage), tmp_path / "w", symlinks=True))
+    def make(stage: str) -> tuple[Path, str]:
+        root = chain(stage, tmp_path / "w")
         spec = graph.stage(root, stage)
+        undisturbed = artifacts.content_hash(root / spec.output)
         shutil.rmtree(root / spec.output)
         (root / spec.metrics).unlink()
         (root / environment.STATE / "live" / f"{stage}.json").unlink()
         shutil.rmtree(root / environment.WORK / stage, ignore_errors=True)  # vectors of `rag` outlive its run
         for figures in (root / environment.STATE / "measured").glob(f"{stage}-*"):  # so do what was measured
             figures.unlink()
-        return root
+        return root, undisturbed
 
     return make
 
 
-@pytest.fixture
-def undisturbed(chain: Callable[[str], Path]) -> Callable[[str], str]:
-    """Content hash of a stage's output when nothing happens."""
-    return lambda stage: artifacts.content_hash(chain(stage) / graph.stage(chain(stage), stage).output)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_again_and_again(stage: str, before: Callable[[str], Path], undisturbed: Callable[[str], str]) -> None:
-    root = before(stage)
+def test_killed_again_and_again(stage: str, before: Callable[[str], tuple[Path, str]]) -> None:
+    root, undisturbed = before(stage)
     output = root / graph.stage(root, stage).output
     for moment in MOMENTS_OF.get(stage, MOMENTS):
         process = start(root, stage)
@@ -109,14 +104,14 @@ def test_killed_again_and_again(stage: str, before: Callable[[str], Path], undis
         assert json.loads((root / "metrics/rag.json").read_text())["vectors_made"] == 0, "they were there"
     else:
         assert "resuming after" in told
-    assert artifacts.content_hash(output) == undisturbed(stage)
+    assert artifacts.content_hash(output) == undisturbed
     left = (root / environment.WORK / stage).glob("*/*")
     assert not [one for one in left if one.parent.name != "embeddings"], "checkpoints outlived the output"
 
 
 @pytest.mark.parametrize("stage", [STAGES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in STAGES[1:])])
-def test_sigterm_saves_first(stage: str, before: Callable[[str], Path], undisturbed: Callable[[str], str]) -> None:
-    root = before(stage)
+def test_sigterm_saves_first(stage: str, before: Callable[[str], tuple[Path, str]]) -> None:
+    root, undisturbed = before(stage)
     process = start(root, stage)
     moment = "half the steps" if stage not in MOMENTS_OF else MOMENTS_OF[stage][-1]
     while process.poll() is None and not reached(root, stage, moment):
@@ -126,15 +121,13 @@ def test_sigterm_saves_first(stage: str, before: Callable[[str], Path], undistur
     assert process.returncode == 128 + signal.SIGTERM, told
     assert "the next run" in told and "starts over" not in told and "Traceback" not in told
     run_stage(root, stage)
-    assert artifacts.content_hash(root / graph.stage(root, stage).output) == undisturbed(stage)
+    assert artifacts.content_hash(root / graph.stage(root, stage).output) == undisturbed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", TRAINING)
-def test_a_damaged_checkpoint_is_not_used(
-    stage: str, before: Callable[[str], Path], undisturbed: Callable[[str], str]
-) -> None:
-    root = before(stage)
+def test_a_damaged_checkpoint_is_not_used(stage: str, before: Callable[[str], tuple[Path, str]]) -> None:
+    root, undisturbed = before(stage)
     process = start(root, stage)
     while process.poll() is None and not reached(root, stage, "a first checkpoint"):
         time.sleep(0.01)
@@ -144,4 +137,4 @@ def test_a_damaged_checkpoint_is_not_used(
         state.write_bytes(state.read_bytes()[:-7])
     run = run_stage(root, stage)
     assert "is damaged" in run.stderr and "set aside" in run.stderr
-    assert artifacts.content_hash(root / graph.stage(root, stage).output) == undisturbed(stage)
+    assert artifacts.content_hash(root / graph.stage(root, stage).output) == undisturbed

@@ -26,7 +26,10 @@ from pipelines.core.params.compute import ComputeParams
 
 def workspace(prepared: Path, place: Path, sharding: str | None, **pretrain: Any) -> Path:
     """The tiny chain up to pretrain; with `sharding`, two processes."""
-    root = Path(shutil.copytree(prepared, place, symlinks=True))
+    return adapted(Path(shutil.copytree(prepared, place, symlinks=True)), sharding, **pretrain)
+
+
+def adapted(root: Path, sharding: str | None, **pretrain: Any) -> Path:
     params = yaml.safe_load((root / "params.yaml").read_text())
     params["compute"] |= {"precision": "fp32", "threads": 1}
     if sharding is not None:
@@ -61,11 +64,11 @@ def test_two_processes_train_what_one_does(sharding: str, prepared: Path, tmp_pa
     ("stage", "sharding"), [("sft", "none"), ("sft", "full"), ("reward", "none"), ("reward", "full"), ("dpo", "none")]
 )
 def test_later_stages_train_on_two_processes_too(
-    stage: str, sharding: str, chain: Callable[[str], Path], tmp_path: Path
+    stage: str, sharding: str, chain: Callable[[str, Path], Path], tmp_path: Path
 ) -> None:
     found = []
     for name, kind in (("one", None), ("two", sharding)):
-        root = workspace(chain(stage), tmp_path / name, kind)
+        root = adapted(chain(stage, tmp_path / name), kind)
         shutil.rmtree(root / "artifacts" / stage)
         run_stage(root, stage)
         found.append(load_file(root / "artifacts" / stage / "model/model.safetensors"))
