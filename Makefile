@@ -79,7 +79,7 @@ test: setup                     ## the fast tests
 	@$(PYTEST) --dist loadfile -m "not slow and not live"
 	@echo "the fast tests pass. Next: make run, make test-slow, make check"
 
-test-slow: setup                ## the tests that take minutes
+test-slow: setup                ## the tests that take longer
 	@$(PYTEST) --dist loadgroup -m slow
 
 test-live: setup                ## the tests with servers of their own, for ten quiet minutes

@@ -155,6 +155,7 @@ def test_mistakes_are_told(repository, change, message):
         registry.check(root)
 
 
+@pytest.mark.slow
 def test_packed_models_answer_from_any_folder(repository, tmp_path):
     root, _ = repository
     make_model(tmp_path / "plain")

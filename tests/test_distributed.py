@@ -118,6 +118,7 @@ def _left(root: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_refused(prepared: Path, tmp_path: Path) -> None:
     root = workspace(prepared, tmp_path / "w", "none", micro_batch=4)
     run = run_stage(root, "pretrain", check=False)

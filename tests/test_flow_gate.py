@@ -233,6 +233,7 @@ def test_whoever_waits_for_the_ledger_is_told_for_whom(tmp_path, monkeypatch, ca
     assert said.startswith(f"waiting until another promotion ends: process {os.getpid()} on ") and said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_flow_registers_for_its_stages_and_measures_a_champion_in_a_process_of_its_own(prepared, tmp_path):
     root = Path(shutil.copytree(prepared, tmp_path / "w", symlinks=True))
     run_real_stage(root, "pretrain", **{tracking.ATTENDED: "1"})

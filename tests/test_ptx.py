@@ -158,6 +158,7 @@ def _process(rank: int, root: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_gradient_of_one(known: Any, tmp_path: Path) -> None:
     """Five rows in passes of two are three passes: one process does the last once more, for nothing."""
     text, lm = stream(known, tmp_path / "t"), policy(known, "lora")

@@ -39,7 +39,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"out": root / "out", "data": root / "data"}
 
 
-@pytest.mark.parametrize("task", ["kind", "close", "pick", "score"])
+@pytest.mark.parametrize(
+    "task", ["kind", "score", *(pytest.param(name, marks=pytest.mark.slow) for name in ("close", "pick"))]
+)
 def test_served_answers_are_the_stages(made: dict[str, Path], task: str, tmp_path: Path) -> None:
     asked = list(reading.rows(made["data"] / "tasks", task, "test", None))  # type: ignore[arg-type]
     columns = json.loads((made["out"] / "models" / task / "task.json").read_text())["columns"]

@@ -437,6 +437,7 @@ def test_files_that_overrides_name_are_deps_before_a_stage_runs(root: Path, monk
     assert "- data/mine.jsonl" in workspace.git(root, "show", "runs/nightly:dvc.yaml")
 
 
+@pytest.mark.slow
 def test_an_evaluation_measures_todays_data_and_keeps_none(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It took those of the commit, so what has come since was never seen, and an older one passed for today's."""
     mine, code = root / "data" / "mine.jsonl", (root / "stage.py").read_text()
