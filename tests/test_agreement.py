@@ -132,6 +132,7 @@ def test_tools_work_on_the_state_of_the_project_that_they_are_called_in(tmp_path
     assert run.stdout.strip() == f"{ROOT}/.sluice/dvc/site", "called in a folder that nobody lets us search"
 
 
+@pytest.mark.slow
 def test_set_up_knows_an_archive_a_clone_and_a_folder_of_a_larger_repository(tmp_path: Path) -> None:
     """DVC works in each of them, and of an archive that becomes a repository later it knows the history."""
     root = tmp_path / "a folder"

@@ -318,6 +318,7 @@ def test_stop_strings_of_a_sampling_end_the_answer(root: Path, index: FakeIndex)
     )
 
 
+@pytest.mark.slow
 def test_the_command_answers_and_exits(tmp_path: Path, made: Path) -> None:
     place = make_root(tmp_path / "root")
 

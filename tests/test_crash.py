@@ -20,6 +20,7 @@ from conftest import own_environment, run_stage
 
 from pipelines.core import artifacts, environment, graph
 
+pytestmark = pytest.mark.slow
 TRAINING = ("pretrain", "sft", "reward", "ppo", "dpo", "distill", "transfer")
 STAGES = (*TRAINING, "feedback", "quantize", "rag", "answers", "prompts")
 MOMENTS = ("at once", "a first checkpoint", "half the steps", "scoring after training")
@@ -85,7 +86,6 @@ def before(chain: Callable[[str, Path], Path], tmp_path: Path) -> Callable[[str]
     return make
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_again_and_again(stage: str, before: Callable[[str], tuple[Path, str]]) -> None:
     root, undisturbed = before(stage)
@@ -109,7 +109,7 @@ def test_killed_again_and_again(stage: str, before: Callable[[str], tuple[Path, 
     assert not [one for one in left if one.parent.name != "embeddings"], "checkpoints outlived the output"
 
 
-@pytest.mark.parametrize("stage", [STAGES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in STAGES[1:])])
+@pytest.mark.parametrize("stage", STAGES)
 def test_sigterm_saves_first(stage: str, before: Callable[[str], tuple[Path, str]]) -> None:
     root, undisturbed = before(stage)
     process = start(root, stage)
@@ -124,7 +124,6 @@ def test_sigterm_saves_first(stage: str, before: Callable[[str], tuple[Path, str
     assert artifacts.content_hash(root / graph.stage(root, stage).output) == undisturbed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", TRAINING)
 def test_a_damaged_checkpoint_is_not_used(stage: str, before: Callable[[str], tuple[Path, str]]) -> None:
     root, undisturbed = before(stage)

@@ -229,6 +229,7 @@ def test_a_terminal_that_cannot_write_a_sample_does_not_end_the_stage(
     assert shown.getvalue() == rb"\u27e6\uc548\ub155\u27e7" + b"\n"
 
 
+@pytest.mark.slow
 def test_a_real_full_disk(workspace: Path) -> None:
     """On a file system of 96 kB, where this machine lets us mount one."""
     draw = random.Random(0)

@@ -26,7 +26,7 @@ from pipelines.core import (
 from pipelines.core.generate import Sampling
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_assistants_answers(packed: bool, tmp_path: Path) -> None:
     place = assistants.folder(tmp_path / "assistant", packed)
     questions = ["What is the area of shape 3?", "도형의 넓이는?"]
