@@ -37,8 +37,10 @@ class Crew:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
 
-    def start(self, command: list[str], cwd: Path, log: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
-        """Start `command` under a supervisor, output appended to `log`.
+    def start(
+        self, command: list[str], cwd: Path, log: Path, env: dict[str, str], descriptors: tuple[int, ...] = ()
+    ) -> subprocess.Popen[bytes]:
+        """Start `command` under a supervisor, output appended to `log`; it has these of our open files, too.
 
         Raises:
             RuntimeError: the crew was stopped already.
@@ -56,13 +58,17 @@ class Crew:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=descriptors,
             )
             self._running.add(process)
         return process
 
     def run(self, command: list[str], cwd: Path, log: Path, env: dict[str, str]) -> int:
         """Run `command` to its end. Returns its exit code; 128 + N when signal N ended it."""
-        process = self.start(command, cwd, log, env)
+        return self.wait(self.start(command, cwd, log, env))
+
+    def wait(self, process: subprocess.Popen[bytes]) -> int:
+        """What `run` returns, of a command that was started."""
         code = process.wait()
         self._forget(process)
         return code if code >= 0 else 128 - code
@@ -142,7 +148,7 @@ def supervise(command: list[str], grace: float) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, frame: asked.append(received))
     _adopt_orphans()
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, close_fds=False)  # what `start` gave
     while (code := child.poll()) is None:
         closed, _, _ = select.select([0], [], [], 0.1)
         if closed or asked:

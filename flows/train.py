@@ -9,7 +9,6 @@ or its bytes would.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from prefect.runtime import flow_run
 from rich.console import Console
 
 from flows import failures, outcome, records, run_locks, stages, view
+from flows.ahead import Ahead
 from flows.board import Board, Row, StageState
 from flows.gate import Gate
 from flows.supervise import Crew, child_environment
@@ -48,7 +48,7 @@ class Job:
     crew: Crew
     seats: threading.Semaphore  # how many stages may compute at once
     gate: Gate
-    environment: dict[str, str] = field(default_factory=dict)  # tells a stage that the flow registers for it
+    dvc: Ahead
     progress: dict[str, UUID] = field(default_factory=dict)
 
     def stage(self, name: str, suspect: bool) -> None:
@@ -93,8 +93,7 @@ class Job:
         assert row.log is not None
         failures.forget_live(self.root, row.stage)
         start = row.log.stat().st_size if row.log.exists() else 0
-        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "-s", row.stage]
-        code = self.crew.run(command, self.root, row.log, child_environment(PYTHONUNBUFFERED="1", **self.environment))
+        code = self.dvc.run(["--wait-for-lock", "repro", "-s", row.stage], row.log)
         with row.log.open("rb") as file:
             file.seek(start)
             printed = file.read().decode("utf-8", "replace")
@@ -131,8 +130,12 @@ def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False,
         seats = threading.Semaphore(stages.side_by_side(place))
         gate = Gate(place, whole.load(place / "params.yaml").flow.failed_gate == "stop", crew, seats)
         with tracking.attended(place) as environment:
-            job = Job(place, board, graph, crew, seats, gate, environment)
+            # The environment tells a stage that the flow registers for it
+            env = child_environment(PYTHONUNBUFFERED="1", **environment)
+            dvc = Ahead(crew, place, logs / "dvc.log", env, len(suspects.intersection(needed)))
+            job = Job(place, board, graph, crew, seats, gate, dvc)
             try:
+                dvc.prepare()
                 futures = _submit(job, needed, suspects)
                 with view.shown(board, console, plain) as update:
                     _watch(job, futures, update)
@@ -140,6 +143,8 @@ def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False,
             except BaseException:
                 job.crew.stop()
                 raise
+            finally:
+                dvc.close()
         console.print(view.stages_table(board))
         _conclude(job, needed)
 

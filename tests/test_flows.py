@@ -27,11 +27,12 @@ from processes import has_ended
 from rich.console import Console
 
 from flows import automations, failures, outcome, overrides, records, run, stages, train
+from flows.ahead import Ahead
 from flows.board import Board, Row
 from flows.gate import Gate
 from flows.measure import NOT_MEASURABLE
 from flows.run_locks import alone
-from flows.supervise import Crew
+from flows.supervise import Crew, child_environment
 from flows.train import Job, _conclude
 from pipelines.core import hardware, promotion, registry
 from pipelines.core.errors import GateError, StoreUnavailable, UserError
@@ -63,7 +64,8 @@ def job(root: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     state = stages.look(root)
     board = Board(root, {name: Row(name, log=root / ".sluice" / f"{name}.log") for name in state.parents})
     crew, seats = Crew(), threading.Semaphore(2)
-    return Job(root, board, state, crew, seats, Gate(root, crew=crew, seats=seats))
+    dvc = Ahead(crew, root, root / ".sluice" / "dvc.log", child_environment(PYTHONUNBUFFERED="1"), expected=0)
+    return Job(root, board, state, crew, seats, Gate(root, crew=crew, seats=seats), dvc)
 
 
 def behave(root: Path, stage: str, words: str) -> None:
