@@ -98,15 +98,16 @@ class Ahead:
         return None
 
 
-def dvc(pipe: int) -> int:
+def wait(pipe: int) -> int:
     """Import what `dvc repro` needs, wait for a command, and do it. Returns its exit code, 0 if none came."""
+    # What DVC imports only once it is at work
+    import dvc.repo.reproduce  # noqa: F401
+    import dvc.rwlock  # noqa: F401
+    import ruamel.yaml  # noqa: F401
+    import scmrepo.git  # noqa: F401
     from dvc.cli import main, parser
-    from dvc.commands import repro  # noqa: F401
-    from dvc.repo import Repo, reproduce  # noqa: F401
-    from dvc.stage import run  # noqa: F401
-    from dvc.utils.serialize import _yaml  # noqa: F401
 
-    parser.get_main_parser()  # all other commands
+    parser.get_main_parser()  # all commands
     with open(pipe, encoding="utf-8") as told:
         order = told.read()
     if not order:
@@ -121,4 +122,4 @@ def dvc(pipe: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(dvc(int(sys.argv[2])))
+    sys.exit(wait(int(sys.argv[2])))
