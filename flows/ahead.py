@@ -1,125 +1,144 @@
-"""DVC's commands, each by a process that was started ahead.
+"""DVC's commands, each by a process whose imports are done.
 
-`dvc` imports for a second before it looks at anything, and a flow calls it once for each stage. So while one stage
-runs, the process that is to run the next waits on a pipe, its imports done.
+`dvc` imports for a second before it looks at anything, and a flow calls it once for each stage. So one process imports
+ahead, while the flow asks what is stale, and then forks itself for each command.
 
-This file is both sides: `Ahead` is what a flow uses; run as a script it is the process that waits.
+This file is both sides: `Ahead` is what a flow uses; run as a script it is the process that forks.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from flows.supervise import Crew
 
+LONGEST = 65_536  # bytes of an order
+KILLED = 128 + signal.SIGKILL
+
 
 @dataclass
 class Ahead:
-    """DVC in one repository. `run` may be called from several threads; `close` ends the process that still waits."""
+    """DVC in one repository. `run` may be called from several threads; `close` when none runs any more."""
 
     crew: Crew
     root: Path
-    log: Path  # what a process says before it knows its command
+    log: Path  # what the process says before it knows a command
     env: dict[str, str]
-    expected: int  # commands still to come; more may, which then wait for their imports
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _waiting: tuple[subprocess.Popen[bytes], int] | None = None  # and the pipe by which it is told
+    _origin: tuple[subprocess.Popen[bytes], socket.socket] | None = None  # that forks, and how it is told
 
     def prepare(self) -> None:
-        """Start a process for the next command, if one is expected and none waits.
+        """Start the process, if there is none.
 
         Raises:
             RuntimeError: the crew was stopped already.
         """
         with self._lock:
-            if self._waiting is None and self.expected > 0:
-                self._waiting = self._start()
+            self._origin = self._origin or self._start()
 
     def run(self, arguments: list[str], log: Path) -> int:
-        """`dvc` with these arguments, output appended to `log`. Returns its exit code; 128 + N when signal N ended it.
+        """`dvc` with these arguments, output appended to `log`. Returns its exit code; `KILLED` when a signal ended it.
 
         Raises:
             RuntimeError: the crew was stopped already.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
-        order = json.dumps({"arguments": arguments, "log": str(log)}).encode()
-        with self._lock:
-            self.expected -= 1
-            waiting, self._waiting = self._waiting, None
-        process = self._tell(waiting, order) if waiting else None
-        if process is None:  # none waited, or it was killed
-            process = self._tell(self._start(), order)
-            assert process is not None
-        with contextlib.suppress(RuntimeError):  # a crew that is stopped ends this one, too
-            self.prepare()
-        return self.crew.wait(process)
+        answer, theirs = os.pipe()
+        with open(answer, encoding="utf-8") as told:
+            try:
+                self._order(json.dumps({"arguments": arguments, "log": str(log)}).encode(), theirs)
+            finally:
+                os.close(theirs)
+            return int(told.read() or KILLED)
 
     def close(self) -> None:
-        """End the process that waits, if one does."""
+        """End the process."""
         with self._lock:
-            waiting, self._waiting, self.expected = self._waiting, None, 0
-        if waiting:
-            os.close(waiting[1])
-            self.crew.wait(waiting[0])
+            self._end()
 
-    def _start(self) -> tuple[subprocess.Popen[bytes], int]:
-        theirs, ours = os.pipe()
-        try:
-            command = [sys.executable, "-P", str(Path(__file__).resolve()), "dvc", str(theirs)]
-            return self.crew.start(command, self.root, self.log, self.env, (theirs,)), ours
-        except BaseException:
-            os.close(ours)
-            raise
-        finally:
-            os.close(theirs)
+    def _order(self, order: bytes, answer: int) -> None:
+        """Have a command done; the process that does it holds `answer` until it ends."""
+        with self._lock:
+            self._origin = self._origin or self._start()
+            try:
+                socket.send_fds(self._origin[1], [order], [answer])
+            except OSError:  # it was killed
+                self._end()
+                self._origin = self._start()
+                socket.send_fds(self._origin[1], [order], [answer])
 
-    def _tell(self, waiting: tuple[subprocess.Popen[bytes], int], order: bytes) -> subprocess.Popen[bytes] | None:
-        """Give a process its command. Returns it, or None if it is there no more."""
-        process, pipe = waiting
-        try:
-            if process.poll() is None:
-                os.write(pipe, order)
-                return process
-        except BrokenPipeError:
-            pass
-        finally:
-            os.close(pipe)
-        self.crew.wait(process)
-        return None
+    def _start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                command = [sys.executable, "-P", str(Path(__file__).resolve()), str(theirs.fileno())]
+                return self.crew.start(command, self.root, self.log, self.env, (theirs.fileno(),)), ours
+            except BaseException:
+                ours.close()
+                raise
+
+    def _end(self) -> None:
+        origin, self._origin = self._origin, None
+        if origin:
+            origin[1].close()
+            self.crew.wait(origin[0])
 
 
-def wait(pipe: int) -> int:
-    """Import what `dvc repro` needs, wait for a command, and do it. Returns its exit code, 0 if none came."""
+def serve(orders: socket.socket) -> None:
+    """Import what `dvc repro` needs, then fork for each order until no more can come."""
     # What DVC imports only once it is at work
     import dvc.repo.reproduce  # noqa: F401
     import dvc.rwlock  # noqa: F401
     import ruamel.yaml  # noqa: F401
     import scmrepo.git  # noqa: F401
-    from dvc.cli import main, parser
+    from dvc.cli import parser
 
     parser.get_main_parser()  # all commands
-    with open(pipe, encoding="utf-8") as told:
-        order = told.read()
-    if not order:
-        return 0
-    asked = json.loads(order)
-    log = os.open(asked["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever gave the order is told by the process itself
+    while True:
+        order, descriptors, _, _ = socket.recv_fds(orders, LONGEST, 1)
+        if not order:
+            return
+        (answer,) = descriptors
+        if os.fork() == 0:
+            orders.close()
+            _obey(json.loads(order), answer)
+        os.close(answer)
+
+
+def _obey(order: dict[str, str], answer: int) -> NoReturn:
+    from dvc.cli import main
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    log = os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    sys.argv = ["dvc", *asked["arguments"]]  # DVC writes it into its lock file
-    return int(main(asked["arguments"]))
+    sys.argv = ["dvc", *order["arguments"]]  # DVC writes it into its lock file
+    code = 255
+    try:
+        code = int(main(sys.argv[1:]))
+    except BaseException:
+        traceback.print_exc()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.write(answer, str(code).encode())
+    os._exit(code)  # as multiprocessing does: to take all objects apart, of which nobody needs one, takes .2 s
 
 
 if __name__ == "__main__":
-    sys.exit(wait(int(sys.argv[2])))
+    serve(socket.socket(fileno=int(sys.argv[1])))

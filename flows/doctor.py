@@ -217,13 +217,13 @@ def _repository(root: Path) -> Iterator[Finding]:
 
 
 def _params(root: Path) -> Iterator[Finding]:
-    from pipelines.core import registry
+    from pipelines.core import declared
     from pipelines.core.errors import UserError
     from pipelines.core.params import whole
 
     try:
         whole.load(root / "params.yaml")
-        registry.check(root)
+        declared.check(root)
     except UserError as error:
         yield Finding("fail", "settings", str(error), "correct the file that the message names")
     else:

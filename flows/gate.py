@@ -9,6 +9,7 @@ promoted is tried again when all are over, and what then still cannot be is told
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -55,6 +56,14 @@ class Gate:
     left: list[Left] = field(default_factory=list)
     trouble: list[UserError] = field(default_factory=list)  # what failed no stage, for the flow's end
     registry: threading.Lock = field(default_factory=threading.Lock)  # judging and promoting both write it
+
+    def begin(self, row: Row) -> None:
+        """Register and judge what a stage has just made, while DVC takes it into its cache: both copy and hash.
+
+        Nothing is promoted. What is missing or wrong here, `ask` meets again.
+        """
+        with contextlib.suppress(Exception), self.registry:
+            self._judge(row, seated=False)
 
     def ask(self, row: Row, fresh_output: bool) -> None:
         """Judge what a stage made and promote what passed.

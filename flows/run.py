@@ -11,7 +11,7 @@ from rich.console import Console
 
 from flows import outcome, profiles, run_locks, sources, stages, view
 from flows.board import Board, Row
-from pipelines.core import graph, policy
+from pipelines.core import declared, graph, policy
 from pipelines.core.errors import GateError, StoreUnavailable, UserError
 from pipelines.core.ledger import LedgerHeld
 from pipelines.core.params import whole
@@ -27,26 +27,30 @@ def run(root: Path, wanted: list[str], profile: str | None, plain: bool, console
     Raises:
         UserError: something is wrong with what the user gave us, a stage failed or a model did not pass.
     """
-    from pipelines.core import registry
-
     with run_locks.alone(root):  # the stages of another flow would go on with other params
         if profile is not None:
             _say(console, profiles.apply(root, profile) or [f"params.yaml has the values of {profile} already"])
         whole.load(root / "params.yaml")
         _say(console, sources.keep(root))
-    registry.check(root)
-    state = stages.look(root)
-    needed = state.needed(wanted, only)
-    if state.suspects().isdisjoint(needed):
-        _catch_up(root, state, needed, console)
+    declared.check(root)
+    state = None if _missing(root, wanted) else stages.look(root)
+    if state is not None and state.suspects().isdisjoint(state.needed(wanted, only)):
+        _catch_up(root, state, state.needed(wanted, only), console)
     else:
         from flows.server import prefect_api
 
-        with prefect_api(root):
-            from flows.train import train
+        with prefect_api(root, lambda: state or stages.look(root)) as state:
+            from flows.train import train_from
 
-            train(str(root), wanted, plain, only)
-    _say(console, ["", *whats_next(root, needed)])
+            train_from(state)(str(root), wanted, plain, only)
+    _say(console, ["", *whats_next(root, state.needed(wanted, only))])
+
+
+def _missing(root: Path, wanted: list[str]) -> bool:
+    """Whether a wanted output is not there, so that a stage will run; DVC, who knows every reason, takes longer."""
+    specs = graph.load(root)
+    outputs = [root / specs[name].output for name in wanted or specs if name in specs]
+    return specs.keys() >= set(wanted) and not all(output.exists() for output in outputs)
 
 
 def _catch_up(root: Path, state: stages.State, needed: list[str], console: Console) -> None:
@@ -96,11 +100,11 @@ def _catch_up(root: Path, state: stages.State, needed: list[str], console: Conso
 def whats_next(root: Path, needed: list[str]) -> list[str]:
     """What there is now and what to type next, a line each; paths relative to the repository."""
     specs = graph.load(root)
-    declared = policy.load(root)
+    rules = policy.load(root)
     lines = []
     for name in needed:
         output = specs[name].output
-        lines += [f"model     {output}/{model.model}" for _, model in declared.of_stage(name, root / output)]
+        lines += [f"model     {output}/{model.model}" for _, model in rules.of_stage(name, root / output)]
         if (root / output / "report.html").exists():
             lines.append(f"report    {output}/report.html")
     sluice = command_name(root)

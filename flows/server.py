@@ -15,14 +15,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from flows.supervise import Crew, child_environment
 from pipelines.core import store
 from pipelines.core.environment import STATE
 from pipelines.core.errors import StoreUnavailable
 
+T = TypeVar("T")
 PAGES = "SLUICE_MLFLOW_PAGES"  # variable: where the pages of MLflow are, for links
 REQUIRE_SECONDS = 20.0  # a server that was killed is back within that time
 START_SECONDS = 240.0  # the first start creates the database: 15 s on two idle cores, minutes on busy ones
@@ -41,8 +43,11 @@ UNNEEDED = (
 
 
 @contextlib.contextmanager
-def prefect_api(root: Path) -> Iterator[None]:
+def prefect_api(root: Path, meanwhile: Callable[[], T]) -> Iterator[T]:
     """Make sure that Prefect has an API to talk to while the block runs.
+
+    Args:
+        meanwhile: what to do while a server of our own comes up, which takes seconds; the block is given what it gives.
 
     Raises:
         StoreUnavailable: our own server did not come up, and the message names its log; the one that is named does not
@@ -54,7 +59,7 @@ def prefect_api(root: Path) -> Iterator[None]:
 
     if named := get_current_settings().api.url:
         require(named)
-        yield
+        yield meanwhile()
         return
     from flows import servers
 
@@ -63,7 +68,7 @@ def prefect_api(root: Path) -> Iterator[None]:
         require(own["prefect"])
         os.environ.setdefault(PAGES, own["mlflow"])
         with _at(own["prefect"]):
-            yield
+            yield meanwhile()
         return
     crew, port = Crew(grace=5.0), _free_port()
     address = f"http://127.0.0.1:{port}"
@@ -74,6 +79,7 @@ def prefect_api(root: Path) -> Iterator[None]:
     idle = dict.fromkeys(UNNEEDED, "false")
     try:
         server = crew.start(command, root, log, child_environment(**pages, **idle))
+        done = meanwhile()
         import prefect.flows  # noqa: F401  # seconds, which whoever talks to it needs, too
 
         deadline = time.monotonic() + START_SECONDS
@@ -82,7 +88,7 @@ def prefect_api(root: Path) -> Iterator[None]:
                 raise StoreUnavailable(f"the Prefect server did not start; see {log.relative_to(root)}")
             time.sleep(0.1)
         with _at(f"{address}/api"):
-            yield
+            yield done
     finally:
         crew.stop()
 

@@ -142,19 +142,32 @@ def _kill_session(leader: int) -> None:
 def supervise(command: list[str], grace: float) -> int:
     """Run `command` in a process group of its own until it ends or standard input closes.
 
-    Returns its exit code, 128 + N for signal N, or `STOPPED` when it was ended on request.
+    Returns its exit code, 128 + N when signal N ended it, and then all of its group, or `STOPPED` when it was ended on
+    request.
     """
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, frame: asked.append(received))
     _adopt_orphans()
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, close_fds=False)  # what `start` gave
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, close_fds=False)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # what `start` gave is the command's alone
+    ended = _ending(child.pid)
     while (code := child.poll()) is None:
-        closed, _, _ = select.select([0], [], [], 0.1)
-        if closed or asked:
+        ready, _, _ = select.select([0, *ended], [], [], 0.1)
+        if 0 in ready or asked:
             _end_group(child.pid, grace)
             return STOPPED
+    if code < 0:  # what it had started must not go on without it
+        _end_group(child.pid, grace)
     return code if code >= 0 else 128 - code
+
+
+def _ending(pid: int) -> list[int]:
+    """What is readable as soon as a process has ended; none where the system has no such thing."""
+    try:
+        return [os.pidfd_open(pid)]
+    except (AttributeError, OSError):
+        return []
 
 
 def _adopt_orphans() -> None:

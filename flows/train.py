@@ -35,6 +35,7 @@ from pipelines.core.params import whole
 
 RETRY_SECONDS = (2.0, 10.0)
 POLL_SECONDS = 0.25
+DONE_SECONDS = 0.1
 PUBLISH_SECONDS = 5.0
 
 
@@ -93,7 +94,12 @@ class Job:
         assert row.log is not None
         failures.forget_live(self.root, row.stage)
         start = row.log.stat().st_size if row.log.exists() else 0
-        code = self.dvc.run(["--wait-for-lock", "repro", "-s", row.stage], row.log)
+        over = threading.Event()
+        threading.Thread(target=self._begin_to_judge, args=(row, over)).start()
+        try:
+            code = self.dvc.run(["--wait-for-lock", "repro", "-s", row.stage], row.log)
+        finally:
+            over.set()
         with row.log.open("rb") as file:
             file.seek(start)
             printed = file.read().decode("utf-8", "replace")
@@ -102,6 +108,13 @@ class Job:
         if f"Running stage '{row.stage}'" in printed:
             return "run"
         return "cached" if "didn't change, skipping" in printed else "restored"
+
+    def _begin_to_judge(self, row: Row, over: threading.Event) -> None:
+        """Once the stage itself is done, do not wait for what DVC still has to do with its output."""
+        while not over.wait(DONE_SECONDS):
+            if failures.live(self.root, row.stage).get("state") == "done":
+                self.gate.begin(row)
+                return
 
 
 @flow(name="train", log_prints=False)
@@ -113,7 +126,19 @@ def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False,
     Raises:
         UserError: the first failure in the graph's order, with the exit code that belongs to it.
     """
-    place = Path(root).resolve()
+    _train(Path(root).resolve(), wanted or [], plain, only, None)
+
+
+def train_from(state: stages.State) -> Callable[..., None]:
+    """The flow, for whoever has asked DVC just now what is stale: that is not asked again."""
+
+    def known(root: str, wanted: list[str], plain: bool, only: bool) -> None:
+        _train(Path(root).resolve(), wanted, plain, only, state)
+
+    return flow(name="train", log_prints=False)(known)
+
+
+def _train(place: Path, wanted: list[str], plain: bool, only: bool, known: stages.State | None) -> None:
     console = Console()
     try:
         promotion.recover(place)
@@ -121,8 +146,8 @@ def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False,
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
     with run_locks.alone(place):
         run_locks.dvc_at_work(place)  # so that no process that is no more is waited for
-        graph = stages.look(place)
-        needed, suspects = graph.needed(wanted or [], only), graph.suspects()
+        graph = known or stages.look(place)
+        needed, suspects = graph.needed(wanted, only), graph.suspects()
         logs = place / STATE / "logs" / str(flow_run.name)
         board = Board(place, {name: Row(name, log=logs / f"{name}.log") for name in needed})
         board.title = f"{flow_run.name}   output: {logs.relative_to(place)}/"
@@ -132,10 +157,10 @@ def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False,
         with tracking.attended(place) as environment:
             # The environment tells a stage that the flow registers for it
             env = child_environment(PYTHONUNBUFFERED="1", **environment)
-            dvc = Ahead(crew, place, logs / "dvc.log", env, len(suspects.intersection(needed)))
-            job = Job(place, board, graph, crew, seats, gate, dvc)
+            job = Job(place, board, graph, crew, seats, gate, Ahead(crew, place, logs / "dvc.log", env))
             try:
-                dvc.prepare()
+                if not suspects.isdisjoint(needed):
+                    job.dvc.prepare()
                 futures = _submit(job, needed, suspects)
                 with view.shown(board, console, plain) as update:
                     _watch(job, futures, update)
@@ -144,7 +169,7 @@ def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False,
                 job.crew.stop()
                 raise
             finally:
-                dvc.close()
+                job.dvc.close()
         console.print(view.stages_table(board))
         _conclude(job, needed)
 

@@ -1,6 +1,6 @@
 """A small repository for the tests of `flows/`: real DVC, stages that do nothing but say so.
 
-Each stage reads `behaviour/<stage>` (no dep of it): words that tell it to `sleep N`, `fail N`, `hang`.
+Each stage reads `behaviour/<stage>` (no dep of it): words that tell it to `sleep N`, `fail N`, `linger N`.
 """
 
 import json
@@ -42,6 +42,8 @@ metrics = root / "metrics" / f"{name}.json"
 metrics.parent.mkdir(exist_ok=True)
 metrics.write_text(json.dumps({"score": 0.25, "other": 3}) + "\\n")
 say("done")
+if words[:1] == ["linger"]:
+    time.sleep(float(words[1]))
 """
 
 GRAPH = """

@@ -1,81 +1,120 @@
-"""A command of DVC is done by a process that waited for it, and none waits longer than its flow."""
+"""A command of DVC is done by a process that was forked for it, and none goes on longer than its flow."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import fake_repository as fake
 import psutil
 import pytest
 
-from flows.ahead import Ahead
-from flows.supervise import Crew
+from flows.ahead import KILLED, Ahead
+from flows.supervise import STOPPED, Crew
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake.make(tmp_path_factory.mktemp("ahead") / "repository")
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return fake.make(tmp_path / "repository")
 
 
 @pytest.fixture
 def dvc(root: Path, tmp_path: Path) -> Iterator[Ahead]:
     env = fake.environment(root, tmp_path / "prefect")
-    made = Ahead(Crew(grace=2.0), root, tmp_path / "dvc.log", env, expected=2)
+    made = Ahead(Crew(grace=2.0), root, tmp_path / "dvc.log", env)
     yield made
+    made.crew.stop()
     made.close()
 
 
-def waiting(dvc: Ahead) -> psutil.Process:
-    """The process that waits, below its supervisor."""
-    assert dvc._waiting is not None
-    supervisor = psutil.Process(dvc._waiting[0].pid)
+def origin(dvc: Ahead) -> psutil.Process:
+    """The process that forks, below its supervisor."""
+    assert dvc._origin is not None
+    supervisor = psutil.Process(dvc._origin[0].pid)
     while not supervisor.children():
         assert supervisor.is_running()
     return supervisor.children()[0]
 
 
-def test_each_command_is_done_in_turn_and_no_more_processes_wait_than_commands_come(dvc: Ahead, tmp_path: Path) -> None:
+def at_work(dvc: Ahead, log: Path, pool: ThreadPoolExecutor) -> tuple[Future[int], psutil.Process]:
+    """A command whose stage sleeps, and the stage's process."""
+    (dvc.root / "behaviour/data").write_text("sleep 60")
+    told = pool.submit(dvc.run, ["repro", "-s", "data"], log)
+    pid = dvc.root / "data.pid"
+    while not (pid.exists() and pid.read_text()):
+        assert not told.done(), log.read_text()
+        time.sleep(0.05)
+    return told, psutil.Process(int(pid.read_text()))
+
+
+def test_each_command_has_a_process_and_a_log_of_its_own(dvc: Ahead, tmp_path: Path) -> None:
     dvc.prepare()
-    first = waiting(dvc)
+    first = origin(dvc)
     assert dvc.run(["repro", "-s", "data"], tmp_path / "first.log") == 0
     assert "hello from data" in (tmp_path / "first.log").read_text() and fake.ran(dvc.root) == ["data"]
-    second = waiting(dvc)
-    assert second.pid != first.pid and not first.is_running()
     assert dvc.run(["repro", "-s", "nothing"], tmp_path / "second.log") != 0
     assert "nothing" in (tmp_path / "second.log").read_text() and not (tmp_path / "dvc.log").read_text()
-    assert dvc._waiting is None
-    assert dvc.run(["root"], tmp_path / "third.log") == 0, "one more than was expected"
-    assert (tmp_path / "third.log").read_text() == ".\n" and dvc._waiting is None
+    with ThreadPoolExecutor() as pool:
+        logs = [tmp_path / f"{number}.log" for number in range(4)]
+        assert list(pool.map(lambda log: dvc.run(["root"], log), logs)) == [0, 0, 0, 0]
+    assert [log.read_text() for log in logs] == [".\n"] * 4
+    psutil.wait_procs(first.children(), timeout=10)
+    assert origin(dvc) == first and not first.children(), "what has ended is not left as a zombie"
 
 
 def test_one_that_was_killed_while_it_waited_is_replaced(dvc: Ahead, tmp_path: Path) -> None:
     dvc.prepare()
-    assert dvc._waiting is not None
-    supervisor = dvc._waiting[0]
-    waiting(dvc).send_signal(signal.SIGKILL)
+    assert dvc._origin is not None
+    supervisor = dvc._origin[0]
+    origin(dvc).send_signal(signal.SIGKILL)
     supervisor.wait(10)
     assert dvc.run(["root"], tmp_path / "log") == 0
     assert (tmp_path / "log").read_text() == ".\n"
 
 
+def test_a_command_that_is_killed_is_told_and_the_next_one_is_done(dvc: Ahead, tmp_path: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        told, stage = at_work(dvc, tmp_path / "log", pool)
+        first = origin(dvc)
+        (command,) = first.children()
+        command.kill()
+        assert told.result(10) == KILLED
+    assert dvc.run(["root"], tmp_path / "next") == 0 and origin(dvc) == first
+    dvc.crew.stop()
+    assert not stage.is_running(), "left by the command, ended with the flow"
+
+
+def test_with_the_process_that_forks_its_commands_end(dvc: Ahead, tmp_path: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        told, stage = at_work(dvc, tmp_path / "log", pool)
+        origin(dvc).kill()
+        assert told.result(10) == KILLED
+    stage.wait(10)
+    (dvc.root / "behaviour/data").unlink()
+    assert dvc.run(["repro", "-s", "data"], tmp_path / "log") == 0, "a new one is started"
+
+
 @pytest.mark.parametrize("how", ["close", "stop"])
-def test_none_waits_longer_than_its_flow(dvc: Ahead, how: str) -> None:
+def test_it_waits_no_longer_than_its_flow(dvc: Ahead, how: str) -> None:
     dvc.prepare()
-    last, pipe = waiting(dvc), dvc._waiting[1] if dvc._waiting else -1
+    last, told = origin(dvc), dvc._origin[1].fileno() if dvc._origin else -1
     if how == "stop":
         dvc.crew.stop()
     dvc.close()
-    assert not last.is_running() and dvc._waiting is None
+    assert not last.is_running() and dvc._origin is None
     with pytest.raises(OSError):
-        os.fstat(pipe)
-    dvc.prepare()
-    assert dvc._waiting is None, "none is expected any more"
+        os.fstat(told)
 
 
-def test_where_the_flow_is_stopped_no_command_begins(dvc: Ahead, tmp_path: Path) -> None:
-    dvc.crew.stop()
+def test_a_flow_that_is_stopped_ends_its_commands_and_begins_no_more(dvc: Ahead, tmp_path: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        told, stage = at_work(dvc, tmp_path / "log", pool)
+        dvc.crew.stop()
+        assert not stage.is_running() and told.result(10) in (KILLED, STOPPED)
+    dvc.close()
     with pytest.raises(RuntimeError, match="stopped"):
         dvc.run(["root"], tmp_path / "log")

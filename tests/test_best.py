@@ -14,7 +14,20 @@ import yaml
 from stores import drain, fill, make_model, repository, run_stage
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipelines.core import best, int4, int8, moves, policy, promotion, references, registry, release, store, versions
+from pipelines.core import (
+    best,
+    declared,
+    int4,
+    int8,
+    moves,
+    policy,
+    promotion,
+    references,
+    registry,
+    release,
+    store,
+    versions,
+)
 from pipelines.core.errors import GateError
 from pipelines.core.ledger import FileLedger
 
@@ -128,8 +141,8 @@ def test_a_crash_before_the_alias_follows_is_mended_and_so_is_a_change_of_policy
 
 
 def test_rules_for_some_are_not_asked_of_others():
-    declared = policy.ModelPolicy.model_validate(ENTRY)
-    assert len(declared.of("bad1").gate) == 2 and len(declared.of("good").gate) == 1
+    rules = policy.ModelPolicy.model_validate(ENTRY)
+    assert len(rules.of("bad1").gate) == 2 and len(rules.of("good").gate) == 1
 
 
 @pytest.mark.parametrize(
@@ -144,15 +157,15 @@ def test_mistakes_are_told(repository, change, message):
     root, _ = repository
     (root / "mlflow/registry.yaml").write_text(yaml.safe_dump({"models": {"sluice-of-*": ENTRY | change}}))
     with pytest.raises(GateError, match=message.replace("*", r"\*")):
-        registry.check(root)
+        declared.check(root)
     plain = {"sluice-one": ENTRY | {"model": "model", "gate": [{"metric": "bits_per_byte", "at_most": 1.0}]}}
     (root / "mlflow/registry.yaml").write_text(yaml.safe_dump({"models": plain}))
     with pytest.raises(GateError, match=r"sluice-one: only: and best: belong to an entry with \*"):
-        registry.check(root)
+        declared.check(root)
     once = yaml.safe_dump({"models": plain})
     (root / "mlflow/registry.yaml").write_text(once + once.removeprefix("models:\n"))  # a gate that would be lost
     with pytest.raises(GateError, match=r"registry\.yaml is not valid YAML: 'sluice-one' stands twice"):
-        registry.check(root)
+        declared.check(root)
 
 
 @pytest.mark.slow

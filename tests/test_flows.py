@@ -64,7 +64,7 @@ def job(root: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     state = stages.look(root)
     board = Board(root, {name: Row(name, log=root / ".sluice" / f"{name}.log") for name in state.parents})
     crew, seats = Crew(), threading.Semaphore(2)
-    dvc = Ahead(crew, root, root / ".sluice" / "dvc.log", child_environment(PYTHONUNBUFFERED="1"), expected=0)
+    dvc = Ahead(crew, root, root / ".sluice" / "dvc.log", child_environment(PYTHONUNBUFFERED="1"))
     return Job(root, board, state, crew, seats, Gate(root, crew=crew, seats=seats), dvc)
 
 
@@ -208,7 +208,36 @@ def test_a_stage_that_is_judged_keeps_no_other_from_computing(job: Job, monkeypa
     monkeypatch.setattr(outcome, "judge", lambda *_: free.append(_free(job.seats)) or [verdict(True)])
     monkeypatch.setattr(outcome, "promote", lambda *_: None)
     job.stage("data", suspect=True)
-    assert free == [2] and _free(job.seats) == 2
+    assert free[-1] == 2 and _free(job.seats) == 2
+
+
+def test_what_a_stage_has_made_is_judged_while_dvc_takes_it_and_promoted_after(
+    root: Path, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+
+    def judge(*_: Any) -> list[Verdict]:
+        steps.append("judged, committed" if (root / "dvc.lock").exists() else "judged")
+        if len(steps) == 1:
+            raise StoreUnavailable("the store is away, for a moment")  # asked again
+        return [verdict(True)]
+
+    behave(root, "data", "linger 2")
+    monkeypatch.setattr(outcome, "judge", judge)
+    monkeypatch.setattr(outcome, "promote", lambda *_: steps.append("promoted"))
+    job.stage("data", suspect=True)
+    assert steps == ["judged", "judged, committed", "promoted"]
+    job.stage("data", suspect=True)
+    assert steps[3:] == ["judged, committed", "promoted"], "what did not run is judged once"
+
+
+def test_what_a_stage_that_fails_has_made_is_not_judged(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[object] = []
+    monkeypatch.setattr(outcome, "judge", lambda *_: judged.append(_) or [])
+    behave(job.root, "data", "fail 1")
+    with pytest.raises(failures.StageFailed):
+        job.stage("data", suspect=True)
+    assert not judged
 
 
 def test_a_champion_that_is_measured_waits_for_a_seat_and_nobody_waits_for_it(

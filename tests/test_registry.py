@@ -16,7 +16,7 @@ import pytest
 import yaml
 from stores import drain, fill, make_root, python, repository, run_stage, write_rows
 
-from pipelines.core import artifacts, moves, policy, promotion, registry, store, tracking, verdicts
+from pipelines.core import artifacts, declared, moves, policy, promotion, registry, store, tracking, verdicts
 from pipelines.core.errors import ArtifactError, GateError, StoreUnavailable
 
 __all__ = ["repository"]
@@ -515,11 +515,11 @@ def test_models_of_one_content_are_kept_apart(repository):
 
 def test_a_star_in_one_of_name_and_directory_is_refused(repository):
     root, _ = repository
-    declared = yaml.safe_load((root / "mlflow/registry.yaml").read_text())
-    declared["models"][NAME]["model"] = "models/*"
-    (root / "mlflow/registry.yaml").write_text(yaml.safe_dump(declared))
+    rules = yaml.safe_load((root / "mlflow/registry.yaml").read_text())
+    rules["models"][NAME]["model"] = "models/*"
+    (root / "mlflow/registry.yaml").write_text(yaml.safe_dump(rules))
     with pytest.raises(GateError, match=r"one \* in both the name and the directory, or none in either"):
-        registry.check(root)
+        declared.check(root)
 
 
 def test_rules_of_an_entry_with_a_star_speak_of_each_model():

@@ -440,8 +440,8 @@ def test_no_password_in_the_traceback_of_a_store_that_is_away(tmp_path, monkeypa
 def test_recorder_does_not_import_mlflow(tmp_path):
     root = make_root(tmp_path / "root", None)
     code = (
-        "import sys\nfrom pipelines.core import tracking, registry\n"
-        "registry.check(root)\n"
+        "import sys\nfrom pipelines.core import declared, tracking, registry\n"
+        "declared.check(root)\n"
         "tracking.Recorder(root, 'data', 'f' * 16, courier=False).finish('FINISHED', tracking.Record())\n"
         "assert registry.settle(root, 'data', None) == []\n"
         "assert not {'mlflow', 'torch'} & set(sys.modules), 'heavy import'\n"

@@ -49,11 +49,6 @@ class Registered:
         return self.verdict.table()
 
 
-def check(root: Path) -> None:
-    """Refuse a malformed `mlflow/registry.yaml` before any compute. See `declared.check`."""
-    declared.check(root)
-
-
 def settle(root: Path, stage: str, measure: Measure | None = None) -> list[Registered]:
     """Register the models of a stage's output and ask their gates; none when no model is declared for the stage.
 

@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,6 +28,7 @@ from pipelines.core import (
     artifacts,
     contents,
     context,
+    declared,
     distributed,
     environment,
     errors,
@@ -35,7 +36,6 @@ from pipelines.core import (
     hardware,
     language_models,
     single_writer,
-    verdicts,
 )
 from pipelines.core.errors import ArtifactError, DataError, ParamsError, StoreUnavailable, UserError
 from pipelines.core.params import whole
@@ -78,13 +78,13 @@ def execute(name: str, root: Path) -> dict[str, float]:
         UserError: something the user can put right; nothing was written or registered.
         Stopped: SIGTERM or SIGINT; the checkpoint is written.
     """
-    from pipelines.core import lineage, registry, tracking
+    from pipelines.core import lineage, tracking
 
     spec = graph.stage(root, name)
     every = whole.load(root / "params.yaml")
     attended = tracking.ATTENDED in os.environ
     if not attended:  # a flow has checked for all its stages
-        registry.check(root)
+        declared.check(root)
     section: Section = getattr(every, name)
     inputs = _inputs(root, spec)
     _check_files(root, spec, every)
@@ -160,16 +160,17 @@ def _follow(
     return {}
 
 
-def measure_for(root: Path, name: str) -> verdicts.Measure:
+def measure_for(root: Path, name: str) -> Callable[[Path, Path], None]:
     """How to score another model of this stage on today's held-out examples, in this process.
 
     The stage is imported when it is asked to: torch takes seconds.
     """
+    from pipelines.core.verdicts import NotMeasurable
 
     def measure(model: Path, evaluation: Path) -> None:
         module = importlib.import_module(f"pipelines.{name}")
         if not hasattr(module, "measure"):
-            raise verdicts.NotMeasurable(name)
+            raise NotMeasurable(name)
         spec, every = graph.stage(root, name), whole.load(root / "params.yaml")
         machine = hardware.choose(every.compute, root)
         run = context.StageContext(name, root, "champion", machine.device, machine.precision, machine.threads)
@@ -255,10 +256,10 @@ def _fingerprint(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _check_metrics(name: str, metrics: dict[str, float], declared: frozenset[str], optional: frozenset[str]) -> None:
+def _check_metrics(name: str, metrics: dict[str, float], required: frozenset[str], optional: frozenset[str]) -> None:
     """A stage returns the keys, or patterns of keys, it declares, each finite: gates and the report rely on them."""
-    known = declared | optional
-    missing = sorted(declared - set(metrics))
+    known = required | optional
+    missing = sorted(required - set(metrics))
     extra = sorted(key for key in metrics if not any(fnmatchcase(key, pattern) for pattern in known))
     if missing or extra:
         raise AssertionError(f"{name}: metrics differ from METRICS (missing {missing}, not declared {extra})")

@@ -200,11 +200,11 @@ def _measure(client: Any, model_id: str, intent: Intent) -> None:
     from mlflow.entities import LoggedModelOutput, Metric
 
     client.log_outputs(intent.run_id, [LoggedModelOutput(model_id, intent.step)])
+    last = client.get_run(intent.run_id).data.to_proto().metrics  # with their steps, which `metrics` leaves out
     final = [
         Metric(one.key, one.value, one.timestamp, one.step, model_id=model_id, run_id=intent.run_id)
-        for name in client.get_run(intent.run_id).data.metrics
-        for one in client.get_metric_history(intent.run_id, name)
-        if one.step == intent.step and one.model_id is None
+        for one in last
+        if one.step == intent.step
     ]
     client.log_batch(intent.run_id, metrics=final)
 
