@@ -1,16 +1,18 @@
 """DVC's commands, each by a process whose imports are done.
 
 `dvc` imports for a second before it looks at anything, and a flow calls it once for each stage. So one process imports
-ahead, while the flow asks what is stale, and then forks itself for each command.
+once, and forks itself for each command.
 
-This file is both sides: `Ahead` is what a flow uses; run as a script it is the process that forks.
+This file is both sides: `Ahead` is what a flow uses; run as a script it is the process that forks, the origin.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -19,13 +21,16 @@ import threading
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from flows.supervise import Crew
 
 LONGEST = 65_536  # bytes of an order
-KILLED = 128 + signal.SIGKILL
+LOOK_SECONDS = 0.5  # between two looks at whether the origin is there
+FAILED, KILLED = 255, 128 + signal.SIGKILL  # the first as DVC has it
+BEGUN = b"begun "  # and behind it the exit code, when there is one
 
 
 @dataclass
@@ -34,13 +39,13 @@ class Ahead:
 
     crew: Crew
     root: Path
-    log: Path  # what the process says before it knows a command
+    log: Path  # what the origin says, which knows no command
     env: dict[str, str]
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _origin: tuple[subprocess.Popen[bytes], socket.socket] | None = None  # that forks, and how it is told
+    _origin: tuple[subprocess.Popen[bytes], socket.socket] | None = None  # and how it is told
 
     def prepare(self) -> None:
-        """Start the process, if there is none.
+        """Start the origin, if there is none.
 
         Raises:
             RuntimeError: the crew was stopped already.
@@ -56,21 +61,32 @@ class Ahead:
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
-        answer, theirs = os.pipe()
-        with open(answer, encoding="utf-8") as told:
+        told, answer = os.pipe()
+        try:
             try:
-                self._order(json.dumps({"arguments": arguments, "log": str(log)}).encode(), theirs)
+                origin = self._order(json.dumps({"arguments": arguments, "log": str(log)}).encode(), answer)
             finally:
-                os.close(theirs)
-            return int(told.read() or KILLED)
+                os.close(answer)
+            said = self._listen(told, origin)
+        finally:
+            os.close(told)
+        if said == BEGUN:
+            return KILLED
+        if said:
+            return int(said.removeprefix(BEGUN))
+        if self.crew.wait(origin) > 128:  # what came before the order was given
+            return KILLED
+        with log.open("a", encoding="utf-8") as file:
+            file.write(self.log.read_text(encoding="utf-8", errors="replace"))
+        return FAILED
 
     def close(self) -> None:
-        """End the process."""
+        """End the origin."""
         with self._lock:
             self._end()
 
-    def _order(self, order: bytes, answer: int) -> None:
-        """Have a command done; the process that does it holds `answer` until it ends."""
+    def _order(self, order: bytes, answer: int) -> subprocess.Popen[bytes]:
+        """Have a command done, by a process that holds `answer` until it ends. Returns the origin."""
         with self._lock:
             self._origin = self._origin or self._start()
             try:
@@ -79,12 +95,25 @@ class Ahead:
                 self._end()
                 self._origin = self._start()
                 socket.send_fds(self._origin[1], [order], [answer])
+            return self._origin[0]
+
+    def _listen(self, told: int, origin: subprocess.Popen[bytes]) -> bytes:
+        """What a command says until it has ended. Where the origin's supervisor is killed, all that it began ends."""
+        said = b""
+        while True:
+            if select.select([told], [], [], LOOK_SECONDS)[0]:
+                part = os.read(told, 64)
+                if not part:
+                    return said
+                said += part
+            elif origin.poll() is not None:
+                self.crew.wait(origin)
 
     def _start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = socket.socketpair()
         with theirs:
             try:
-                command = [sys.executable, "-P", str(Path(__file__).resolve()), str(theirs.fileno())]
+                command = [sys.executable, "-P", str(Path(__file__).resolve()), "dvc", str(theirs.fileno())]
                 return self.crew.start(command, self.root, self.log, self.env, (theirs.fileno(),)), ours
             except BaseException:
                 ours.close()
@@ -107,8 +136,9 @@ def serve(orders: socket.socket) -> None:
     from dvc.cli import parser
 
     parser.get_main_parser()  # all commands
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever gave the order is told by the process itself
+    signal.signal(signal.SIGCHLD, _reap)
     while True:
+        # One order at a time: what brings a descriptor along is not joined with what follows
         order, descriptors, _, _ = socket.recv_fds(orders, LONGEST, 1)
         if not order:
             return
@@ -119,17 +149,29 @@ def serve(orders: socket.socket) -> None:
         os.close(answer)
 
 
+def _reap(number: int, frame: FrameType | None) -> None:
+    """Take leave of commands that have ended; the stage of one that was killed must not go on without it."""
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if os.WIFSIGNALED(ended[1]):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(ended[0], signal.SIGTERM)
+
+
 def _obey(order: dict[str, str], answer: int) -> NoReturn:
+    """Be `dvc`, in a process group of its own."""
     from dvc.cli import main
 
+    os.setpgid(0, 0)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    log = os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    sys.argv = ["dvc", *order["arguments"]]  # DVC writes it into its lock file
-    code = 255
+    os.write(answer, BEGUN)
+    code = FAILED
     try:
+        log = os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        sys.argv = ["dvc", *order["arguments"]]  # DVC writes it into its lock file
         code = int(main(sys.argv[1:]))
     except BaseException:
         traceback.print_exc()
@@ -141,4 +183,4 @@ def _obey(order: dict[str, str], answer: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(socket.socket(fileno=int(sys.argv[2])))

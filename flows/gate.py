@@ -55,15 +55,24 @@ class Gate:
     seats: threading.Semaphore = field(default_factory=threading.Semaphore)  # one of which it takes for that
     left: list[Left] = field(default_factory=list)
     trouble: list[UserError] = field(default_factory=list)  # what failed no stage, for the flow's end
+    seated: set[str] = field(default_factory=set)  # stages whose champion has to be measured again
     registry: threading.Lock = field(default_factory=threading.Lock)  # judging and promoting both write it
 
-    def begin(self, row: Row) -> None:
+    def begin(self, row: Row, over: threading.Event) -> None:
         """Register and judge what a stage has just made, while DVC takes it into its cache: both copy and hash.
 
         Nothing is promoted. What is missing or wrong here, `ask` meets again.
+
+        Args:
+            over: set when DVC has ended, well or not: `ask` does it all then.
         """
         with contextlib.suppress(Exception), self.registry:
-            self._judge(row, seated=False)
+            if over.is_set() or not outcome.made_just_now(self.root, row.stage):
+                return
+            try:
+                self._judge(row, seated=False)
+            except _NoSeat:
+                self.seated.add(row.stage)
 
     def ask(self, row: Row, fresh_output: bool) -> None:
         """Judge what a stage made and promote what passed.
@@ -74,11 +83,14 @@ class Gate:
         Raises:
             GateError: a model did not pass, or a rule cannot be asked.
         """
-        try:
-            self._ask(row, fresh_output, seated=False)
-        except _NoSeat:
-            with self.seats:
-                self._ask(row, fresh_output, seated=True)
+        if row.stage not in self.seated:
+            try:
+                self._ask(row, fresh_output, seated=False)
+                return
+            except _NoSeat:
+                pass
+        with self.seats:
+            self._ask(row, fresh_output, seated=True)
 
     def _ask(self, row: Row, fresh_output: bool, seated: bool) -> None:
         """Raises `_NoSeat` where that is what is missing; then it can be asked again."""

@@ -40,9 +40,9 @@ def run(root: Path, wanted: list[str], profile: str | None, plain: bool, console
         from flows.server import prefect_api
 
         with prefect_api(root, lambda: state or stages.look(root)) as state:
-            from flows.train import train_from
+            from flows.train import train
 
-            train_from(state)(str(root), wanted, plain, only)
+            train(state)(str(root), wanted, plain, only)
     _say(console, ["", *whats_next(root, state.needed(wanted, only))])
 
 

@@ -23,6 +23,11 @@ class State:
     parents: dict[str, tuple[str, ...]]  # stage -> the stages it waits for; parents come first
     reasons: dict[str, tuple[str, ...]]  # stale stage -> why; a fresh stage is absent
     shows: dict[str, str]  # stage -> the metric that stands for it (`meta: {shows: KEY}` in dvc.yaml)
+    files: tuple[tuple[int, int], ...] = ()  # what DVC's files were when it was asked
+
+    def holds(self, root: Path) -> bool:
+        """Whether params, graph and lock file are still those that DVC was asked about."""
+        return self.files == _files(root)
 
     def needed(self, wanted: list[str], only: bool = False) -> list[str]:
         """The wanted stages (all, if none is named) and everything they depend on, parents first.
@@ -79,6 +84,7 @@ def look(root: Path) -> State:
 
     if not (root / "dvc.yaml").exists():
         raise UserError(f"dvc.yaml: no such file in {root}. Run from the repository's root.")
+    files = _files(root)
     try:
         with Repo(str(root), _wait_for_lock=True) as repo:
             edges = repo.index.graph
@@ -92,7 +98,13 @@ def look(root: Path) -> State:
         raise UserError(_causes(error)) from None
     order = TopologicalSorter({name: parents[name] for name in sorted(parents)}).static_order()
     reasons = {name: tuple(_explain(status[name])) for name in sorted(parents) if name in status}
-    return State({name: parents[name] for name in order}, reasons, shows)
+    return State({name: parents[name] for name in order}, reasons, shows, files)
+
+
+def _files(root: Path) -> tuple[tuple[int, int], ...]:
+    """Time of change and size of each."""
+    found = [root / name for name in ("params.yaml", "dvc.yaml", "dvc.lock")]
+    return tuple((place.stat().st_mtime_ns, place.stat().st_size) for place in found if place.exists())
 
 
 def side_by_side(root: Path) -> int:

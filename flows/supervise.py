@@ -4,7 +4,8 @@ DVC runs a stage as its child, and a DVC that is killed leaves that child traini
 starts a second writer in the same directory. So every command runs under a supervisor: a small process in a
 session of its own (a Ctrl-C in the terminal does not reach it) that holds the reading end of a pipe. When the
 pipe closes, because the caller asked for it or because the caller died, however it died, the supervisor sends
-SIGTERM to the command's whole process group, waits while a stage writes its checkpoint, and kills what is left.
+SIGTERM to the whole session, waits while a stage writes its checkpoint, and kills what is left. It does the same with
+what a command leaves behind.
 
 This file is both sides: `Crew` is what a flow uses; run as a script it is the supervisor.
 """
@@ -86,7 +87,7 @@ class Crew:
 
     def _forget(self, process: subprocess.Popen[bytes]) -> None:
         if process.returncode < 0:  # the supervisor itself was killed: what it watched must not go on
-            _kill_session(process.pid)
+            _signal_session(process.pid, signal.SIGKILL)
         _close(process)
         with self._lock:
             self._running.discard(process)
@@ -128,38 +129,48 @@ def _close(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
 
 
-def _kill_session(leader: int) -> None:
+def _signal_session(leader: int, number: int) -> bool:
+    """Send a signal to all of a session but its leader; 0: to none. Returns whether there is anybody."""
     import psutil
 
+    found = False
     for pid in psutil.pids():
         try:
-            if os.getsid(pid) == leader:
-                os.kill(pid, signal.SIGKILL)
+            if pid != leader and os.getsid(pid) == leader:
+                os.kill(pid, number)
+                found = True
         except (ProcessLookupError, PermissionError):
             continue
+    return found
 
 
 def supervise(command: list[str], grace: float) -> int:
-    """Run `command` in a process group of its own until it ends or standard input closes.
+    """Run `command` until it ends or standard input closes; then nothing of this session is left.
 
-    Returns its exit code, 128 + N when signal N ended it, and then all of its group, or `STOPPED` when it was ended on
-    request.
+    Returns its exit code, 128 + N when signal N ended it, or `STOPPED` when it was ended on request.
     """
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, frame: asked.append(received))
     _adopt_orphans()
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, close_fds=False)
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # what `start` gave is the command's alone
+    _close_all_but_standard()  # what `start` gave is the command's alone
     ended = _ending(child.pid)
-    while (code := child.poll()) is None:
+    while (code := _reap(child.pid)) is None:
         ready, _, _ = select.select([0, *ended], [], [], 0.1)
         if 0 in ready or asked:
-            _end_group(child.pid, grace)
-            return STOPPED
-    if code < 0:  # what it had started must not go on without it
-        _end_group(child.pid, grace)
+            break
+    _end_session(grace)
+    if code is None:
+        return STOPPED
     return code if code >= 0 else 128 - code
+
+
+def _close_all_but_standard() -> None:
+    for number in map(int, os.listdir("/dev/fd")):
+        if number > 2:
+            with contextlib.suppress(OSError):  # the one that this list was read from
+                os.close(number)
 
 
 def _ending(pid: int) -> list[int]:
@@ -176,26 +187,25 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _end_group(group: int, grace: float) -> None:
+def _end_session(grace: float) -> None:
+    """SIGTERM to all others of this session, SIGKILL to those that are left after `grace` seconds."""
     deadline = time.monotonic() + grace
     wanted: int = signal.SIGTERM
-    while _signal_group(group, wanted):
-        wanted = signal.SIGKILL if time.monotonic() > deadline else 0  # 0: only ask whether it is there
+    _reap()
+    while _signal_session(os.getpid(), wanted):
+        wanted = signal.SIGKILL if time.monotonic() > deadline else 0  # 0: only ask whether they are there
         time.sleep(0.05)
+        _reap()
 
 
-def _signal_group(group: int, number: int) -> bool:
-    """Reap what has ended, then send a signal to the group. False when no process is left in it."""
-    try:
-        while os.waitpid(-group, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        pass
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return False
-    return True
+def _reap(child: int | None = None) -> int | None:
+    """Take leave of children and orphans that have ended. Returns the exit code of `child`, if it has; -N by signal N."""
+    code = None
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if ended[0] == child:
+                code = os.waitstatus_to_exitcode(ended[1])
+    return code
 
 
 if __name__ == "__main__":

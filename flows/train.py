@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect import Task, flow
+from prefect import Flow, Task, flow
 from prefect.futures import PrefectConcurrentFuture
 from prefect.runtime import flow_run
 from rich.console import Console
@@ -62,7 +63,7 @@ class Job:
         row = self.board.rows[name]
         row.error = None
         try:
-            with self.seats:
+            with self._judged_meanwhile(row) if suspect else nullcontext(), self.seats:
                 row.begin()
                 if (bar := records.progress(name)) is not None:
                     self.progress[name] = bar
@@ -92,14 +93,8 @@ class Job:
     def _repro(self, row: Row) -> StageState:
         """`dvc repro` of one stage; what DVC did is told by what it prints."""
         assert row.log is not None
-        failures.forget_live(self.root, row.stage)
         start = row.log.stat().st_size if row.log.exists() else 0
-        over = threading.Event()
-        threading.Thread(target=self._begin_to_judge, args=(row, over)).start()
-        try:
-            code = self.dvc.run(["--wait-for-lock", "repro", "-s", row.stage], row.log)
-        finally:
-            over.set()
+        code = self.dvc.run(["--wait-for-lock", "repro", "-s", row.stage], row.log)
         with row.log.open("rb") as file:
             file.seek(start)
             printed = file.read().decode("utf-8", "replace")
@@ -109,36 +104,43 @@ class Job:
             return "run"
         return "cached" if "didn't change, skipping" in printed else "restored"
 
-    def _begin_to_judge(self, row: Row, over: threading.Event) -> None:
-        """Once the stage itself is done, do not wait for what DVC still has to do with its output."""
-        while not over.wait(DONE_SECONDS):
-            if failures.live(self.root, row.stage).get("state") == "done":
-                self.gate.begin(row)
-                return
+    @contextmanager
+    def _judged_meanwhile(self, row: Row) -> Iterator[None]:
+        """Once the stage itself is done, its model does not wait for what DVC still has to do with the output."""
+        failures.forget_live(self.root, row.stage)
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(DONE_SECONDS):
+                if failures.live(self.root, row.stage).get("state") == "done":
+                    self.gate.begin(row, over)
+                    return
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watching.join()
 
 
-@flow(name="train", log_prints=False)
-def train(root: str = ".", wanted: list[str] | None = None, plain: bool = False, only: bool = False) -> None:
-    """Bring the wanted stages (all, if none is named) up to date. Run from anywhere; `root` is the repository.
+def train(state: stages.State) -> Flow[..., None]:
+    """The flow, over a graph that DVC was asked for just now.
 
-    With `only`, what they depend on is taken as it stands.
-
-    Raises:
-        UserError: the first failure in the graph's order, with the exit code that belongs to it.
+    Its parameters: the repository's root, the wanted stages (all, if none is named), whether to print plain lines, and
+    whether what they depend on is taken as it stands. It raises a UserError: the first failure in the graph's order,
+    with the exit code that belongs to it.
     """
-    _train(Path(root).resolve(), wanted or [], plain, only, None)
 
-
-def train_from(state: stages.State) -> Callable[..., None]:
-    """The flow, for whoever has asked DVC just now what is stale: that is not asked again."""
-
-    def known(root: str, wanted: list[str], plain: bool, only: bool) -> None:
+    @flow(name="train", log_prints=False)
+    def train(root: str, wanted: list[str], plain: bool, only: bool) -> None:
         _train(Path(root).resolve(), wanted, plain, only, state)
 
-    return flow(name="train", log_prints=False)(known)
+    return train
 
 
-def _train(place: Path, wanted: list[str], plain: bool, only: bool, known: stages.State | None) -> None:
+def _train(place: Path, wanted: list[str], plain: bool, only: bool, known: stages.State) -> None:
     console = Console()
     try:
         promotion.recover(place)
@@ -146,7 +148,7 @@ def _train(place: Path, wanted: list[str], plain: bool, only: bool, known: stage
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
     with run_locks.alone(place):
         run_locks.dvc_at_work(place)  # so that no process that is no more is waited for
-        graph = known or stages.look(place)
+        graph = known if known.holds(place) else stages.look(place)
         needed, suspects = graph.needed(wanted, only), graph.suspects()
         logs = place / STATE / "logs" / str(flow_run.name)
         board = Board(place, {name: Row(name, log=logs / f"{name}.log") for name in needed})

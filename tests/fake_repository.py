@@ -1,6 +1,6 @@
 """A small repository for the tests of `flows/`: real DVC, stages that do nothing but say so.
 
-Each stage reads `behaviour/<stage>` (no dep of it): words that tell it to `sleep N`, `fail N`, `linger N`.
+Each stage reads `behaviour/<stage>` (no dep of it): words that tell it to `sleep N`, `fail N`, `linger N CODE`.
 """
 
 import json
@@ -44,6 +44,7 @@ metrics.write_text(json.dumps({"score": 0.25, "other": 3}) + "\\n")
 say("done")
 if words[:1] == ["linger"]:
     time.sleep(float(words[1]))
+    sys.exit(int(words[2]))
 """
 
 GRAPH = """

@@ -13,8 +13,8 @@ import fake_repository as fake
 import psutil
 import pytest
 
-from flows.ahead import KILLED, Ahead
-from flows.supervise import STOPPED, Crew
+from flows.ahead import FAILED, KILLED, Ahead
+from flows.supervise import Crew
 
 
 @pytest.fixture
@@ -83,19 +83,27 @@ def test_a_command_that_is_killed_is_told_and_the_next_one_is_done(dvc: Ahead, t
         (command,) = first.children()
         command.kill()
         assert told.result(10) == KILLED
+    stage.wait(10)
     assert dvc.run(["root"], tmp_path / "next") == 0 and origin(dvc) == first
-    dvc.crew.stop()
-    assert not stage.is_running(), "left by the command, ended with the flow"
 
 
-def test_with_the_process_that_forks_its_commands_end(dvc: Ahead, tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["origin", "supervisor"])
+def test_with_the_process_that_forks_its_commands_end(dvc: Ahead, tmp_path: Path, victim: str) -> None:
     with ThreadPoolExecutor() as pool:
         told, stage = at_work(dvc, tmp_path / "log", pool)
-        origin(dvc).kill()
+        process = origin(dvc)
+        (process if victim == "origin" else process.parent()).kill()
         assert told.result(10) == KILLED
     stage.wait(10)
     (dvc.root / "behaviour/data").unlink()
     assert dvc.run(["repro", "-s", "data"], tmp_path / "log") == 0, "a new one is started"
+
+
+def test_where_dvc_cannot_be_imported_its_log_says_so(dvc: Ahead, tmp_path: Path) -> None:
+    (tmp_path / "dvc.py").write_text("raise ImportError('a broken installation')")
+    dvc.env["PYTHONPATH"] = str(tmp_path)
+    assert dvc.run(["root"], tmp_path / "log") == FAILED
+    assert "a broken installation" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("how", ["close", "stop"])
@@ -114,7 +122,7 @@ def test_a_flow_that_is_stopped_ends_its_commands_and_begins_no_more(dvc: Ahead,
     with ThreadPoolExecutor() as pool:
         told, stage = at_work(dvc, tmp_path / "log", pool)
         dvc.crew.stop()
-        assert not stage.is_running() and told.result(10) in (KILLED, STOPPED)
+        assert not stage.is_running() and told.result(10) == KILLED
     dvc.close()
     with pytest.raises(RuntimeError, match="stopped"):
         dvc.run(["root"], tmp_path / "log")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -56,7 +56,7 @@ def root(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 @pytest.fixture
-def job(root: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+def job(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     """A flow without Prefect: its records go nowhere."""
     for name in ("metrics", "verdict", "update"):
         monkeypatch.setattr(records, name, lambda *_: None)
@@ -65,7 +65,9 @@ def job(root: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     board = Board(root, {name: Row(name, log=root / ".sluice" / f"{name}.log") for name in state.parents})
     crew, seats = Crew(), threading.Semaphore(2)
     dvc = Ahead(crew, root, root / ".sluice" / "dvc.log", child_environment(PYTHONUNBUFFERED="1"))
-    return Job(root, board, state, crew, seats, Gate(root, crew=crew, seats=seats), dvc)
+    yield Job(root, board, state, crew, seats, Gate(root, crew=crew, seats=seats), dvc)
+    crew.stop()
+    dvc.close()
 
 
 def behave(root: Path, stage: str, words: str) -> None:
@@ -222,7 +224,8 @@ def test_what_a_stage_has_made_is_judged_while_dvc_takes_it_and_promoted_after(
             raise StoreUnavailable("the store is away, for a moment")  # asked again
         return [verdict(True)]
 
-    behave(root, "data", "linger 2")
+    behave(root, "data", "linger 2 0")
+    monkeypatch.setattr(outcome, "made_just_now", lambda *_: True)
     monkeypatch.setattr(outcome, "judge", judge)
     monkeypatch.setattr(outcome, "promote", lambda *_: steps.append("promoted"))
     job.stage("data", suspect=True)
@@ -231,13 +234,37 @@ def test_what_a_stage_has_made_is_judged_while_dvc_takes_it_and_promoted_after(
     assert steps[3:] == ["judged, committed", "promoted"], "what did not run is judged once"
 
 
-def test_what_a_stage_that_fails_has_made_is_not_judged(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    judged: list[object] = []
-    monkeypatch.setattr(outcome, "judge", lambda *_: judged.append(_) or [])
-    behave(job.root, "data", "fail 1")
+@pytest.mark.parametrize(("words", "judged"), [("fail 1", 0), ("linger 1 1", 1)])
+def test_what_a_stage_that_fails_has_made_is_not_promoted(
+    job: Job, monkeypatch: pytest.MonkeyPatch, words: str, judged: int
+) -> None:
+    steps: list[str] = []
+    monkeypatch.setattr(outcome, "made_just_now", lambda *_: True)
+    monkeypatch.setattr(outcome, "judge", lambda *_: time.sleep(2) or steps.append("judged") or [verdict(True)])
+    monkeypatch.setattr(outcome, "promote", lambda *_: steps.append("promoted"))
+    behave(job.root, "data", words)
     with pytest.raises(failures.StageFailed):
         job.stage("data", suspect=True)
-    assert not judged
+    assert steps == ["judged"] * judged, "whoever tries again waits for the one that judges"
+
+
+def test_a_champion_to_be_measured_again_is_looked_at_once_without_a_seat(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free: list[int] = []
+
+    def judge(_: Path, __: str, measure: Callable[[Path, Path], None], *___: Any) -> list[Verdict]:
+        free.append(_free(job.seats))
+        measure(Path("model"), Path("rows"))
+        return [verdict(True)]
+
+    monkeypatch.setattr(outcome, "made_just_now", lambda *_: True)
+    monkeypatch.setattr(outcome, "judge", judge)
+    monkeypatch.setattr(outcome, "promote", lambda *_: None)
+    monkeypatch.setattr(job.gate.crew, "run", lambda *_: 0)
+    behave(job.root, "data", "linger 1 0")
+    job.stage("data", suspect=True)
+    assert free == [1, 1], "while DVC was at work, and with a seat for the measuring"
 
 
 def test_a_champion_that_is_measured_waits_for_a_seat_and_nobody_waits_for_it(
@@ -431,7 +458,7 @@ def test_a_promotion_that_was_cut_off_is_brought_to_an_end_by_whoever_comes_by(
     monkeypatch.setattr(promotion, "recover", recover)
     if way == "a run":
         with alone(root), pytest.raises(failures.LockTrouble):  # before it takes a lock
-            train.train.fn(str(root))
+            train.train(stages.look(root)).fn(str(root), [], False, False)
     elif way == "servers":
         called: list[list[str]] = []
         monkeypatch.setattr(automations, "_set_up", lambda: asyncio.sleep(0))

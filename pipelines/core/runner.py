@@ -2,7 +2,7 @@
 
 The order is what makes a crash harmless: the output is filled beside its place and moved in whole, then come
 the metrics, then the registry, and only then are the checkpoints dropped. A flow, which has MLflow at hand, does the
-registry's part itself, when DVC has taken the output.
+registry's part itself, and promotes when DVC has taken the output.
 """
 
 from __future__ import annotations

@@ -132,8 +132,7 @@ def _logged(root: Path, client: Any, experiment: str, intent: Intent) -> str | N
 
 def _log(root: Path, client: Any, experiment: str, intent: Intent) -> str | None:
     """Log the model's files; None when the output is no longer the one that was meant."""
-    output = Path(intent.output)
-    if not output.exists() or contents.content_hash(root, output) != intent.content_hash:
+    if not _stands(root, intent):
         return None
     # Left to itself, MLflow puts a model into the experiment `Default`, whose files lie in the current directory
     made = client.create_logged_model(
@@ -153,6 +152,8 @@ def _log(root: Path, client: Any, experiment: str, intent: Intent) -> str | None
                 _save(made, intent, draft)
                 with store.patient(max(path.stat().st_size for path in draft.rglob("*"))):
                     client.log_model_artifacts(made.model_id, str(draft))
+        if not _stands(root, intent):
+            raise RuntimeError(f"{intent.output} changed while it was copied")
         _measure(client, made.model_id, intent)
     except Exception:  # a full disk, a store that goes away: half of it is of no use, and looks as if it still came
         if place is not None:
@@ -162,6 +163,12 @@ def _log(root: Path, client: Any, experiment: str, intent: Intent) -> str | None
         raise
     client.finalize_logged_model(made.model_id, "READY")
     return str(made.model_id)
+
+
+def _stands(root: Path, intent: Intent) -> bool:
+    """Whether the output is the one that is meant."""
+    output = Path(intent.output)
+    return output.exists() and contents.content_hash(root, output) == intent.content_hash
 
 
 def _save(made: Any, intent: Intent, place: Path) -> None:
