@@ -199,7 +199,7 @@ def _end_session(grace: float) -> None:
 
 
 def _reap(child: int | None = None) -> int | None:
-    """Take leave of children and orphans that have ended. Returns the exit code of `child`, if it has; -N by signal N."""
+    """Take leave of children and orphans that have ended. Returns the exit code of `child` if it has; -N by signal N."""
     code = None
     with contextlib.suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
