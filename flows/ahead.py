@@ -18,17 +18,17 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from flows.supervise import Crew
 
 LONGEST = 65_536  # bytes of an order
-LOOK_SECONDS = 0.5  # between two looks at whether the origin is there
+LOOK_SECONDS = 0.5  # between two looks at whether the origin's supervisor is there
 FAILED, KILLED = 255, 128 + signal.SIGKILL  # the first as DVC has it
 BEGUN = b"begun "  # and behind it the exit code, when there is one
 
@@ -54,7 +54,7 @@ class Ahead:
             self._origin = self._origin or self._start()
 
     def run(self, arguments: list[str], log: Path) -> int:
-        """`dvc` with these arguments, output appended to `log`. Returns its exit code; `KILLED` when a signal ended it.
+        """`dvc` with these arguments, output appended to `log`. Returns its exit code; 128 + N when signal N ended it.
 
         Raises:
             RuntimeError: the crew was stopped already.
@@ -74,7 +74,7 @@ class Ahead:
             return KILLED
         if said:
             return int(said.removeprefix(BEGUN))
-        if self.crew.wait(origin) > 128:  # what came before the order was given
+        if self.crew.wait(origin) > 128:  # what came before the order was taken
             return KILLED
         with log.open("a", encoding="utf-8") as file:
             file.write(self.log.read_text(encoding="utf-8", errors="replace"))
@@ -88,6 +88,8 @@ class Ahead:
     def _order(self, order: bytes, answer: int) -> subprocess.Popen[bytes]:
         """Have a command done, by a process that holds `answer` until it ends. Returns the origin."""
         with self._lock:
+            if self._origin and self._origin[0].poll() is not None:  # its supervisor was killed
+                self._end()
             self._origin = self._origin or self._start()
             try:
                 socket.send_fds(self._origin[1], [order], [answer])
@@ -113,7 +115,8 @@ class Ahead:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                command = [sys.executable, "-P", str(Path(__file__).resolve()), "dvc", str(theirs.fileno())]
+                told = ["dvc", str(self.crew.grace), str(theirs.fileno())]
+                command = [sys.executable, "-P", str(Path(__file__).resolve()), *told]
                 return self.crew.start(command, self.root, self.log, self.env, (theirs.fileno(),)), ours
             except BaseException:
                 ours.close()
@@ -126,8 +129,12 @@ class Ahead:
             self.crew.wait(origin[0])
 
 
-def serve(orders: socket.socket) -> None:
-    """Import what `dvc repro` needs, then fork for each order until no more can come."""
+def serve(orders: socket.socket, grace: float) -> None:
+    """Import what `dvc repro` needs, then fork for each order until no more can come.
+
+    Args:
+        grace: seconds that the stage of a command that was killed has for its checkpoint.
+    """
     # What DVC imports only once it is at work
     import dvc.repo.reproduce  # noqa: F401
     import dvc.rwlock  # noqa: F401
@@ -136,35 +143,58 @@ def serve(orders: socket.socket) -> None:
     from dvc.cli import parser
 
     parser.get_main_parser()  # all commands
-    signal.signal(signal.SIGCHLD, _reap)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever gave the order is told by the one that watches over it
     while True:
         # One order at a time: what brings a descriptor along is not joined with what follows
         order, descriptors, _, _ = socket.recv_fds(orders, LONGEST, 1)
         if not order:
             return
         (answer,) = descriptors
-        if os.fork() == 0:
+        os.write(answer, BEGUN)
+        if _forked(answer):
             orders.close()
-            _obey(json.loads(order), answer)
+            _watch(json.loads(order), answer, grace)
         os.close(answer)
 
 
-def _reap(number: int, frame: FrameType | None) -> None:
-    """Take leave of commands that have ended; the stage of one that was killed must not go on without it."""
-    with contextlib.suppress(ChildProcessError):
-        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            if os.WIFSIGNALED(ended[1]):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(ended[0], signal.SIGTERM)
+def _forked(answer: int) -> bool:
+    """Whether this is the new process; where there can be none, that is the answer."""
+    try:
+        return os.fork() == 0
+    except OSError:
+        traceback.print_exc()
+        os.write(answer, str(FAILED).encode())
+        return False
 
 
-def _obey(order: dict[str, str], answer: int) -> NoReturn:
-    """Be `dvc`, in a process group of its own."""
+def _watch(order: dict[str, str], answer: int, grace: float) -> NoReturn:
+    """Have DVC run in a process group of its own, and answer when it has ended: if it was killed, with all of it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if _forked(answer):
+        os.close(answer)
+        os.setpgid(0, 0)
+        _obey(order)
+    group, status = os.wait()
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:  # its stage must not go on without it
+        _end_group(group, grace)
+    os.write(answer, str(code if code >= 0 else 128 - code).encode())
+    os._exit(0)
+
+
+def _end_group(group: int, grace: float) -> None:
+    deadline, wanted = time.monotonic() + grace, int(signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.killpg(group, wanted)
+            wanted = signal.SIGKILL if time.monotonic() > deadline else 0
+            time.sleep(0.05)
+
+
+def _obey(order: dict[str, str]) -> NoReturn:
+    """Be `dvc`."""
     from dvc.cli import main
 
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.write(answer, BEGUN)
     code = FAILED
     try:
         log = os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -173,14 +203,13 @@ def _obey(order: dict[str, str], answer: int) -> NoReturn:
         os.close(log)
         sys.argv = ["dvc", *order["arguments"]]  # DVC writes it into its lock file
         code = int(main(sys.argv[1:]))
+        logging.shutdown()
+        sys.stdout.flush()
     except BaseException:
         traceback.print_exc()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.write(answer, str(code).encode())
-    os._exit(code)  # as multiprocessing does: to take all objects apart, of which nobody needs one, takes .2 s
+    finally:
+        os._exit(code)  # as multiprocessing does: to take all objects apart, of which nobody needs one, takes .2 s
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[2])))
+    serve(socket.socket(fileno=int(sys.argv[3])), float(sys.argv[2]))

@@ -67,10 +67,9 @@ class Gate:
             over: set when DVC has ended, well or not: `ask` does it all then.
         """
         with contextlib.suppress(Exception), self.registry:
-            if over.is_set() or not outcome.made_just_now(self.root, row.stage):
-                return
             try:
-                self._judge(row, seated=False)
+                if not over.is_set():
+                    self._judge(row, seated=False)
             except _NoSeat:
                 self.seated.add(row.stage)
 

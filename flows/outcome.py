@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipelines.core import graph, policy, tracking, verdicts
+from pipelines.core import graph, policy, verdicts
 from pipelines.core.errors import GateError
 from pipelines.core.gates import Verdict
 from pipelines.core.verdicts import Measure
@@ -36,12 +36,6 @@ def judge(root: Path, stage: str, measure: Measure | None = None, again: bool = 
     from pipelines.core import registry, runner
 
     return [one.verdict for one in registry.settle(root, stage, measure or runner.measure_for(root, stage))]
-
-
-def made_just_now(root: Path, stage: str) -> bool:
-    """Whether the output of a stage is as its run has left it, and not while DVC puts links in the place of files."""
-    found = verdicts.candidates(root, stage)
-    return bool(found) and tracking.finished_spool(root, stage, found[0].whole) is not None
 
 
 def promote(root: Path, verdict: Verdict, fresh_output: bool) -> str | None:

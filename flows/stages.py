@@ -24,6 +24,7 @@ class State:
     reasons: dict[str, tuple[str, ...]]  # stale stage -> why; a fresh stage is absent
     shows: dict[str, str]  # stage -> the metric that stands for it (`meta: {shows: KEY}` in dvc.yaml)
     files: tuple[tuple[int, int], ...] = ()  # what DVC's files were when it was asked
+    links: bool = False  # whether DVC puts links in the place of the files that a stage has made (`cache.type`)
 
     def holds(self, root: Path) -> bool:
         """Whether params, graph and lock file are still those that DVC was asked about."""
@@ -91,6 +92,7 @@ def look(root: Path) -> State:
             parents = {s.name: tuple(sorted(p.name for p in edges.successors(s))) for s in edges}
             shows = {s.name: s.meta["shows"] for s in edges if "shows" in (s.meta or {})}
             names = {s.addressing: s.name for s in edges}  # an address depends on the current directory
+            links = repo.cache.local.cache_types[0] not in ("reflink", "copy")
             status = {names[address]: changes for address, changes in repo.status().items()}
     except LockError as error:
         raise StoreUnavailable(f"DVC's lock is held by another process: {error}") from None
@@ -98,7 +100,7 @@ def look(root: Path) -> State:
         raise UserError(_causes(error)) from None
     order = TopologicalSorter({name: parents[name] for name in sorted(parents)}).static_order()
     reasons = {name: tuple(_explain(status[name])) for name in sorted(parents) if name in status}
-    return State({name: parents[name] for name in order}, reasons, shows, files)
+    return State({name: parents[name] for name in order}, reasons, shows, files, links)
 
 
 def _files(root: Path) -> tuple[tuple[int, int], ...]:

@@ -86,11 +86,12 @@ class Crew:
             self._forget(process)
 
     def _forget(self, process: subprocess.Popen[bytes]) -> None:
-        if process.returncode < 0:  # the supervisor itself was killed: what it watched must not go on
+        with self._lock:
+            known = process in self._running
+            self._running.discard(process)
+        if known and process.returncode < 0:  # the supervisor itself was killed: what it watched must not go on
             _signal_session(process.pid, signal.SIGKILL)
         _close(process)
-        with self._lock:
-            self._running.discard(process)
 
 
 def run_within(seconds: float, command: list[str], cwd: Path, log: Path, env: dict[str, str]) -> int | None:
@@ -129,19 +130,24 @@ def _close(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
 
 
-def _signal_session(leader: int, number: int) -> bool:
-    """Send a signal to all of a session but its leader; 0: to none. Returns whether there is anybody."""
+def _signal_session(leader: int, number: int, first: int = 0) -> bool:
+    """Send a signal to all process groups of a session but its leader's; 0: to none. Returns whether there is any.
+
+    Args:
+        first: the group that has it before the others.
+    """
     import psutil
 
-    found = False
-    for pid in psutil.pids():
-        try:
-            if pid != leader and os.getsid(pid) == leader:
-                os.kill(pid, number)
-                found = True
-        except (ProcessLookupError, PermissionError):
-            continue
-    return found
+    groups = set()
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(process.pid) == leader and process.info["status"] != psutil.STATUS_ZOMBIE:
+                groups.add(os.getpgid(process.pid))
+    groups.discard(leader)
+    for group in sorted(groups, key=lambda one: one != first):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, number)
+    return bool(groups)
 
 
 def supervise(command: list[str], grace: float) -> int:
@@ -155,19 +161,21 @@ def supervise(command: list[str], grace: float) -> int:
     _adopt_orphans()
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, close_fds=False)
     _close_all_but_standard()  # what `start` gave is the command's alone
+    import psutil  # noqa: F401  # now, beside the command: when it is needed it may be too late
+
     ended = _ending(child.pid)
     while (code := _reap(child.pid)) is None:
         ready, _, _ = select.select([0, *ended], [], [], 0.1)
         if 0 in ready or asked:
             break
-    _end_session(grace)
+    _end_session(child.pid, grace)
     if code is None:
         return STOPPED
     return code if code >= 0 else 128 - code
 
 
 def _close_all_but_standard() -> None:
-    for number in map(int, os.listdir("/dev/fd")):
+    for number in map(int, os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else ()):
         if number > 2:
             with contextlib.suppress(OSError):  # the one that this list was read from
                 os.close(number)
@@ -187,19 +195,19 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _end_session(grace: float) -> None:
-    """SIGTERM to all others of this session, SIGKILL to those that are left after `grace` seconds."""
+def _end_session(group: int, grace: float) -> None:
+    """SIGTERM to all others of this session, `group` first, SIGKILL to those that are left after `grace` seconds."""
     deadline = time.monotonic() + grace
     wanted: int = signal.SIGTERM
     _reap()
-    while _signal_session(os.getpid(), wanted):
+    while _signal_session(os.getpid(), wanted, group):
         wanted = signal.SIGKILL if time.monotonic() > deadline else 0  # 0: only ask whether they are there
         time.sleep(0.05)
         _reap()
 
 
 def _reap(child: int | None = None) -> int | None:
-    """Take leave of children and orphans that have ended. Returns the exit code of `child` if it has; -N by signal N."""
+    """Take leave of children and orphans that have ended. Returns `child`'s exit code if it has; -N by signal N."""
     code = None
     with contextlib.suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:

@@ -63,7 +63,8 @@ class Job:
         row = self.board.rows[name]
         row.error = None
         try:
-            with self._judged_meanwhile(row) if suspect else nullcontext(), self.seats:
+            failures.forget_live(self.root, name)
+            with self._judged_meanwhile(row) if suspect and not self.graph.links else nullcontext(), self.seats:
                 row.begin()
                 if (bar := records.progress(name)) is not None:
                     self.progress[name] = bar
@@ -107,7 +108,6 @@ class Job:
     @contextmanager
     def _judged_meanwhile(self, row: Row) -> Iterator[None]:
         """Once the stage itself is done, its model does not wait for what DVC still has to do with the output."""
-        failures.forget_live(self.root, row.stage)
         over = threading.Event()
 
         def watch() -> None:
@@ -126,7 +126,7 @@ class Job:
 
 
 def train(state: stages.State) -> Flow[..., None]:
-    """The flow, over a graph that DVC was asked for just now.
+    """The flow, over a graph that DVC was asked for just now; it is asked again where its files have changed since.
 
     Its parameters: the repository's root, the wanted stages (all, if none is named), whether to print plain lines, and
     whether what they depend on is taken as it stands. It raises a UserError: the first failure in the graph's order,

@@ -1,6 +1,7 @@
 """A small repository for the tests of `flows/`: real DVC, stages that do nothing but say so.
 
-Each stage reads `behaviour/<stage>` (no dep of it): words that tell it to `sleep N`, `fail N`, `linger N CODE`.
+Each stage reads `behaviour/<stage>` (no dep of it): words that tell it to `sleep N`, `careful N` (it takes a second to end
+when it is asked to), `fail N`, or to `linger N CODE` when it is done.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 STAGE = """
-import json, os, pathlib, sys, time
+import json, os, pathlib, signal, sys, time
 name = sys.argv[1]
 root = pathlib.Path.cwd()
 live = root / ".sluice" / "live" / f"{name}.json"
@@ -27,7 +28,15 @@ say("running")
 behaviour = root / "behaviour" / name
 words = behaviour.read_text().split() if behaviour.exists() else []
 print("hello from", name, flush=True)
-if words[:1] == ["sleep"]:
+if words[:1] == ["careful"]:
+    def end(*_):
+        with (root / f"{name}.terms").open("a") as file:
+            file.write("TERM\\n")
+        time.sleep(1)
+        (root / f"{name}.saved").touch()
+        sys.exit(143)
+    signal.signal(signal.SIGTERM, end)
+if words[:1] in (["sleep"], ["careful"]):
     (root / f"{name}.pid").write_text(str(os.getpid()))
     time.sleep(float(words[1]))
 if words[:1] == ["fail"]:

@@ -95,6 +95,15 @@ def sluice(root: Path, *arguments: str, before: str = "") -> subprocess.Complete
 # What DVC says
 
 
+def test_a_state_holds_until_a_file_of_dvc_changes(root: Path) -> None:
+    state = stages.look(root)
+    assert state.holds(root) and not state.links
+    (root / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    assert not state.holds(root)
+    (root / ".dvc" / "config").write_text("[cache]\n    type = hardlink\n")
+    assert stages.look(root).links
+
+
 def test_the_graph_and_its_state_come_from_dvc(root: Path) -> None:
     state = stages.look(root)
     assert state.parents == {"data": (), "left": ("data",), "right": ("data",), "report": ("left", "right")}
@@ -225,7 +234,6 @@ def test_what_a_stage_has_made_is_judged_while_dvc_takes_it_and_promoted_after(
         return [verdict(True)]
 
     behave(root, "data", "linger 2 0")
-    monkeypatch.setattr(outcome, "made_just_now", lambda *_: True)
     monkeypatch.setattr(outcome, "judge", judge)
     monkeypatch.setattr(outcome, "promote", lambda *_: steps.append("promoted"))
     job.stage("data", suspect=True)
@@ -239,7 +247,6 @@ def test_what_a_stage_that_fails_has_made_is_not_promoted(
     job: Job, monkeypatch: pytest.MonkeyPatch, words: str, judged: int
 ) -> None:
     steps: list[str] = []
-    monkeypatch.setattr(outcome, "made_just_now", lambda *_: True)
     monkeypatch.setattr(outcome, "judge", lambda *_: time.sleep(2) or steps.append("judged") or [verdict(True)])
     monkeypatch.setattr(outcome, "promote", lambda *_: steps.append("promoted"))
     behave(job.root, "data", words)
@@ -258,11 +265,10 @@ def test_a_champion_to_be_measured_again_is_looked_at_once_without_a_seat(
         measure(Path("model"), Path("rows"))
         return [verdict(True)]
 
-    monkeypatch.setattr(outcome, "made_just_now", lambda *_: True)
     monkeypatch.setattr(outcome, "judge", judge)
     monkeypatch.setattr(outcome, "promote", lambda *_: None)
     monkeypatch.setattr(job.gate.crew, "run", lambda *_: 0)
-    behave(job.root, "data", "linger 1 0")
+    behave(job.root, "data", "linger 2 0")
     job.stage("data", suspect=True)
     assert free == [1, 1], "while DVC was at work, and with a seat for the measuring"
 

@@ -63,6 +63,13 @@ def test_the_exit_code_and_the_output_come_through(tmp_path: Path) -> None:
     assert Crew().run(["sh", "-c", "kill -9 $$"], tmp_path, log, child_environment()) == 128 + signal.SIGKILL
 
 
+def test_nothing_is_left_of_a_command_that_ends_well(tmp_path: Path) -> None:
+    own_group = "python -c 'import os, time; os.setpgid(0, 0); time.sleep(100)'"
+    script = f"sleep 100 & echo $! > a; {own_group} & echo $! > b; sleep 1"
+    assert Crew(grace=2.0).run(["sh", "-c", script], tmp_path, tmp_path / "log", child_environment()) == 0
+    assert is_gone(appears(tmp_path / "a")) and is_gone(appears(tmp_path / "b"))
+
+
 @pytest.mark.parametrize(("kind", "saved"), [("careful", True), ("stubborn", False)])
 def test_stop_gives_time_for_a_checkpoint_and_then_kills_the_whole_family(
     tmp_path: Path, family: list[str], kind: str, saved: bool
