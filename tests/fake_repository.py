@@ -1,7 +1,7 @@
 """A small repository for the tests of `flows/`: real DVC, stages that do nothing but say so.
 
-Each stage reads `behaviour/<stage>` (no dep of it): words that tell it to `sleep N`, `careful N` (a second to end when it
-is asked to), `fail N`, or to `linger N CODE` when it is done.
+Each stage reads `behaviour/<stage>` (no dep of it): words that tell it to `sleep N`, `careful N` (a second to end when
+it is asked to), `fail N`, or to `linger N CODE` when it is done.
 """
 
 import json
