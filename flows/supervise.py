@@ -204,6 +204,7 @@ def _end_session(group: int, grace: float) -> None:
         wanted = signal.SIGKILL if time.monotonic() > deadline else 0  # 0: only ask whether they are there
         time.sleep(0.05)
         _reap()
+    _reap()  # what has ended since the last look, which is not counted
 
 
 def _reap(child: int | None = None) -> int | None:
