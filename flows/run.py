@@ -33,17 +33,18 @@ def run(root: Path, wanted: list[str], profile: str | None, plain: bool, console
         whole.load(root / "params.yaml")
         _say(console, sources.keep(root))
     declared.check(root)
-    state = None if _missing(root, wanted) else stages.look(root)
-    if state is not None and state.suspects().isdisjoint(state.needed(wanted, only)):
-        _catch_up(root, state, state.needed(wanted, only), console)
+    known = None if _missing(root, wanted) else stages.look(root)
+    if known is not None and known.suspects().isdisjoint(needed := known.needed(wanted, only)):
+        _catch_up(root, known, needed, console)
     else:
         from flows.server import prefect_api
 
-        with prefect_api(root, lambda: state or stages.look(root)) as state:
+        with prefect_api(root, lambda: known or stages.look(root)) as state:
             from flows.train import train
 
             train(state)(str(root), wanted, plain, only)
-    _say(console, ["", *whats_next(root, state.needed(wanted, only))])
+        needed = state.needed(wanted, only)
+    _say(console, ["", *whats_next(root, needed)])
 
 
 def _missing(root: Path, wanted: list[str]) -> bool:

@@ -63,7 +63,8 @@ class Job:
         row = self.board.rows[name]
         row.error = None
         try:
-            failures.forget_live(self.root, name)
+            if suspect:
+                failures.forget_live(self.root, name)
             with self._judged_meanwhile(row) if suspect and not self.graph.links else nullcontext(), self.seats:
                 row.begin()
                 if (bar := records.progress(name)) is not None:

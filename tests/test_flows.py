@@ -219,7 +219,8 @@ def test_a_stage_that_is_judged_keeps_no_other_from_computing(job: Job, monkeypa
     monkeypatch.setattr(outcome, "judge", lambda *_: free.append(_free(job.seats)) or [verdict(True)])
     monkeypatch.setattr(outcome, "promote", lambda *_: None)
     job.stage("data", suspect=True)
-    assert free[-1] == 2 and _free(job.seats) == 2
+    early = free[:-1]  # while DVC still had the stage's own seat, if the stage was seen to be done before DVC was
+    assert free[-1] == 2 and early in ([], [1]) and _free(job.seats) == 2
 
 
 def test_what_a_stage_has_made_is_judged_while_dvc_takes_it_and_promoted_after(
