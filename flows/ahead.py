@@ -133,7 +133,7 @@ def serve(orders: socket.socket, grace: float) -> None:
     """Import what `dvc repro` needs, then fork for each order until no more can come.
 
     Args:
-        grace: seconds that the stage of a command that was killed has for its checkpoint.
+        grace: seconds that a stage has for its checkpoint whose command has ended before it.
     """
     # What DVC imports only once it is at work
     import dvc.repo.reproduce  # noqa: F401
@@ -168,7 +168,7 @@ def _forked(answer: int) -> bool:
 
 
 def _watch(order: dict[str, str], answer: int, grace: float) -> NoReturn:
-    """Have DVC run in a process group of its own, and answer when it has ended: if it was killed, with all of it."""
+    """Have DVC run in a process group of its own, and answer when nothing of it is left."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if _forked(answer):
         os.close(answer)
@@ -176,8 +176,7 @@ def _watch(order: dict[str, str], answer: int, grace: float) -> NoReturn:
         _obey(order)
     group, status = os.wait()
     code = os.waitstatus_to_exitcode(status)
-    if code < 0:  # its stage must not go on without it
-        _end_group(group, grace)
+    _end_group(group, grace)  # where DVC was killed, or the shell between the two, its stage must not go on
     os.write(answer, str(code if code >= 0 else 128 - code).encode())
     os._exit(0)
 

@@ -84,12 +84,20 @@ def ended_well(dvc: Ahead, stage: psutil.Process) -> bool:
     return not exists(stage.pid) and asked.read_text() == "TERM\n" and saved.exists()
 
 
-def test_a_command_that_is_killed_is_told_with_its_stage_and_the_next_one_is_done(dvc: Ahead, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("victim", "code"), [("dvc", KILLED), ("shell", FAILED)])
+def test_a_killed_command_is_told_with_its_stage_and_the_next_one_is_done(
+    dvc: Ahead, tmp_path: Path, victim: str, code: int
+) -> None:
+    shell = tmp_path / "shell"  # some replace themselves by their last command; this one stays
+    shell.write_text('#!/bin/sh\n/bin/sh "$@"\nexit $?\n')
+    shell.chmod(0o755)
+    dvc.env["SHELL"] = str(shell)
     with ThreadPoolExecutor() as pool:
         told, stage = at_work(dvc, tmp_path / "log", pool)
         first = origin(dvc)
-        stage.parent().kill()
-        assert told.result(10) == KILLED and ended_well(dvc, stage)
+        (command,) = first.children()[0].children()  # below the one that watches over it
+        (command if victim == "dvc" else command.children()[0]).kill()
+        assert told.result(10) == code and ended_well(dvc, stage)
     assert dvc.run(["root"], tmp_path / "next") == 0 and origin(dvc) == first
 
 
