@@ -17,8 +17,10 @@ Models" (GKD, 2024), and Gu et al., "MiniLLM" (2024), the student's own answers.
 3. Every token of texts and chats is learned from, the prompts' too; of the student's own answers, what it wrote.
 4. The embedding, and a head tied to it, stay as they are by default: a student made of the teacher's blocks has the
    teacher's, and they are half of its weights.
-5. A second student, from the same start on the same tokens in the same order, learns from the labels alone: what it
+5. A second student, from the same blocks on the same tokens in the same order, learns from the labels alone: what it
    reaches is not the teacher's merit.
+6. `fit`: before the first step the student's blocks are fitted to the teacher's states in closed form (`block_fit`).
+   That needs the teacher, so the second student does without.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ def run(params: DistillParams, inputs: dict[str, Path], outputs: Path, context: 
     blocks = f", of its blocks {', '.join(map(str, kept))}" if kept else ""
     context.say(f"student: {sizes[''] / 1e6:.1f} million parameters, teacher: {sizes['_teacher'] / 1e6:.1f}{blocks}")
 
-    # 2. Train it from the same start, with the teacher and without.
+    # 2. Train it twice from the same blocks, with the teacher and without.
     arms = _arms(params, people, teacher, before, kept, inputs["data"], tokenizer, context)
     plan = _plan(params, len(people), before, tokenizer)
     models = {distill_evaluation.STUDENT: outputs / "model", distill_evaluation.NO_TEACHER: context.work / "no_teacher"}
@@ -234,7 +236,8 @@ def _arms(
     if weights.on_policy:
         limit = params.max_prompt_tokens, "distill.max_prompt_tokens"
         asked = distill_data.prompts(params, data, tokenizer, *limit, context)
-    with_teacher = Arm("", weights, sequences, Teacher(teacher, cache, matching, asked))
+    fitted = kept if params.fit is not None else ()
+    with_teacher = Arm("", weights, sequences, Teacher(teacher, cache, matching, asked), fitted)
     return [with_teacher, Arm("no_teacher_", Terms(labels=1.0), people, None)]
 
 

@@ -33,8 +33,9 @@ from pipelines.core.params.distill import DistillParams, Terms
 from pipelines.tokenizer import CHAT_TEMPLATE
 
 TINY: dict[str, Any] = {
-    "seed": 1, "teacher": None, "student": "layers", "keep_layers": 2, "depth": None, "weights": {"forward": 1.0},
-    "temperature": 1.0, "beta": 0.5, "top_k": 16, "answers": "people", "examples": None, "texts": 12, "max_length": 48,
+    "seed": 1, "teacher": None, "student": "layers", "keep_layers": 2, "depth": None, "fit": None,
+    "weights": {"forward": 1.0}, "temperature": 1.0, "beta": 0.5, "top_k": 16, "answers": "people", "examples": None,
+    "texts": 12, "max_length": 48,
     "too_long": "refuse", "epochs": 1, "batch_size": 4, "micro_tokens": 64, "on_policy_divergence": "reverse",
     "on_policy_prompts": 2, "train_embedding": False, "lr": 3e-3, "warmup_share": 0.1, "weight_decay": 0.0,
     "clip_norm": 1.0, "judge": "overlap", "eval_prompts": 4, "eval_samples": 1, "eval_bytes": 1024, "max_new_tokens": 6,
@@ -169,6 +170,18 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(inputs: dict[str, Pa
     assert metrics["retention"] == pytest.approx(1.0, abs=1e-3)
 
 
+def test_only_the_student_with_the_teacher_is_fitted(inputs: dict[str, Path], tmp_path: Path) -> None:
+    lines = {}
+    for fit in (None, 0.1):
+        metrics, out, context = run(inputs, tmp_path / f"{fit}", fit=fit)
+        lines[fit] = metrics, pd.read_csv(out / "history.csv")
+        assert any(line.startswith("blocks fitted") for line in context.samples) is (fit is not None)
+        assert ("fitted to its states" in (out / "model/README.md").read_text()) is (fit is not None)
+    assert lines[0.1][1]["forward"].iloc[0] < 0.7 * lines[None][1]["forward"].iloc[0]
+    for end in ("_before", "_no_teacher", "_teacher"):
+        assert lines[0.1][0][f"bits_per_byte{end}"] == lines[None][0][f"bits_per_byte{end}"]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # the second drops out a tenth
 def test_stopped_and_gone_on_it_ends_with_the_same_bytes(
     architecture: str, inputs: dict[str, Path], tmp_path: Path
@@ -178,19 +191,24 @@ def test_stopped_and_gone_on_it_ends_with_the_same_bytes(
     known.chat_template = CHAT_TEMPLATE
     known.save_pretrained(teacher)
     model(known, architecture, depth=3, length=256).save_pretrained(teacher)
-    changes = {"epochs": 2, "teacher": str(teacher)}
+    changes = {"epochs": 2, "teacher": str(teacher), "fit": 0.1}
     _, whole, _ = run(inputs, tmp_path / "whole", **changes)
     context = StageContext(stage="distill", root=tmp_path / "cut", fingerprint="f" * 64)
-    steps = iter(range(1000))
-    later = context.after_step
+    steps, fitting = iter(range(1000)), iter([15])
+    later, tell = context.after_step, context.progress
+
+    def progress(step: int, total: int | None = None, **shown: float | str) -> None:
+        if "fitting" in shown:
+            context.signal_number = next(fitting, 0)
+        tell(step, total, **shown)
 
     def after_step(due: bool) -> tuple[bool, bool]:
         if next(steps) in (3, 9, 12):  # in the first arm twice, and in the second
             context.signal_number = 15
         return later(due)
 
-    context.after_step = after_step  # type: ignore[method-assign]
-    for _ in range(3):
+    context.after_step, context.progress = after_step, progress  # type: ignore[method-assign]
+    for _ in range(4):
         with pytest.raises(Stopped):
             run(inputs, tmp_path / "cut", context, **changes)
         context.signal_number = 0
@@ -230,6 +248,8 @@ def test_sequences_of_answers_supervise_the_answer_alone() -> None:
         ({"keep_layers": None}, "keep_layers: student: layers needs it"),
         ({"depth": 2}, "depth: used by student: random"),
         (RANDOM | {"train_embedding": False}, "train_embedding: .* begins with a random embedding"),
+        (RANDOM | {"fit": 0.1}, "fit: used by student: layers"),
+        ({"fit": 0.0}, "fit"),
     ],
 )
 def test_params_that_do_not_fit_together(changes: dict[str, Any], message: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_int8 import IDS, logits, tiny
 
-from pipelines.core import attention, gptq, int4, tuning
+from pipelines.core import gptq, int4
 from pipelines.core.errors import ArtifactError
 
 
@@ -186,28 +186,6 @@ def test_calibration_goes_through_every_block_and_helps(kind: str) -> None:
     errors = [(logits(one, ids) - exact).norm() for one in (chosen, nearest)]
     assert errors[0] < 0.95 * errors[1]
     assert torch.allclose(logits(changed, ids), logits(int4.dense(chosen), ids), atol=0.1)
-
-
-@pytest.mark.parametrize(
-    ("kind", "more"),
-    [
-        ("llama", {}),
-        ("gpt2", {}),  # its blocks get their mask without its name; without it they would see what comes later
-        ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}),
-    ],
-)
-def test_blocks_are_given_all_that_their_model_gives_them(kind: str, more: dict[str, object]) -> None:
-    model = tiny(kind, **more)
-    model.set_attn_implementation(attention.choose("cpu", IDS.shape[1]))
-    ids = torch.cat([IDS, IDS.flip(1)])
-    with torch.inference_mode():
-        wanted = model.base_model(ids).last_hidden_state
-        stack = tuning.stack(model)
-        hidden = gptq._first_inputs(model, stack[0], ids)
-        for block, options in zip(stack, gptq._options(model, stack, ids[:1]), strict=True):
-            hidden = gptq._output(block(hidden, **options))
-        found = (model.base_model.ln_f if kind == "gpt2" else model.base_model.norm)(hidden)
-    assert torch.allclose(found, wanted, atol=1e-6)
 
 
 def test_calibration_refuses_inputs_that_are_no_numbers() -> None:

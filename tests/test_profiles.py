@@ -307,6 +307,7 @@ def test_models_of_two_stages_of_one_name_are_both_deps(root: Path) -> None:
     edit(root, "  teacher: null ", "  teacher: artifacts/dpo/model ")
     edit(root, "  student: layers ", "  student: artifacts/sft/model ")
     edit(root, "keep_layers: 15 ", "keep_layers: null ")
+    edit(root, "fit: 0.3 ", "fit: null ")
     assert len(sources.keep(root)) == 2
     spec = graph.stage(root, "distill")
     assert {"artifacts/dpo/model", "artifacts/sft/model", "ppo"} <= set(spec.inputs)

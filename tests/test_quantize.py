@@ -265,14 +265,6 @@ def test_a_layer_to_keep_need_not_be_in_the_student_or_the_reward_model(
     assert variants.load(out / "models/student-int8", "int8").config.num_hidden_layers == 1
 
 
-def test_calibration_rows_are_equal_and_begin_where_a_text_begins() -> None:
-    params = QuantizeParams.model_validate({**TINY, "calibration_length": 16})
-    long, short = list(range(100, 130)), [[1, 2, 3, 4, 5, 6], [11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25, 26]]
-    found = quantization._equal([short[0], long, short[1], long[1:], short[2], short[0]], params)
-    assert found.tolist() == [long[:16], long[1:17], [*short[0], *short[1], *short[2][:4]]]
-    assert quantization._equal([[1, 2], [3]], params).tolist() == [[1, 2, 3]]
-
-
 def test_each_model_is_read_with_its_own_tokenizer(inputs: dict[str, Path], tmp_path: Path) -> None:
     known = tokenizer(340)
     known.chat_template = CHAT_TEMPLATE

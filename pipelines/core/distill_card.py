@@ -40,7 +40,8 @@ def card(params: DistillParams, place: Path, metrics: Mapping[str, float]) -> st
         for end, name in NAMES.items()
     )
     made = {
-        "layers": f"{params.keep_layers} of the teacher's blocks at even spacing",
+        "layers": f"{params.keep_layers} of the teacher's blocks at even spacing"
+        + (", fitted to its states by least squares," if params.fit is not None else ""),
         "random": f"random weights, {params.depth} blocks",
     }.get(params.student, params.student)
     return (

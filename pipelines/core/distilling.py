@@ -14,12 +14,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.core import demonstrations, distill_features, language_models, losses, sampling, segments, training
+from pipelines.core import (
+    block_fit,
+    blockwise,
+    demonstrations,
+    distill_features,
+    language_models,
+    losses,
+    sampling,
+    segments,
+    training,
+)
 from pipelines.core.checkpoint import Checkpoints
 from pipelines.core.context import StageContext
 from pipelines.core.distill_data import of_answer
 from pipelines.core.params.distill import DistillParams, Terms
 from pipelines.core.teacher_cache import Cache
+
+FIT_TOKENS = 32_768  # at the most: some thousand more than a layer has inputs do as well
 
 
 class Teacher(NamedTuple):
@@ -38,6 +50,7 @@ class Arm(NamedTuple):
     weights: Terms
     sequences: list[segments.Sequence]
     teacher: Teacher | None
+    fitted: Sequence[int] = ()  # the teacher's blocks that the student has, where it is fitted to its states first
 
 
 class Learner(NamedTuple):
@@ -82,6 +95,8 @@ def train(arm: Arm, params: DistillParams, plan: Plan, student: Any, context: St
             training.load_optimizer_state(optimizer, state["optimizer"])
         training.set_random_state(state["random"])
         context.resume(state["history"])
+    elif arm.fitted:
+        _fit(arm, params, plan, student, context)
     order = _order(arm, params, plan)
     student.train()
     head = language_models.body_and_head(student)[1]
@@ -102,6 +117,22 @@ def train(arm: Arm, params: DistillParams, plan: Plan, student: Any, context: St
             checkpoints.save(step + 1, state | {"random": training.random_state()})
         if stop:
             context.stop_if_asked()
+
+
+def _fit(arm: Arm, params: DistillParams, plan: Plan, student: Any, context: StageContext) -> None:
+    """Let the student's blocks make up for those left out, on what the arm learns from."""
+
+    def tell(done: int, total: int) -> None:
+        context.progress(done, total, fitting="the student's blocks")
+        context.stop_if_asked()
+
+    assert arm.teacher is not None and params.fit is not None
+    read = [arm.sequences[int(number)].ids for number in _order(arm, params, plan)[: len(arm.sequences)]]
+    ids = blockwise.equal_rows(read, params.max_length)[: max(1, FIT_TOKENS // params.max_length)].to(context.device)
+    found = block_fit.fit(arm.teacher.model, arm.fitted, ids, params.fit, tell)
+    block_fit.put(student, found)
+    left = ", ".join(f"{one.after / one.before:.2f}" if one.before else "0" for one in found)
+    context.say(f"blocks fitted to the teacher's states on {ids.numel():,} tokens; left of each one's error: {left}")
 
 
 def tokens(arm: Arm, params: DistillParams, plan: Plan) -> int:

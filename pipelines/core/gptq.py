@@ -13,17 +13,15 @@ GPTQ's code has as an option, and the drift changes the weight at once (the squa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from inspect import signature
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers.pytorch_utils import Conv1D
 
-from pipelines.core import int4, int8, tuning
+from pipelines.core import blockwise, int4, int8, tuning
 from pipelines.core.errors import ArtifactError
 
 DAMPING = 0.01  # of the mean diagonal
@@ -35,17 +33,6 @@ Vector = NDArray[np.float32]
 Round = Callable[[Vector, int], tuple[NDArray[Any], Vector]]
 # Weights (out, in) by name of layers that read the same -> how a column of all of them, one below the other, is rounded
 Rounding = Callable[[Mapping[str, torch.Tensor]], Round]
-
-
-class _Given(NamedTuple):
-    """What a model gives a block."""
-
-    hidden: torch.Tensor
-    options: dict[str, Any]
-
-
-class _Caught(Exception):
-    """The first block has been reached."""
 
 
 @torch.no_grad()
@@ -71,16 +58,16 @@ def calibrate(
     if stack is None:
         raise ArtifactError(f"architecture {model.config.model_type}: no list of blocks is known in it")
     prefix = next(name for name, module in model.named_modules() if module is stack)
-    exact_hidden = hidden = _first_inputs(model, stack[0], ids)
+    exact_hidden = hidden = blockwise.first_inputs(model, stack[0], ids)
     found: dict[str, torch.Tensor] = {}
-    for number, (block, options) in enumerate(zip(stack, _options(model, stack, ids[:1]), strict=True)):
+    for number, (block, options) in enumerate(zip(stack, blockwise.options(model, stack, ids[:1]), strict=True)):
         linear = {
             f"{prefix}.{number}.{name}": module
             for name, module in block.named_modules()
             if isinstance(module, torch.nn.Linear | Conv1D)
         }
-        exact, exact_hidden = _inputs(block, linear, exact_hidden, options)
-        smaller, _ = _inputs(block, linear, hidden, options)
+        exact, exact_hidden = blockwise.inputs(block, linear, exact_hidden, options)
+        smaller, _ = blockwise.inputs(block, linear, hidden, options)
         for names in _together(filter(wanted, linear), smaller):
             weights = [int8.rows_of(linear[name]) for name in names]
             rows = [len(weight) for weight in weights]
@@ -90,7 +77,7 @@ def calibrate(
             found |= zip(names, torch.split(codes, rows), strict=True)
             for weight, value in zip(weights, torch.split(values, rows), strict=True):
                 weight.copy_(value.to(weight.dtype))
-        hidden = _output(block(hidden, **options))
+        hidden = blockwise.output(block(hidden, **options))
         tell(number + 1, len(stack))
     return found
 
@@ -126,24 +113,11 @@ def seen(exact: torch.Tensor, smaller: torch.Tensor, name: str) -> Seen:
         ArtifactError: they are not finite; the layer is named.
     """
     inputs, wanted = smaller.flatten(0, -2).float(), exact.flatten(0, -2).float()
-    with _sums_at_the_rate_of(torch.promote_types(exact.dtype, smaller.dtype)):
+    with blockwise.sums_at_the_rate_of(torch.promote_types(exact.dtype, smaller.dtype)):
         square, product = inputs.t() @ inputs, wanted.t() @ inputs
     if not bool(torch.isfinite(square).all()):
         raise ArtifactError(f"layer {name}: its inputs on the calibration rows are not finite")
     return Seen(root(square), product - square)
-
-
-@contextmanager
-def _sums_at_the_rate_of(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, fp32 products of numbers that came in bf16 cost oneDNN what bf16 ones do: they are exact in fp32, where
-    their sums are formed."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def restored(weight: torch.Tensor, found: Seen) -> torch.Tensor:
@@ -215,65 +189,3 @@ def of_code_book(book: torch.Tensor, scales: torch.Tensor, group: int) -> Round:
         return codes, values_of[codes] * columns[column // group]
 
     return one
-
-
-def _inputs(
-    block: Any, linear: Mapping[str, Any], hidden: torch.Tensor, options: dict[str, Any]
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """What each layer of a block reads, the same tensor where they read the same; and what the block gives."""
-    found: dict[str, torch.Tensor] = {}
-
-    def look(name: str) -> Any:
-        def hook(_: Any, given: tuple[torch.Tensor, ...]) -> None:
-            found[name] = given[0]
-
-        return hook
-
-    with ExitStack() as placed:
-        for name, module in linear.items():
-            placed.callback(module.register_forward_pre_hook(look(name)).remove)
-        return found, _output(block(hidden, **options))
-
-
-def _first_inputs(model: Any, first: Any, ids: torch.Tensor) -> torch.Tensor:
-    """What the model gives its first block for some rows."""
-    caught: list[_Given] = []
-
-    def hook(block: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
-        caught.append(_named(block, given, options))
-        raise _Caught
-
-    placed = first.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        model.base_model(input_ids=ids, use_cache=False)
-    except _Caught:
-        return caught[0].hidden
-    finally:
-        placed.remove()
-    raise ArtifactError(f"architecture {model.config.model_type}: its first block is not called by its body")
-
-
-def _options(model: Any, stack: Any, row: torch.Tensor) -> list[dict[str, Any]]:
-    """What the model tells each block beside what it is to read: blocks of several kinds have masks and rotations of
-    their own. Of one row (1, length); they are those of any other."""
-    found: list[dict[str, Any]] = []
-
-    def hook(block: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
-        found.append(_named(block, given, options).options)
-
-    with ExitStack() as placed:
-        for block in stack:
-            placed.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        model.base_model(input_ids=row, use_cache=False)
-    return found
-
-
-def _named(block: Any, given: tuple[Any, ...], options: dict[str, Any]) -> _Given:
-    """A call of a block, all but its input by name: GPT-2's blocks get their mask without."""
-    names = list(signature(block.forward).parameters)
-    told = dict(zip(names, given, strict=False)) | options
-    return _Given(told.pop(names[0]), told)
-
-
-def _output(given: Any) -> torch.Tensor:
-    return cast("torch.Tensor", given[0] if isinstance(given, tuple) else given)

@@ -12,6 +12,7 @@ import torch
 from pipelines.core import (
     artifacts,
     attention,
+    blockwise,
     bnb_variants,
     cpu,
     demonstrations,
@@ -184,7 +185,8 @@ def _int4_codes(
         parts = zip(*(grids[name] for name in weights), strict=True)
         return gptq.of_grid(int4.Grid(*(torch.cat(part) for part in parts)), params.group_size)
 
-    codes = gptq.calibrate(model, _equal(rows, params), _fitted(params), rounding, _teller("int4", context))
+    ids = blockwise.equal_rows(rows, params.calibration_length)
+    codes = gptq.calibrate(model, ids, _fitted(params), rounding, _teller("int4", context))
     return {name: (of_layer, grids[name]) for name, of_layer in codes.items()}
 
 
@@ -200,32 +202,14 @@ def _nf4_codes(
         grids.update(zip(weights, here, strict=True))
         return gptq.of_code_book(here[0].book, torch.cat([grid.scales for grid in here]), bnb_variants.BLOCK)
 
-    codes = gptq.calibrate(model, _equal(rows, params), _fitted(params), rounding, _teller("nf4", context))
+    ids = blockwise.equal_rows(rows, params.calibration_length)
+    codes = gptq.calibrate(model, ids, _fitted(params), rounding, _teller("nf4", context))
     return {name: (of_layer, grids[name]) for name, of_layer in codes.items()}
 
 
 def _fitted(params: QuantizeParams) -> Callable[[str], bool]:
     """Whether a layer's codes are chosen, by its name."""
     return lambda name: not int8.kept(name, params.keep_in_high_precision)
-
-
-def _equal(rows: Sequence[list[int]], params: QuantizeParams) -> torch.Tensor:
-    """Rows of equal length, so that calibration needs no padding; each begins where a text or a chat begins.
-
-    A row that is shorter is filled up with those that follow, the last of them cut; what fills no row is left out.
-    """
-    length = min(params.calibration_length, sum(map(len, rows)))
-    found: list[list[int]] = []
-    short: list[int] = []
-    for row in rows:
-        if len(row) >= length:
-            found.append(row[:length])
-            continue
-        short += row
-        if len(short) >= length:
-            found.append(short[:length])
-            short = []
-    return torch.tensor(found)
 
 
 def _teller(what: str, context: StageContext) -> Callable[[int, int], None]:

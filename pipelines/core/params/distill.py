@@ -54,6 +54,7 @@ class DistillParams(Section):
     student: str = Field(min_length=1, description="layers | random | a directory or hub id of the same vocabulary")
     keep_layers: int | None = Field(ge=1, description="student: layers: how many of the teacher's blocks")
     depth: int | None = Field(ge=1, description="student: random: layers; all else follows, as in pretrain")
+    fit: float | None = Field(gt=0.0, allow_inf_nan=False, description="ridge of the least squares; null: copied alone")
     weights: Terms
     temperature: float = Field(gt=0.0, allow_inf_nan=False, description="of the soft targets")
     beta: float = Field(gt=0.0, lt=1.0, description="of jsd: the teacher's share in the mixture")
@@ -117,6 +118,8 @@ class DistillParams(Section):
                 raise ValueError(f"{key}: student: {student} needs it; accepted: a whole number from 1")
             if self.student != student and value is not None:
                 raise ValueError(f"{key}: used by student: {student} (found student: {self.student}); set it to null")
+        if self.student != "layers" and self.fit is not None:
+            raise ValueError(f"fit: used by student: layers (found student: {self.student}); set it to null")
         if self.student == "random" and not self.train_embedding:
             raise ValueError(
                 "train_embedding: student: random begins with a random embedding, and false keeps it; accepted: true"
