@@ -119,9 +119,8 @@ def _fitted(
     Raises:
         ValueError: the sums are not finite.
     """
-    width = int8.rows_of(layer).shape[1]
-    square, product = torch.zeros(width, width), torch.zeros(ours.shape[-1], width)
-    square, product = square.to(ours.device), product.to(ours.device)
+    width, inputs = int8.rows_of(layer).shape
+    square, product = (torch.zeros(rows, inputs, device=ours.device) for rows in (inputs, width))
     before, after, parts = 0.0, 0.0, []
     for here, wanted in zip(torch.split(ours, ROWS), torch.split(theirs, ROWS), strict=True):
         read, given = blockwise.inputs(block, {name: layer}, here, options)

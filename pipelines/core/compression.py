@@ -29,6 +29,7 @@ class Reference(NamedTuple):
 
     batches: list[list[scoring.Piece]]
     hidden: list[torch.Tensor]  # of each batch, (pieces, longest, width)
+    labels: list[torch.Tensor]  # (pieces, longest)
     head: torch.Tensor  # (vocabulary, width)
     texts: int
 
@@ -46,8 +47,19 @@ def reference(model: Any, tokenizer: Any, texts: list[str]) -> Reference:
     """What the original says of the texts, computed in its own type."""
     precision = _precision(model)
     found = scoring.batches(model.config, tokenizer, texts)
-    hidden = [scoring.hidden_states(model, batch, precision)[0] for batch in found]
-    return Reference(found, hidden, body_and_head(model)[1].detach(), len(texts))
+    hidden, labels = zip(*(scoring.hidden_states(model, batch, precision) for batch in found), strict=True)
+    return Reference(found, list(hidden), list(labels), body_and_head(model)[1].detach(), len(texts))
+
+
+@torch.inference_mode()
+def own_bits(original: Reference) -> list[float]:
+    """Bits of each text for the original itself."""
+    bits = [0.0] * original.texts
+    for batch, hidden, labels in zip(original.batches, original.hidden, original.labels, strict=True):
+        rows, tokens, numbers = _scored(batch, hidden, labels)
+        for part in _chunks(len(rows)):
+            _add_bits(bits, _log_softmax(rows[part] @ original.head.t()), tokens[part], numbers[part])
+    return bits
 
 
 @torch.inference_mode()
@@ -59,20 +71,40 @@ def compare(original: Reference, model: Any) -> Lost:
     head = model.get_output_embeddings()
     for batch, theirs in zip(original.batches, original.hidden, strict=True):
         hidden, labels = scoring.hidden_states(model, batch, precision)
-        numbers = torch.tensor([piece.text for piece in batch])[:, None].expand_as(labels)
-        kept = labels != losses.IGNORE
-        rows, told = (hidden[kept], theirs[kept]), (labels[kept], numbers[kept])
-        for start in range(0, len(told[0]), CHUNK):
-            part = slice(start, start + CHUNK)
-            ours = torch.log_softmax(head(rows[0][part].to(model.dtype)).float(), dim=1)
-            exact = torch.log_softmax((rows[1][part] @ original.head.t()).float(), dim=1)
+        rows, tokens, numbers = _scored(batch, hidden, labels)
+        wanted = theirs[labels != losses.IGNORE]
+        for part in _chunks(len(rows)):
+            ours = _log_softmax(head(rows[part].to(model.dtype)))
+            exact = _log_softmax(wanted[part] @ original.head.t())
             divergence += float((exact.exp() * (exact - ours)).sum())
             same += int((exact.argmax(1) == ours.argmax(1)).sum())
             count += len(ours)
-            said = ours.gather(1, told[0][part][:, None])[:, 0].double() / -math.log(2)
-            for number, value in zip(told[1][part].tolist(), said.tolist(), strict=True):
-                bits[number] += value
+            _add_bits(bits, ours, tokens[part], numbers[part])
     return Lost(bits, divergence / count, same / count)
+
+
+def _scored(
+    batch: list[scoring.Piece], hidden: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the places of a batch that are scored: states, tokens to be said, and numbers of the texts."""
+    kept = labels != losses.IGNORE
+    numbers = torch.tensor([piece.text for piece in batch])[:, None].expand_as(labels)
+    return hidden[kept], labels[kept], numbers[kept]
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    return (slice(start, start + CHUNK) for start in range(0, count, CHUNK))
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits.float(), dim=1)
+
+
+def _add_bits(bits: list[float], said: torch.Tensor, tokens: torch.Tensor, numbers: torch.Tensor) -> None:
+    """Add what each token costs, by log probabilities (tokens, vocabulary), to its text's bits."""
+    costs = said.gather(1, tokens[:, None])[:, 0].double() / -math.log(2)
+    for number, value in zip(numbers.tolist(), costs.tolist(), strict=True):
+        bits[number] += value
 
 
 @torch.inference_mode()

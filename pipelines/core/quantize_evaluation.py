@@ -69,11 +69,11 @@ def language_model(
     told = Told({}, {}, {}, [], {})
     whole = whole_name(subject)
     known = compression.reference(original, tokenizer, list(held_out.texts))
-    exact = compression.compare(known, original)
-    told.bits[whole] = exact.bits
+    exact = compression.own_bits(known)
+    told.bits[whole] = exact
     sizes = np.array(held_out.sizes, dtype=float)
     parameters = sum(value.numel() for value in original.parameters())
-    per_byte = float(sum(exact.bits) / sizes.sum())
+    per_byte = float(sum(exact) / sizes.sum())
     # Computed in another type than it is kept in, the original and a GGUF file of it are rounded by different ways.
     as_kept = AutoConfig.from_pretrained(subject.place).dtype == original.dtype
     told.metrics.update({f"{whole}/bytes": float(variants.size(subject.place)), f"{whole}/bits_per_byte": per_byte})
@@ -88,7 +88,7 @@ def language_model(
         told.layers.extend(
             {"variant": name, "layer": layer, "error": error} for layer, error in found["layers"].items()
         )
-        loss = statistics.paired_bootstrap(np.array(found["bits"]), np.array(exact.bits), sizes, group=held_out.groups)
+        loss = statistics.paired_bootstrap(np.array(found["bits"]), np.array(exact), sizes, group=held_out.groups)
         told.metrics.update({
             f"{name}/bits_per_byte": float(sum(found["bits"]) / sizes.sum()),
             f"{name}/bits_per_byte_delta": loss.estimate,
