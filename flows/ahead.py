@@ -183,7 +183,7 @@ def _watch(order: dict[str, str], answer: int, grace: float) -> NoReturn:
 
 def _end_group(group: int, grace: float) -> None:
     deadline, wanted = time.monotonic() + grace, int(signal.SIGTERM)
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         while True:
             os.killpg(group, wanted)
             wanted = signal.SIGKILL if time.monotonic() > deadline else 0

@@ -20,7 +20,7 @@ Models" (GKD, 2024), and Gu et al., "MiniLLM" (2024), the student's own answers.
 5. A second student, from the same blocks on the same tokens in the same order, learns from the labels alone: what it
    reaches is not the teacher's merit.
 6. `fit`: before the first step the student's blocks are fitted to the teacher's states in closed form (`block_fit`).
-   That needs the teacher, so the second student does without.
+   That needs the teacher, so the second student does without, at a learning rate of its own (`lr_no_teacher`).
 """
 
 from __future__ import annotations
@@ -93,11 +93,12 @@ def run(params: DistillParams, inputs: dict[str, Path], outputs: Path, context: 
     models = {distill_evaluation.STUDENT: outputs / "model", distill_evaluation.NO_TEACHER: context.work / "no_teacher"}
     first = {name: value.detach().clone() for name, value in before.named_parameters()}
     trained = sum(value.numel() for value in before.parameters() if value.requires_grad)
-    for arm, saved in zip(arms, models.values(), strict=True):
+    plans = plan, plan._replace(lr=params.lr_no_teacher or plan.lr)
+    for arm, of_arm, saved in zip(arms, plans, models.values(), strict=True):
         with torch.no_grad():
             for name, value in before.named_parameters():
                 value.copy_(first[name])
-        distilling.train(arm, params, plan, before, context)
+        distilling.train(arm, params, of_arm, before, context)
         shutil.rmtree(saved, ignore_errors=True)
         _save(before, tokenizer, saved, context)
     context.write_history(outputs / "history.csv")
@@ -242,7 +243,7 @@ def _arms(
 
 
 def _plan(params: DistillParams, sequences: int, student: Any, tokenizer: Any) -> Plan:
-    """How long and how fast: the same for both arms."""
+    """How long and how fast."""
     from pipelines.core.distilling import Plan
 
     seen = sequences * params.epochs

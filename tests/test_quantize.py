@@ -406,6 +406,9 @@ def test_divergence_and_agreement_are_those_of_the_logits() -> None:
     original = compression.reference(first, known, texts)
     found = compression.compare(original, second)
     assert compression.own_bits(original) == compression.compare(original, first).bits
+    rounded = copy.deepcopy(first).bfloat16()
+    in_bf16 = compression.reference(rounded, known, texts)
+    assert compression.own_bits(in_bf16) == pytest.approx(compression.compare(in_bf16, rounded).bits, rel=1e-6)
     divergence, same, bits = [], [], []
     for text in texts:
         ids = [known.convert_tokens_to_ids("<|endoftext|>"), *known(text, add_special_tokens=False)["input_ids"]]

@@ -22,8 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from pipelines.core import blockwise, int8, tuning
 from pipelines.core.errors import ArtifactError
 
-ROWS = 8  # that go through a block at a time
-CLOSE = 0.02  # what a state may be off by in bf16
+CLOSE = 0.02  # of what is added, which may be lost in bf16
 TINY = 1e-30  # in place of a ridge over inputs that are all 0
 
 
@@ -38,7 +37,7 @@ class Fitted(NamedTuple):
 
 @torch.no_grad()
 def fit(
-    teacher: Any, kept: Sequence[int], ids: torch.Tensor, ridge: float, tell: Callable[[int, int], None]
+    teacher: Any, kept: Sequence[int], ids: torch.Tensor, ridge: float, rows: int, tell: Callable[[int, int], None]
 ) -> list[Fitted]:
     """For each of a student's blocks, the last layer's weight that makes its outputs the teacher's states.
 
@@ -50,31 +49,41 @@ def fit(
         kept: the blocks that the student has, ascending.
         ids: (rows, length), without padding.
         ridge: above 0.
-        tell: called with (done, total) blocks.
+        rows: that go through a block at a time.
+        tell: called with (done, total) blocks after each time.
 
     Raises:
         ArtifactError: states that are not finite; no list of blocks is known; a block's output is not the sum of what
-            its last layer gives and of other things.
+            its last linear layer gives and of other things; the ridge is too small.
     """
     stack = tuning.stack(teacher)
     if stack is None:
         raise ArtifactError(f"architecture {teacher.config.model_type}: no list of blocks is known in it")
     options = blockwise.options(teacher, stack, ids[:1])
-    theirs = ours = blockwise.first_inputs(teacher, stack[0], ids)
-    found, reached = [], 0
-    for number, origin in enumerate(kept):
-        until = kept[number + 1] if number + 1 < len(kept) else len(stack)
+    theirs = ours = list(torch.split(blockwise.first_inputs(teacher, stack[0], ids), rows))
+    found: list[Fitted] = []
+
+    def look() -> None:
+        tell(len(found), len(kept))
+
+    reached = 0
+    for origin, until in zip(kept, reads(kept, len(stack)), strict=True):
         for place in range(reached, until):
-            theirs = _through(stack[place], theirs, options[place])
+            theirs = [_through(stack[place], part, options[place], look) for part in theirs]
         reached = until
-        name, layer = _last_layer(teacher, stack[origin], ours[:1], options[origin])
+        name, layer = _last_layer(teacher, stack[origin], ours[0][:1], options[origin])
         try:
-            one, ours = _fitted(stack[origin], name, layer, ours, theirs, options[origin], ridge)
+            one, ours = _fitted(stack[origin], name, layer, ours, theirs, options[origin], ridge, look)
         except ValueError as error:
             raise ArtifactError(f"block {origin} of the teacher: {error}") from None
         found.append(one)
-        tell(number + 1, len(kept))
+        look()
     return found
+
+
+def reads(kept: Sequence[int], blocks: int) -> list[int]:
+    """Which of the teacher's blocks reads what each of the student's gives; the last one's goes to the final norm."""
+    return [*kept[1:], blocks]
 
 
 @torch.no_grad()
@@ -85,61 +94,77 @@ def put(student: Any, found: Sequence[Fitted]) -> None:
         weight.copy_(one.weight.to(weight.dtype))
 
 
-def _through(block: Any, hidden: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    return torch.cat([blockwise.output(block(part, **options)) for part in torch.split(hidden, ROWS)])
+def _through(block: Any, hidden: torch.Tensor, options: dict[str, Any], look: Callable[[], None]) -> torch.Tensor:
+    look()
+    return blockwise.output(block(hidden, **options))
 
 
 def _last_layer(teacher: Any, block: Any, hidden: torch.Tensor, options: dict[str, Any]) -> tuple[str, Any]:
     """The linear layer that a block ends with, and its name in it.
 
     Raises:
-        ArtifactError: what it gives is not simply added: a norm comes behind it, or a factor.
+        ArtifactError: what it gives is not simply added: a norm comes behind it, a factor, or other layers.
     """
     linear = {name: part for name, part in block.named_modules() if isinstance(part, torch.nn.Linear | Conv1D)}
     read, given = blockwise.inputs(block, linear, hidden, options)
-    name = list(read)[-1]  # the one that was asked last
-    placed = linear[name].register_forward_hook(lambda layer, asked, answer: answer + given)
-    try:
-        more = blockwise.output(block(hidden, **options))
-    finally:
-        placed.remove()
-    if float((more - 2 * given).float().norm()) > CLOSE * float((2 * given).float().norm()):
-        raise ArtifactError(
-            f"architecture {teacher.config.model_type}: its blocks do not simply add what their last layer, {name}, "
-            "gives, so it cannot be fitted to make up for other blocks; accepted: distill.fit: null"
-        )
-    return name, linear[name]
+    name = list(read)[-1] if read else "none"  # the one that was asked last
+    if name in linear:
+        noise = torch.randn(given.shape, generator=torch.Generator().manual_seed(0)).to(given)
+        noise *= given.square().mean(-1, keepdim=True).sqrt()
+        placed = linear[name].register_forward_hook(lambda layer, asked, told: told + noise.view_as(told))
+        try:
+            more = blockwise.output(block(hidden, **options))
+        finally:
+            placed.remove()
+        off = (more.float() - given.float() - noise.float()).norm(dim=-1) / noise.float().norm(dim=-1).clamp_min(TINY)
+        if float(off.max()) <= CLOSE:
+            return name, linear[name]
+    raise ArtifactError(
+        f"architecture {teacher.config.model_type}: its blocks do not simply add what their last linear layer ({name}) "
+        "gives, so it cannot be fitted to make up for other blocks; accepted: distill.fit: null"
+    )
 
 
 def _fitted(
-    block: Any, name: str, layer: Any, ours: torch.Tensor, theirs: torch.Tensor, options: dict[str, Any], ridge: float
-) -> tuple[Fitted, torch.Tensor]:
+    block: Any,
+    name: str,
+    layer: Any,
+    ours: Sequence[torch.Tensor],
+    theirs: Sequence[torch.Tensor],
+    options: dict[str, Any],
+    ridge: float,
+    look: Callable[[], None],
+) -> tuple[Fitted, list[torch.Tensor]]:
     """The layer's new weight, and what the block gives with it.
 
     Raises:
-        ValueError: the sums are not finite.
+        ValueError: the sums are not finite, or have no inverse.
     """
     width, inputs = int8.rows_of(layer).shape
-    square, product = (torch.zeros(rows, inputs, device=ours.device) for rows in (inputs, width))
+    square, product = (torch.zeros(rows, inputs, device=ours[0].device) for rows in (inputs, width))
     before, after, parts = 0.0, 0.0, []
-    for here, wanted in zip(torch.split(ours, ROWS), torch.split(theirs, ROWS), strict=True):
+    for here, wanted in zip(ours, theirs, strict=True):
         read, given = blockwise.inputs(block, {name: layer}, here, options)
-        size = wanted.float().square().mean(-1, keepdim=True).clamp_min(TINY).rsqrt()
-        entries = (read[name].float() * size).flatten(0, 1)
-        missing = ((wanted.float() - given.float()) * size).flatten(0, 1)
-        with blockwise.sums_at_the_rate_of(ours.dtype):
-            square += entries.t() @ entries
-            product += missing.t() @ entries
+        size = wanted.float().flatten(0, 1).square().mean(-1, keepdim=True).clamp_min(TINY).rsqrt()
+        entries = read[name].flatten(0, -2).float() * size
+        missing = (wanted.float() - given.float()).flatten(0, 1) * size
+        square += entries.t() @ entries
+        product += missing.t() @ entries
         before += float(missing.square().sum())
-        parts.append((read[name], given, wanted, size))
+        parts.append((read[name].flatten(0, -2), given, size))
+        look()
     if not bool(torch.isfinite(square).all() and torch.isfinite(product).all()):
         raise ValueError("its states on the training rows are not finite")
     square.diagonal().add_(max(ridge * float(square.diagonal().mean()), TINY))
-    change = torch.cholesky_solve(product.t(), torch.linalg.cholesky(square)).t()
+    root, wrong = torch.linalg.cholesky_ex(square)
+    if int(wrong):
+        raise ValueError(f"least squares on so few tokens have no solution with the ridge {ridge:g}; raise distill.fit")
+    change = torch.cholesky_solve(product.t(), root).t()
     moved = []
-    for entries, given, wanted, size in parts:
-        now = (given.float() + entries.float() @ change.t()).to(ours.dtype)
-        after += float(((wanted.float() - now.float()) * size).square().sum())
+    for (entries, given, size), wanted in zip(parts, theirs, strict=True):
+        now = (given.float() + (entries.float() @ change.t()).view_as(given)).to(given.dtype)
+        after += float(((wanted.float() - now.float()).flatten(0, 1) * size).square().sum())
         moved.append(now)
-    found = Fitted(name, int8.rows_of(layer).float() + change, before / theirs.numel(), after / theirs.numel())
-    return found, torch.cat(moved)
+        look()
+    numbers = sum(part.numel() for part in theirs)
+    return Fitted(name, int8.rows_of(layer).float() + change, before / numbers, after / numbers), moved

@@ -6,8 +6,8 @@ next one is looked at, so that only their states are in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from inspect import signature
 from typing import Any, NamedTuple, cast
 
@@ -104,19 +104,6 @@ def inputs(
 def output(given: Any) -> torch.Tensor:
     """The states among what a block gives."""
     return cast("torch.Tensor", given[0] if isinstance(given, tuple) else given)
-
-
-@contextmanager
-def sums_at_the_rate_of(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, fp32 products of numbers that came in bf16 cost oneDNN what bf16 ones do: a product of two of them is
-    exact in fp32, where the sums are formed."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def _named(block: Any, given: tuple[Any, ...], options: dict[str, Any]) -> _Given:

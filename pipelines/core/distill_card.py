@@ -40,14 +40,14 @@ def card(params: DistillParams, place: Path, metrics: Mapping[str, float]) -> st
         for end, name in NAMES.items()
     )
     made = {
-        "layers": f"{params.keep_layers} of the teacher's blocks at even spacing"
-        + (", fitted to its states by least squares," if params.fit is not None else ""),
+        "layers": f"{params.keep_layers} of the teacher's blocks at even spacing",
         "random": f"random weights, {params.depth} blocks",
     }.get(params.student, params.student)
+    fitted = "" if params.fit is None else ", was fitted to the teacher's states by least squares"
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
         f"# sluice-student\n\n{model_type}, {metrics['parameters'] / 1e6:.1f} million parameters, "
-        f"{metrics['size_ratio']:.0%} of the teacher's. It began as {made} and learned from "
+        f"{metrics['size_ratio']:.0%} of the teacher's. It began as {made}{fitted} and learned from "
         f"{metrics['training_tokens']:,.0f} tokens of texts and chats in {metrics['steps']:.0f} optimizer steps; "
         f"terms of the loss: {weights}.\n\n| model | bits per byte | gold |\n| --- | --- | --- |\n{rows}\n"
         f"Gain over the student without the teacher: {metrics['gain_over_no_teacher']:.4f} bits per byte "

@@ -31,7 +31,7 @@ from pipelines.core.distill_data import of_answer
 from pipelines.core.params.distill import DistillParams, Terms
 from pipelines.core.teacher_cache import Cache
 
-FIT_TOKENS = 32_768  # at the most: some thousand more than a layer has inputs do as well
+FIT_TOKENS = 32_768  # at the most: all of them are in memory, as a block's states and the inputs of one layer
 
 
 class Teacher(NamedTuple):
@@ -44,7 +44,7 @@ class Teacher(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """One of the runs from the same start: with the teacher, or with people's labels alone."""
+    """One of the runs from the same blocks: with the teacher, or with people's labels alone."""
 
     name: str  # prefix of its columns in the history, and of its checkpoints
     weights: Terms
@@ -120,7 +120,7 @@ def train(arm: Arm, params: DistillParams, plan: Plan, student: Any, context: St
 
 
 def _fit(arm: Arm, params: DistillParams, plan: Plan, student: Any, context: StageContext) -> None:
-    """Let the student's blocks make up for those left out, on what the arm learns from."""
+    """Let the blocks make up for those left out, on the arm's texts and answers; if stopped, it starts over."""
 
     def tell(done: int, total: int) -> None:
         context.progress(done, total, fitting="the student's blocks")
@@ -129,7 +129,8 @@ def _fit(arm: Arm, params: DistillParams, plan: Plan, student: Any, context: Sta
     assert arm.teacher is not None and params.fit is not None
     read = [arm.sequences[int(number)].ids for number in _order(arm, params, plan)[: len(arm.sequences)]]
     ids = blockwise.equal_rows(read, params.max_length)[: max(1, FIT_TOKENS // params.max_length)].to(context.device)
-    found = block_fit.fit(arm.teacher.model, arm.fitted, ids, params.fit, tell)
+    rows = max(1, params.micro_tokens // params.max_length)
+    found = block_fit.fit(arm.teacher.model, arm.fitted, ids, params.fit, rows, tell)
     block_fit.put(student, found)
     left = ", ".join(f"{one.after / one.before:.2f}" if one.before else "0" for one in found)
     context.say(f"blocks fitted to the teacher's states on {ids.numel():,} tokens; left of each one's error: {left}")

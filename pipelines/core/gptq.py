@@ -13,7 +13,8 @@ GPTQ's code has as an option, and the drift changes the weight at once (the squa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,11 +114,24 @@ def seen(exact: torch.Tensor, smaller: torch.Tensor, name: str) -> Seen:
         ArtifactError: they are not finite; the layer is named.
     """
     inputs, wanted = smaller.flatten(0, -2).float(), exact.flatten(0, -2).float()
-    with blockwise.sums_at_the_rate_of(torch.promote_types(exact.dtype, smaller.dtype)):
+    with _sums_at_the_rate_of(torch.promote_types(exact.dtype, smaller.dtype)):
         square, product = inputs.t() @ inputs, wanted.t() @ inputs
     if not bool(torch.isfinite(square).all()):
         raise ArtifactError(f"layer {name}: its inputs on the calibration rows are not finite")
     return Seen(root(square), product - square)
+
+
+@contextmanager
+def _sums_at_the_rate_of(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, fp32 products of numbers that came in bf16 cost oneDNN what bf16 ones do: they are exact in fp32, where
+    their sums are formed."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def restored(weight: torch.Tensor, found: Seen) -> torch.Tensor:

@@ -71,6 +71,7 @@ class DistillParams(Section):
     on_policy_prompts: int = Field(ge=1, description="prompts the student answers for an optimizer step")
     train_embedding: bool = Field(description="false: the embedding, and the head that is tied to it, stay")
     lr: float | None = Field(gt=0.0, lt=1.0, description="peak; null: from the width")
+    lr_no_teacher: float | None = Field(gt=0.0, lt=1.0, description="of the student without the teacher; null: lr")
     warmup_share: Share
     weight_decay: float = Field(ge=0.0, lt=1.0)
     clip_norm: float = Field(gt=0.0)
