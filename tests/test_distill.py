@@ -37,7 +37,8 @@ TINY: dict[str, Any] = {
     "weights": {"forward": 1.0}, "temperature": 1.0, "beta": 0.5, "top_k": 16, "answers": "people", "examples": None,
     "texts": 12, "max_length": 48, "too_long": "refuse", "epochs": 1, "batch_size": 4, "micro_tokens": 64,
     "on_policy_divergence": "reverse", "on_policy_prompts": 2, "train_embedding": False, "lr": 3e-3,
-    "lr_no_teacher": None, "warmup_share": 0.1, "weight_decay": 0.0, "clip_norm": 1.0, "judge": "overlap", "eval_prompts": 4, "eval_samples": 1, "eval_bytes": 1024, "max_new_tokens": 6,
+    "lr_no_teacher": None, "warmup_share": 0.1, "weight_decay": 0.0, "clip_norm": 1.0,
+    "judge": "overlap", "eval_prompts": 4, "eval_samples": 1, "eval_bytes": 1024, "max_new_tokens": 6,
     "max_prompt_tokens": 64, "checkpoint_steps": 2, "checkpoint_seconds": 1e9, "samples": 1,
 }  # fmt: skip
 WHOLE = {"top_k": None}
