@@ -67,7 +67,7 @@ def fit(
         tell(len(found), len(kept))
 
     reached = 0
-    for origin, until in zip(kept, reads(kept, len(stack)), strict=True):
+    for origin, until in zip(kept, [*kept[1:], len(stack)], strict=True):  # the last one's states go to the final norm
         for place in range(reached, until):
             theirs = [_through(stack[place], part, options[place], look) for part in theirs]
         reached = until
@@ -79,11 +79,6 @@ def fit(
         found.append(one)
         look()
     return found
-
-
-def reads(kept: Sequence[int], blocks: int) -> list[int]:
-    """Which of the teacher's blocks reads what each of the student's gives; the last one's goes to the final norm."""
-    return [*kept[1:], blocks]
 
 
 @torch.no_grad()
