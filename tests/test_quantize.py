@@ -178,18 +178,23 @@ def test_a_gguf_file_is_compared_in_the_type_of_its_original(
     inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is read in fp32: products in bf16 would be taken for what the file loses."""
-    compare = compression.compare
     types = []
 
-    def noted(known: Any, lm: Any) -> Any:
-        types.append([{part.dtype for part in parts} for parts in (lm.parameters(), lm.buffers())])
-        return compare(known, lm)
+    def noting(asked: Any, place: int) -> Any:
+        def noted(*given: Any) -> Any:
+            types.append(
+                [{part.dtype for part in parts} for parts in (given[place].parameters(), given[place].buffers())]
+            )
+            return asked(*given)
+
+        return noted
 
     monkeypatch.setattr(cpu, "ready", cpu.guarded)  # whatever the processor of the test multiplies
-    monkeypatch.setattr(compression, "compare", noted)
+    monkeypatch.setattr(compression, "reference", noting(compression.reference, 0))
+    monkeypatch.setattr(compression, "compare", noting(compression.compare, 1))
     context = StageContext(stage="quantize", root=tmp_path, fingerprint="f" * 64, precision="bf16")
     run(inputs, tmp_path, context, **ONE | {"variants": ["gguf-f16"]})
-    assert types == [[{torch.bfloat16}, {torch.float32}]]  # the file's; angles stay as they are
+    assert types == 2 * [[{torch.bfloat16}, {torch.float32}]]  # the original, and the file; angles stay as they are
 
 
 def test_the_budgets_of_gguf_files() -> None:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from pipelines.core import blockwise, int8, tuning
 from pipelines.core.errors import ArtifactError
@@ -56,9 +55,7 @@ def fit(
         ArtifactError: states that are not finite; no list of blocks is known; a block's output is not the sum of what
             its last linear layer gives and of other things; the ridge is too small.
     """
-    stack = tuning.stack(teacher)
-    if stack is None:
-        raise ArtifactError(f"architecture {teacher.config.model_type}: no list of blocks is known in it")
+    stack = blockwise.stack(teacher)
     options = blockwise.options(teacher, stack, ids[:1])
     theirs = ours = list(torch.split(blockwise.first_inputs(teacher, stack[0], ids), rows))
     found: list[Fitted] = []
@@ -100,7 +97,7 @@ def _last_layer(teacher: Any, block: Any, hidden: torch.Tensor, options: dict[st
     Raises:
         ArtifactError: what it gives is not simply added: a norm comes behind it, a factor, or other layers.
     """
-    linear = {name: part for name, part in block.named_modules() if isinstance(part, torch.nn.Linear | Conv1D)}
+    linear = blockwise.linear(block)
     read, given = blockwise.inputs(block, linear, hidden, options)
     name = list(read)[-1] if read else "none"  # the one that was asked last
     if name in linear:

@@ -12,7 +12,9 @@ from inspect import signature
 from typing import Any, NamedTuple, cast
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
+from pipelines.core import tuning
 from pipelines.core.errors import ArtifactError
 
 
@@ -48,6 +50,23 @@ def equal_rows(rows: Sequence[list[int]], longest: int) -> torch.Tensor:
             found.append(short[:length])
             short = []
     return torch.tensor(found)
+
+
+def stack(model: Any) -> torch.nn.ModuleList:
+    """The module that holds the blocks.
+
+    Raises:
+        ArtifactError: no list of blocks is known in the architecture.
+    """
+    found = tuning.stack(model)
+    if found is None:
+        raise ArtifactError(f"architecture {model.config.model_type}: no list of blocks is known in it")
+    return found
+
+
+def linear(block: Any) -> dict[str, Any]:
+    """A block's linear layers, by their names in it."""
+    return {name: part for name, part in block.named_modules() if isinstance(part, torch.nn.Linear | Conv1D)}
 
 
 def first_inputs(model: Any, first: Any, ids: torch.Tensor) -> torch.Tensor:

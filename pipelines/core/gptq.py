@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers.pytorch_utils import Conv1D
 
-from pipelines.core import blockwise, int4, int8, tuning
+from pipelines.core import blockwise, int4, int8
 from pipelines.core.errors import ArtifactError
 
 DAMPING = 0.01  # of the mean diagonal
@@ -55,18 +54,12 @@ def calibrate(
     Raises:
         ArtifactError: no list of blocks is known, or a layer's inputs are not finite.
     """
-    stack = tuning.stack(model)
-    if stack is None:
-        raise ArtifactError(f"architecture {model.config.model_type}: no list of blocks is known in it")
+    stack = blockwise.stack(model)
     prefix = next(name for name, module in model.named_modules() if module is stack)
     exact_hidden = hidden = blockwise.first_inputs(model, stack[0], ids)
     found: dict[str, torch.Tensor] = {}
     for number, (block, options) in enumerate(zip(stack, blockwise.options(model, stack, ids[:1]), strict=True)):
-        linear = {
-            f"{prefix}.{number}.{name}": module
-            for name, module in block.named_modules()
-            if isinstance(module, torch.nn.Linear | Conv1D)
-        }
+        linear = {f"{prefix}.{number}.{name}": layer for name, layer in blockwise.linear(block).items()}
         exact, exact_hidden = blockwise.inputs(block, linear, exact_hidden, options)
         smaller, _ = blockwise.inputs(block, linear, hidden, options)
         for names in _together(filter(wanted, linear), smaller):
